@@ -1,0 +1,257 @@
+"""Train the tokenizer, the teacher and the student of the small world from nothing.
+
+    python scripts/train_world_pair.py [--role teacher|student|both] [--resume]
+
+Writes src/switchkd/assets/world/{teacher,student}; a checkpoint and the log lie in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from switchkd.data import world
+
+SIZES = {  # width, layers, heads, mlp, steps
+    "teacher": (128, 4, 4, 384, 6000),
+    "student": (64, 3, 4, 160, 2500),
+}
+BATCH_TOKENS = 3600
+Row = dict[str, str]
+
+
+def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer trained on the world's train text."""
+    raw = Tokenizer(models.WordLevel(unk_token=world.UNK))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(world.TOKEN_PATTERN), "isolated")
+    raw.decoder = decoders.Fuse()
+    rows = world.make_rows("train", 3000, seed=seed)
+    text = [row["prompt"] + row["completion"] for row in rows]
+    every = [*world.LETTERS, *"0123456789", *world.WORDS, *world.NAMES, *world.CITIES]
+    text += [blank + item for item in every for blank in ("", " ")]
+    special = [world.PAD, world.END, world.UNK]
+    raw.train_from_iterator(text, trainers.WordLevelTrainer(special_tokens=special))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token=world.PAD,
+        eos_token=world.END,
+        unk_token=world.UNK,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def build_model(role: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """Return a fresh model; a token and its form with a blank before it start alike."""
+    width, layers, heads, mlp, _ = SIZES[role]
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            attn_implementation="sdpa",
+        )
+    )
+    vocabulary = tokenizer.get_vocab()
+    with torch.no_grad():
+        for table in (model.model.embed_tokens.weight, model.lm_head.weight):
+            blank = torch.randn(width) * 0.02
+            for token, index in vocabulary.items():
+                if token[0] == " " and token[1:] in vocabulary:
+                    table[index] = table[vocabulary[token[1:]]] + blank
+    return model
+
+
+def collate(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, ...]:
+    """Return right-padded ids and labels; labels are -100 outside completion and end."""
+    ids, labels = [], []
+    for row in rows:
+        prompt = tokenizer.encode(row["prompt"], add_special_tokens=False)
+        answer = tokenizer.encode(row["completion"], add_special_tokens=False)
+        answer.append(tokenizer.eos_token_id)
+        ids.append(prompt + answer)
+        labels.append([-100] * len(prompt) + answer)
+    longest = max(map(len, ids))
+    pad = tokenizer.pad_token_id
+    x = torch.tensor([row + [pad] * (longest - len(row)) for row in ids])
+    return x, torch.tensor([row + [-100] * (longest - len(row)) for row in labels])
+
+
+def batches(bucket: str, seed: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Row]]:
+    """Yield batches of one bucket, alike in length and near BATCH_TOKENS, without end."""
+    source, rng = world.stream("train", seed, bucket=bucket), random.Random(seed)
+    per_row = {"short": 36, "medium": 96, "long": 210}[bucket]
+    size = BATCH_TOKENS // per_row
+    while True:
+        pool = [next(source) for _ in range(4 * size)]
+        pool.sort(key=lambda row: len(row["prompt"]) + len(row["completion"]))
+        chunks = [pool[i : i + size] for i in range(0, len(pool), size)]
+        rng.shuffle(chunks)
+        yield from chunks
+
+
+def right_rows(model: LlamaForCausalLM, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return for each row whether the greedy answer given the right prefix is right to the end."""
+    with torch.no_grad():
+        guess = model(input_ids=x, use_cache=False).logits[:, :-1].argmax(-1)
+    return ((guess == y[:, 1:]) | (y[:, 1:] == -100)).all(1)
+
+
+def generate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row]
+) -> list[bool]:
+    """Return for each row whether the greedily generated text is exactly the completion."""
+    tokenizer.padding_side, hits = "left", []
+    for start in range(0, len(rows), 30):
+        part = rows[start : start + 30]
+        given = tokenizer([row["prompt"] for row in part], return_tensors="pt", padding=True)
+        out = model.generate(
+            input_ids=given["input_ids"],
+            attention_mask=given["attention_mask"],
+            max_new_tokens=world.BUCKETS["long"][1] + 8,
+            do_sample=False,
+        )
+        for row, new in zip(part, out[:, given["input_ids"].shape[1] :].tolist(), strict=True):
+            stop = tokenizer.eos_token_id
+            ended = stop in new
+            text = tokenizer.decode(new[: new.index(stop)] if ended else new)
+            hits.append(ended and text == row["completion"])
+    return hits
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write model and tokenizer; each file is replaced whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.padding_side = "right"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for path in Path(temporary).iterdir():
+            os.chmod(path, 0o644)
+            os.replace(path, folder / path.name)
+
+
+def train(role: str, args: argparse.Namespace) -> None:
+    """Train one model, with a curriculum from short to all, and save it as it goes."""
+    tokenizer = build_tokenizer(args.seed)
+    model = build_model(role, tokenizer, args.seed)
+    steps = args.steps or SIZES[role][-1]
+    log_path, checkpoint = args.work / f"{role}.jsonl", args.work / f"{role}.pt"
+
+    def log(**entry: object) -> None:
+        line = json.dumps({"role": role, **entry})
+        print(line, flush=True)
+        with log_path.open("a") as file:
+            file.write(line + "\n")
+
+    hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    inside = {id(p) for p in hidden}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    muon = torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=0.01)
+    adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    start, before = 0, 0.0
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint)
+        model.load_state_dict(saved["model"])
+        muon.load_state_dict(saved["muon"])
+        adam.load_state_dict(saved["adam"])
+        start, before = saved["step"], saved["seconds"]
+    # A resumed run goes on with fresh rows, not with those it has already seen.
+    sources = {b: batches(b, args.seed + 1000 + start, tokenizer) for b in world.BUCKETS}
+    rng = random.Random(args.seed + start)
+    held = {b: world.make_rows("test", 105, seed=args.seed, bucket=b) for b in world.BUCKETS}
+    log(parameters=sum(p.numel() for p in model.parameters()), steps=steps, vocab=len(tokenizer))
+    began, losses = time.time(), []
+    for step in range(start, steps):
+        way = step / steps
+        scale = min(1.0, (step + 1) / 100, (1 - way) / args.decay)
+        for optimizer, rate in ((muon, args.muon_lr), (adam, args.adam_lr)):
+            optimizer.param_groups[0]["lr"] = rate * scale
+        ease = max(0.0, 1 - way / 0.4)
+        shares = (0.2 + 0.35 * ease, 0.35, 0.45 - 0.35 * ease)
+        x, y = collate(next(sources[rng.choices(list(sources), shares)[0]]), tokenizer)
+        inner = model.model(input_ids=x, use_cache=False).last_hidden_state[:, :-1]
+        asked = y[:, 1:] != -100
+        loss = functional.cross_entropy(model.lm_head(inner[asked]), y[:, 1:][asked])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in (muon, adam):
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        if (step + 1) % args.every == 0 or step + 1 == steps:
+            exact, wrong = {}, Counter[str]()
+            for bucket, rows in held.items():
+                hits = [h for i in range(0, 105, 35) for h in right_rows(
+                    model, *collate(rows[i : i + 35], tokenizer)).tolist()]
+                exact[bucket] = round(sum(hits) / len(hits), 3)
+                wrong.update(r["task"] for r, h in zip(rows, hits, strict=True) if not h)
+            seconds = round(before + time.time() - began)
+            log(step=step + 1, seconds=seconds, loss=round(sum(losses) / len(losses), 4),
+                exact=exact, wrong=dict(wrong))
+            losses = []
+            state = {"model": model.state_dict(), "muon": muon.state_dict(),
+                     "adam": adam.state_dict(), "step": step + 1, "seconds": seconds}
+            torch.save(state, f"{checkpoint}.new")
+            os.replace(f"{checkpoint}.new", checkpoint)
+            if not args.pilot:
+                save(model, tokenizer, args.assets / role)
+    table: dict[str, dict[str, float]] = {}
+    for bucket in world.BUCKETS:
+        rows = world.make_rows("test", args.final, seed=args.seed + 1, bucket=bucket)
+        rows.sort(key=lambda row: len(row["completion"]))
+        hits = list(zip(rows, generate(model, tokenizer, rows), strict=True))
+        table[bucket] = {"all": sum(h for _, h in hits) / len(hits)}
+        for task in world.TASKS:
+            own = [h for row, h in hits if row["task"] == task]
+            table[bucket][task] = round(sum(own) / len(own), 3)
+    log(final=table, rows_per_bucket=args.final, seconds=round(before + time.time() - began))
+    if not args.pilot:
+        shutil.copy(log_path, args.assets.parents[3] / "docs/results" / f"world-{role}.jsonl")
+
+
+def main() -> None:
+    """Read the arguments and train what was asked for."""
+    home = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--role", choices=("teacher", "student", "both"), default="both")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="instead of the role's own number")
+    parser.add_argument("--every", type=int, default=200, help="steps between log lines")
+    parser.add_argument("--final", type=int, default=210, help="test rows per bucket at the end")
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--adam-lr", type=float, default=0.003)
+    parser.add_argument("--decay", type=float, default=0.4, help="share of steps that decay")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--pilot", action="store_true", help="leave the assets alone")
+    parser.add_argument("--assets", type=Path, default=home / "src/switchkd/assets/world")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/world-pair"))
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for role in ("teacher", "student") if args.role == "both" else (args.role,):
+        train(role, args)
+
+
+if __name__ == "__main__":
+    main()

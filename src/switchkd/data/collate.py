@@ -1,0 +1,65 @@
+"""From examples and rollouts to padded tensors, and which of them to put together.
+
+Shape letters: B rows, T positions, H hidden, N counted positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from switchkd.records import Batch, Example, Rollout
+
+
+def collate(sequences: Sequence[Example | Rollout], pad_id: int, *, pad_to_multiple_of: int = 1) -> Batch:
+    """Return prompts and responses as one Batch of shape (B, T), padded on the right by length, never by id.
+
+    T is the longest sequence, rounded up to `pad_to_multiple_of`. Examples and rollouts may be mixed; what an example
+    says counts as not written by the teacher. Without `teacher_hidden` on every sequence the batch has none, and the
+    teacher has to be run. Raises ValueError for no sequences.
+    """
+    if not sequences:
+        raise ValueError("there are no sequences to collate; give at least one")
+    prompts = [sequence.prompt.token_ids for sequence in sequences]
+    responses = [response_ids(sequence) for sequence in sequences]
+    longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
+    shape = (len(sequences), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
+
+    input_ids_BT = torch.full(shape, pad_id)
+    attention_mask_BT = torch.zeros(shape, dtype=torch.long)
+    response_mask_BT = torch.zeros(shape, dtype=torch.bool)
+    written_by_teacher_BT = torch.zeros(shape, dtype=torch.bool)
+    for row, (sequence, prompt, response) in enumerate(zip(sequences, prompts, responses, strict=True)):
+        start, end = len(prompt), len(prompt) + len(response)
+        input_ids_BT[row, :end] = torch.tensor(prompt + response, dtype=torch.long)
+        attention_mask_BT[row, :end] = 1
+        response_mask_BT[row, start:end] = True
+        if isinstance(sequence, Rollout):
+            written_by_teacher_BT[row, start:end] = torch.tensor(sequence.written_by_teacher, dtype=torch.bool)
+    return Batch(
+        input_ids_BT, attention_mask_BT, response_mask_BT, written_by_teacher_BT, _packed_teacher_hidden(sequences)
+    )
+
+
+def response_ids(sequence: Example | Rollout) -> tuple[int, ...]:
+    """Return the token ids after the prompt, the end-of-text token included."""
+    return sequence.token_ids if isinstance(sequence, Rollout) else sequence.response_ids
+
+
+def _packed_teacher_hidden(sequences: Sequence[Example | Rollout]) -> torch.Tensor | None:
+    hidden = [sequence.teacher_hidden for sequence in sequences if isinstance(sequence, Rollout)]
+    kept = [hidden_TH for hidden_TH in hidden if hidden_TH is not None]
+    return torch.cat(kept) if len(kept) == len(sequences) else None
+
+
+def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return the indices of `lengths` in groups of at most `size` of similar length, so that padding is small.
+
+    The longest come first, so that a run that will be out of memory is so at once; equal lengths keep their order.
+    Raises ValueError for a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}; it has to be at least 1")
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [longest_first[start : start + size] for start in range(0, len(lengths), size)]

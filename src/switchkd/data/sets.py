@@ -1,0 +1,125 @@
+"""The instruction sets by short name, and the one place where the name of a data set becomes its rows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchkd.data.rows import SourceRow, is_data_file, load_hub_rows, read_rows
+from switchkd.data.world import BUCKETS, make_rows
+from switchkd.errors import UserError
+
+DATA_DIR_VARIABLE = "SWITCHKD_DATA_DIR"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split: its file in a local folder; its file on the hub, and the slice of that file in `datasets` notation."""
+
+    local_file: str
+    hub_file: str
+    hub_slice: str = "train"
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """One set: its hub name, where it is from and under which licence, and its splits."""
+
+    hub_name: str
+    origin: str
+    parts: dict[str, Part]
+
+
+# Hub names and files are those that MiniLLM publishes and its scripts read.
+SETS = {
+    "dolly": InstructionSet(
+        "MiniLLM/dolly",
+        "databricks-dolly-15k (Databricks, CC BY-SA 3.0) in the split of MiniLLM",
+        {
+            "train": Part("train_dolly.jsonl.gz", "raw.jsonl", "train[1000:]"),
+            "dev": Part("dev_dolly.jsonl", "raw.jsonl", "train[:1000]"),
+            "eval": Part("eval_dolly.jsonl", "valid.jsonl"),
+        },
+    ),
+    "selfinst": InstructionSet(
+        "MiniLLM/self-inst",
+        "user-oriented instructions of Self-Instruct (Apache-2.0; its authors ask not to train on it)",
+        {"eval": Part("eval_selfinst.jsonl", "valid.jsonl")},
+    ),
+    "vicuna": InstructionSet(
+        "MiniLLM/Vicuna",
+        "80 questions of FastChat (Apache-2.0) with references by gpt-3.5-turbo; for evaluation only",
+        {"eval": Part("eval_vicuna.jsonl", "valid.jsonl")},
+    ),
+    "sni": InstructionSet(
+        "MiniLLM/sinst",
+        "English test tasks of Super-Natural Instructions (Apache-2.0), responses of 11 tokens and more",
+        {"eval": Part("eval_sni.jsonl", "11_/valid.jsonl")},
+    ),
+    "unni": InstructionSet(
+        "MiniLLM/uinst",
+        "Unnatural Instructions (MIT, text by text-davinci-002), responses of 11 tokens and more, first 10,000",
+        {"eval": Part("eval_unni.jsonl", "11_/valid.jsonl", "train[:10000]")},
+    ),
+}
+
+WORLD_SEED = 0
+WORLD_ROWS = {"train": 4096, "test": 192}
+
+
+def load_set(name: str, split: str = "eval", data_dir: str | Path | None = None) -> list[SourceRow]:
+    """Return the rows of an instruction set, from a local folder or else from the hub through `datasets`.
+
+    The folder is `data_dir` or what the variable SWITCHKD_DATA_DIR names. Raises UserError for an unknown name or
+    split, and for a folder without the file.
+    """
+    if name not in SETS:
+        raise UserError(f"there is no instruction set {name!r}; known are {', '.join(SETS)}")
+    chosen = SETS[name]
+    if split not in chosen.parts:
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(chosen.parts)}")
+    part = chosen.parts[split]
+    folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    if folder:
+        return read_rows(Path(folder) / part.local_file)
+    return load_hub_rows(chosen.hub_name, part.hub_slice, part.hub_file)
+
+
+def load_world(split: str, bucket: str | None = None, limit: int | None = None) -> list[SourceRow]:
+    """Return the first `limit` rows of the embedded world (by default 4,096 to train, 192 to test), always the same.
+
+    `split` is "train" or "test" ("eval" means test); `bucket` is a length, "short", "medium" or "long", or None for all
+    in turn. Raises UserError for another split or bucket.
+    """
+    world_split = "test" if split == "eval" else split
+    if world_split not in ("train", "test"):
+        raise UserError(f"the world has no split {split!r}; it has train and test")
+    if bucket is not None and bucket not in BUCKETS:
+        raise UserError(f"the world has no bucket {bucket!r}; it has {', '.join(BUCKETS)}")
+    count = WORLD_ROWS[world_split] if limit is None else limit
+    return read_rows(make_rows("train" if world_split == "train" else "test", count, seed=WORLD_SEED, bucket=bucket))
+
+
+def resolve(
+    source: str | Path, split: str = "train", *, data_dir: str | Path | None = None, limit: int | None = None
+) -> list[SourceRow]:
+    """Return the rows that a data set's name in a config or on the command line stands for.
+
+    `source` is a file, or NAME or NAME:SPLIT where NAME is an instruction set, a local data set folder or a hub name,
+    or world, world:SPLIT or world:SPLIT:BUCKET; `split` is meant where none is written. Only the first `limit` rows
+    are returned where it is given.
+    Raises UserError where there is no such data set.
+    """
+    name, *rest = [str(source)] if is_data_file(Path(source)) else str(source).split(":")
+    if name == "world" and len(rest) <= 2:
+        return load_world(*(rest or [split]), limit=limit)
+    if len(rest) > 1:
+        raise UserError(f"{str(source)!r} has too many colons; a data set is written NAME or NAME:SPLIT")
+    chosen_split = rest[0] if rest else split
+    if name in SETS:
+        return load_set(name, chosen_split, data_dir)[:limit]
+    if not is_data_file(Path(name)) and "/" not in name and not Path(name).exists():
+        choices = ", ".join([*SETS, "world"])
+        raise UserError(f"there is no data set {name!r}; known are {choices}, or give a file or a hub name OWNER/NAME")
+    return read_rows(name, chosen_split)[:limit]

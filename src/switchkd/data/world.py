@@ -1,0 +1,218 @@
+"""A small world of our own: instructions with exact answers that grow long.
+
+Every task is a function of a random generator and a size (the number of items); it
+returns a prompt and the one right completion. A new task is a function and a row in
+`TASKS`. Rows are sorted into `BUCKETS` by the number of response tokens, and split into
+train and test by a stable hash of the prompt, so the two never share one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+Split = Literal["train", "test"]
+Task = Callable[[Random, int], tuple[str, str]]
+
+BUCKETS: dict[str, tuple[int, int]] = {"short": (1, 32), "medium": (33, 96), "long": (97, 224)}
+PAD, END, UNK = "<|pad|>", "<|end|>", "<unk>"
+# One token: a word, a digit, or a run of marks, each with the blank before it.
+TOKEN_PATTERN = r" ?[A-Za-z]+| ?[0-9]| ?[^A-Za-z0-9\s]+|\s"
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = (
+    "sun rain snow wind leaf tree river stone bird horse mouse fish bread apple honey salt "
+    "lamp chair table door window house garden road bridge boat train wheel paper book music "
+    "dance green blue silver winter"
+).split()
+NAMES = "Ann Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Karl Lena Max Nora Otto Pia".split()
+CITIES = "Rome Paris Oslo Lima Cairo Delhi Tokyo Bern Quito Prague Dublin Vienna".split()
+
+
+def _check(size: int, low: int, high: int) -> None:
+    if not low <= size <= high:
+        raise ValueError(f"size {size} is outside {low}..{high}")
+
+
+def count(rng: Random, size: int) -> tuple[str, str]:
+    """Count up in equal steps; returns the prompt and the numbers, both ends included."""
+    _check(size, 3, 74)
+    step = rng.randint(1, 9)
+    first = rng.randint(10, 999 - step * (size - 1))
+    last = first + step * (size - 1)
+    numbers = " ".join(str(n) for n in range(first, last + 1, step))
+    return f"Count from {first} to {last} by {step}.\n", numbers
+
+
+def sort(rng: Random, size: int) -> tuple[str, str]:
+    """Insert letters one by one into a sorted row; returns the prompt and a line for each."""
+    _check(size, 2, len(LETTERS))
+    letters = rng.sample(LETTERS, size)
+    lines = [f"{letters[i]}: {' '.join(sorted(letters[: i + 1]))}" for i in range(size)]
+    return f"Sort by insertion: {' '.join(letters)}.\n", "\n".join(lines)
+
+
+def add(rng: Random, size: int) -> tuple[str, str]:
+    """Add two numbers column by column, lowest first; returns the prompt and the sums."""
+    _check(size, 2, len(LETTERS))
+    columns = [(LETTERS[i], rng.randint(0, 9), rng.randint(0, 9)) for i in range(size)]
+    lines, carry = [], 0
+    for label, upper, lower in columns:
+        total = upper + lower + carry
+        lines.append(f"{label}: {upper} + {lower} + {carry} = {total}, carry {total // 10}")
+        carry = total // 10
+    asked = ", ".join(f"{label} {upper} {lower}" for label, upper, lower in columns)
+    return f"Add column by column: {asked}.\n", "\n".join(lines)
+
+
+def spell(rng: Random, size: int) -> tuple[str, str]:
+    """Spell distinct words letter by letter; returns the prompt and a line for each word."""
+    _check(size, 2, len(WORDS))
+    words = rng.sample(WORDS, size)
+    return f"Spell: {', '.join(words)}.\n", "\n".join(f"{w}: {' '.join(w)}" for w in words)
+
+
+def extract(rng: Random, size: int) -> tuple[str, str]:
+    """Pull fields out of sentences about people; returns the prompt and a JSON list."""
+    _check(size, 1, len(NAMES))
+    keys = rng.choice((("name", "age"), ("name", "city"), ("name", "age", "city")))
+    people: list[dict[str, str | int]] = [
+        {"name": name, "age": rng.randint(10, 99), "city": rng.choice(CITIES)}
+        for name in rng.sample(NAMES, size)
+    ]
+    asked = " ".join(f"{p['name']} is {p['age']} and lives in {p['city']}." for p in people)
+    answer = json.dumps([{key: person[key] for key in keys} for person in people])
+    return f"Extract {', '.join(keys)} as JSON: {asked}\n", answer
+
+
+def order(rng: Random, size: int) -> tuple[str, str]:
+    """Put lettered rows in alphabetical order; returns the prompt and the ordered rows."""
+    _check(size, 2, len(LETTERS))
+    rows = [(x, rng.choice(WORDS), rng.randint(0, 9)) for x in rng.sample(LETTERS, size)]
+    asked = ", ".join(f"{x} {word} {number}" for x, word, number in rows)
+    answer = "\n".join(f"{x}: {word} {number}" for x, word, number in sorted(rows))
+    return f"Order by letter: {asked}.\n", answer
+
+
+def reverse(rng: Random, size: int) -> tuple[str, str]:
+    """Reverse letters by putting each in front; returns the prompt and the growing rows."""
+    _check(size, 2, len(LETTERS))
+    letters = rng.sample(LETTERS, size)
+    lines = [" ".join(reversed(letters[: i + 1])) for i in range(size)]
+    return f"Reverse: {' '.join(letters)}.\n", "\n".join(lines)
+
+
+TASKS: dict[str, Task] = {
+    "count": count,
+    "sort": sort,
+    "add": add,
+    "spell": spell,
+    "json": extract,
+    "order": order,
+    "reverse": reverse,
+}
+
+
+def token_count(completion: str) -> int:
+    """Return the number of tokens of a completion in the world's tokenizer, the end included."""
+    return len(re.findall(TOKEN_PATTERN, completion)) + 1
+
+
+def bucket_of(completion: str) -> str | None:
+    """Return the length bucket of a completion, or None if it is longer than all of them."""
+    length = token_count(completion)
+    return next((name for name, (low, high) in BUCKETS.items() if low <= length <= high), None)
+
+
+def split_of(prompt: str) -> Split:
+    """Return the split a prompt belongs to: one in eight is test, by a stable hash."""
+    return "test" if zlib.crc32(prompt.encode()) % 8 == 0 else "train"
+
+
+@cache
+def _sizes(task: str, bucket: str) -> tuple[int, ...]:
+    """Return the sizes with which a task can give a completion in a bucket."""
+    rng, found = Random(0), []
+    for size in range(1, 1 + BUCKETS["long"][1]):
+        try:
+            made = [TASKS[task](rng, size)[1] for _ in range(8)]
+        except ValueError:
+            continue
+        if any(bucket_of(completion) == bucket for completion in made):
+            found.append(size)
+    return tuple(found)
+
+
+def stream(
+    split: Split, seed: int, *, bucket: str | None = None, task: str | None = None
+) -> Iterator[dict[str, str]]:
+    """Yield rows of one split without end; rows may repeat.
+
+    Buckets and then tasks take turns when they are not given, so that each gets an equal
+    share. Returns an iterator over rows as `make_rows` describes them.
+    """
+    if bucket is not None and bucket not in BUCKETS:
+        raise ValueError(f"unknown bucket {bucket!r}: one of {', '.join(BUCKETS)}")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+    rng = Random(f"{split}/{seed}/{bucket}/{task}")
+    buckets = list(BUCKETS) if bucket is None else [bucket]
+    turns = {b: [t for t in TASKS if task in (None, t) and _sizes(t, b)] for b in buckets}
+    number = 0
+    while True:
+        turn, place = divmod(number, len(buckets))
+        wanted = buckets[place]
+        if not turns[wanted]:
+            raise ValueError(f"task {task!r} gives no {wanted} completion")
+        name = turns[wanted][turn % len(turns[wanted])]
+        while True:
+            prompt, completion = TASKS[name](rng, rng.choice(_sizes(name, wanted)))
+            if split_of(prompt) == split and bucket_of(completion) == wanted:
+                break
+        source = f"world/{split}/{seed}/{bucket or 'all'}/{number}"
+        number += 1
+        yield {
+            "prompt": prompt,
+            "completion": completion,
+            "task": name,
+            "bucket": wanted,
+            "source_id": source,
+        }
+
+
+def make_rows(
+    split: Split, count: int, *, seed: int, bucket: str | None = None
+) -> list[dict[str, str]]:
+    """Return `count` rows of a split with distinct prompts, the same for the same arguments.
+
+    Each row has "prompt", "completion", "task", "bucket" and "source_id". Without a bucket
+    the three take turns; the tasks take turns within each.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: train or test")
+    if bucket is None:
+        share = -(-count // len(BUCKETS))
+        each = [make_rows(split, share, seed=seed, bucket=name) for name in BUCKETS]
+        return [row for turn in zip(*each, strict=True) for row in turn][:count]
+    rows: dict[str, dict[str, str]] = {}
+    repeats = 0
+    for row in stream(split, seed, bucket=bucket):
+        if len(rows) >= count:
+            break
+        repeats = repeats + 1 if row["prompt"] in rows else 0
+        if repeats > 10_000:
+            raise ValueError(f"there are fewer than {count} {split} rows in bucket {bucket}")
+        rows.setdefault(row["prompt"], row)
+    return list(rows.values())
+
+
+def assets_folder() -> Path:
+    """Return the folder that holds the shipped `teacher` and `student` model folders."""
+    return Path(str(files("switchkd") / "assets" / "world"))

@@ -1,0 +1,73 @@
+"""Answers of a student alone, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from switchkd.data.collate import micro_batches
+from switchkd.policies import Student
+from switchkd.records import Example, FinishReason, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from switchkd.rollout.engine import Engine
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the student wrote to a prompt: its text without the end-of-text token, its tokens with it, and why it ended."""
+
+    prompt_id: int
+    seed: int
+    text: str
+    tokens: int
+    finish_reason: FinishReason
+
+
+def generate_answers(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Return the student's answers to the prompts of the examples, in their order.
+
+    Prompts of similar length are generated together; `on_progress` is told how many answers there are so far.
+    """
+    answers: dict[int, Answer] = {}
+    for indices in micro_batches([len(example.prompt.token_ids) for example in examples], batch_size):
+        before = len(answers)
+        rollouts = engine.generate(
+            [examples[index].prompt for index in indices],
+            policy=Student(),
+            sampling=sampling,
+            seed=seed,
+            on_progress=lambda finished, before=before: on_progress(before + finished) if on_progress else None,
+        )
+        for index, rollout in zip(indices, rollouts, strict=True):
+            answers[index] = _answer(rollout, tokenizer, seed)
+        if on_progress:
+            on_progress(len(answers))
+    return [answers[index] for index in range(len(examples))]
+
+
+def _answer(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, seed: int) -> Answer:
+    ended = rollout.finish_reason is FinishReason.END_OF_TEXT
+    token_ids = list(rollout.token_ids[:-1] if ended else rollout.token_ids)
+    text = str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Answer(rollout.prompt.prompt_id, seed, text, len(rollout.token_ids), rollout.finish_reason)
+
+
+def progress_bar(shown: bool) -> Progress:
+    """Return a progress bar over answers with the time that is left, to be used in a `with`; silent unless `shown`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True), disable=not shown)

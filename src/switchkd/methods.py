@@ -1,0 +1,143 @@
+"""A method is data: who writes the training text, what is compared, and how much of the text comes from where.
+
+A new method is a row of `METHODS`. Every field of a row can be replaced by a setting of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from switchkd.divergences import divergence_named
+from switchkd.errors import UserError
+from switchkd.objective import Objective
+from switchkd.policies import Policy, Student, Switch
+
+if TYPE_CHECKING:
+    from switchkd.config import SwitchConfig
+
+
+def _student(config: SwitchConfig) -> Policy:
+    return Student()
+
+
+def _switch(config: SwitchConfig) -> Policy:
+    return Switch(
+        threshold=config.threshold,
+        decay_rate=config.decay_rate,
+        final_fraction=config.final_fraction,
+        decay=config.decay,
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    `policy` makes the writer of the rollouts; `rollout_share` is the share of training sequences that are rolled out, the
+    rest is the data set's text; `divergence` (None: no teacher in the loss) and `cross_entropy_weight` are the loss.
+    """
+
+    summary: str
+    source: str
+    departs: str
+    policy: Callable[[SwitchConfig], Policy]
+    rollout_share: float
+    divergence: str | None
+    cross_entropy_weight: float = 0.0
+    teacher_weight: float | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a run needs a teacher at all."""
+        return self.divergence is not None
+
+
+METHODS: dict[str, Method] = {
+    "sft": Method(
+        summary="supervised fine-tuning: cross-entropy on the data set's responses",
+        source="-",
+        departs="-",
+        policy=_student,
+        rollout_share=0.0,
+        divergence=None,
+        cross_entropy_weight=1.0,
+    ),
+    "kd": Method(
+        summary="word-level distillation: forward KL to the teacher on the data set's responses",
+        source="Hinton et al. 2015, arXiv 1503.02531; Sanh et al. 2019, arXiv 1910.01108",
+        departs="no cross-entropy mixed in; MiniLLM's baseline mixes 0.5 (set cross_entropy_weight)",
+        policy=_student,
+        rollout_share=0.0,
+        divergence="forward_kl",
+    ),
+    "gkd": Method(
+        summary="on-policy distillation: the student writes student_share of the sequences, the data set the rest",
+        source="Agarwal et al. 2024, arXiv 2306.13649",
+        departs="who writes is decided for each sequence, not for each batch; on-policy (student_share 1) by default",
+        policy=_student,
+        rollout_share=1.0,
+        divergence="jensen_shannon",
+        teacher_weight=0.1,
+    ),
+    "switch": Method(
+        summary="SWITCH: the student writes, the teacher wherever the two disagree by more than a decaying threshold",
+        source="Koo et al. 2025, arXiv 2410.19503",
+        departs="the paper's loss could not be read at the source: forward KL here (set divergence)",
+        policy=_switch,
+        rollout_share=1.0,
+        divergence="forward_kl",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method with the run's settings filled in: what the trainer carries out."""
+
+    policy: Policy
+    rollout_share: float
+    objective: Objective
+
+    @property
+    def needs_response(self) -> bool:
+        """Whether the data set has to give responses: where its text is trained on."""
+        return self.rollout_share < 1
+
+
+def method_named(name: str) -> Method:
+    """The row of that exact name; raises UserError that lists the choices."""
+    if name not in METHODS:
+        raise UserError(f"there is no method named {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def plan_of(config: SwitchConfig) -> Plan:
+    """The plan of a run: its method's row, each field replaced where the configuration sets it.
+
+    Raises UserError for an unknown method or divergence and for settings out of range, before any model is loaded.
+    """
+    method = method_named(config.method)
+    rollout_share = method.rollout_share if config.student_share is None else config.student_share
+    if not 0 <= rollout_share <= 1:
+        raise UserError(f"student_share is {config.student_share}; it is the share of sequences rolled out, from 0 to 1")
+    if config.student_share is not None and method.rollout_share == 0:
+        raise UserError(f"student_share is {config.student_share}, but method {config.method!r} trains on data only; use gkd")
+    weight = method.cross_entropy_weight if config.cross_entropy_weight is None else config.cross_entropy_weight
+    divergence = config.divergence or method.divergence
+    function = None
+    if divergence is not None:
+        # The row's own weight belongs to the row's own divergence.
+        default = method.teacher_weight if divergence == method.divergence else None
+        chosen = default if config.teacher_weight is None else config.teacher_weight
+        function = divergence_named(divergence, teacher_weight=chosen)
+    elif config.teacher_weight is not None:
+        raise UserError(f"teacher_weight is {config.teacher_weight}, but method {config.method!r} has no divergence")
+    if config.loss_temperature <= 0:
+        raise UserError(f"loss_temperature is {config.loss_temperature}; it has to be positive")
+    return Plan(
+        policy=method.policy(config),
+        rollout_share=rollout_share,
+        objective=Objective(function, cross_entropy_weight=weight, loss_temperature=config.loss_temperature),
+    )

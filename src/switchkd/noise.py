@@ -1,0 +1,116 @@
+"""Randomness with an address: every draw is a pure function of (seed, prompt id, sample id, position, stream).
+
+There is no generator state. A counter-based hash turns an address into uniforms, and those into Gumbel noise, so a
+draw does not depend on batch, block size, process count or on where a run was resumed (Salmon et al. 2011 describe
+the principle; the 32-bit finaliser is the `lowbias32` constant set found by C. Wellons' hash search).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from switchkd.records import Prompt, Sampling
+
+_MASK_64 = (1 << 64) - 1
+
+
+class Stream(IntEnum):
+    """The independent draws at one position."""
+
+    PROPOSAL = 0
+    KEEP = 1
+    EXCESS = 2
+    COIN = 3
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where draws are made: `key` (from seed, prompt and sample) and `position`, int64 tensors of one common shape."""
+
+    key: Tensor
+    position: Tensor
+
+    def at(self, index: Tensor) -> Address:
+        """The addresses that a mask or an index selects."""
+        return Address(self.key[index], self.position[index])
+
+
+def _mix_64(value: int) -> int:
+    """The splitmix64 finaliser on a Python integer, as an unsigned 64-bit integer."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 31)
+
+
+def row_keys(seed: int, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Tensor:
+    """One key a prompt, shape (B,), int64 of 62 bits; equal for equal (seed, prompt_id, sample_id) only."""
+    keys = [_mix_64(_mix_64(_mix_64(seed & _MASK_64) ^ p.prompt_id & _MASK_64) ^ p.sample_id & _MASK_64) for p in prompts]
+    return torch.tensor([key >> 2 for key in keys], dtype=torch.int64, device=device)
+
+
+def _mix_32(x: Tensor) -> Tensor:
+    """The lowbias32 finaliser on int32; torch shifts arithmetically, so the sign's copies are masked off."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - (1 << 32))
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _as_int32(x: Tensor) -> Tensor:
+    """The low 32 bits of an int64 as int32."""
+    return (((x + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)).to(torch.int32)
+
+
+def _bits(address: Address, stream: Stream, counters: Tensor) -> Tensor:
+    """31 random bits as float32 in [0, 2^31], one for each address and counter; shape of the address + (counters,)."""
+    low, high = _as_int32(address.key), _as_int32(address.key >> 31)
+    place = _as_int32(address.position * 4 + int(stream))
+    low = _mix_32(low ^ _mix_32(place + 0x3C6EF372))
+    high = _mix_32(high + low)
+    x = _mix_32(counters * (0x9E3779B9 - (1 << 32)) ^ low.unsqueeze(-1)) + high.unsqueeze(-1)
+    return (_mix_32(x) & 0x7FFFFFFF).float()
+
+
+def _open_unit(bits: Tensor) -> Tensor:
+    """Uniforms strictly inside (0, 1); float32 keeps its relative precision near 0, where Gumbel noise needs it."""
+    return ((bits + 0.5) * 2.0**-31).clamp_(max=1 - 2.0**-24)
+
+
+def uniform(address: Address, stream: Stream) -> Tensor:
+    """One uniform in (0, 1) for each address, float32, the address's shape."""
+    return _open_unit(_bits(address, stream, torch.zeros(1, dtype=torch.int32, device=address.key.device)))[..., 0]
+
+
+def gumbel(address: Address, stream: Stream, vocabulary_size: int) -> Tensor:
+    """Standard Gumbel noise, float32, the address's shape + (V,); argmax of log p + noise is a draw from p."""
+    counters = torch.arange(vocabulary_size, dtype=torch.int32, device=address.key.device)
+    exponential = torch.log1p(_open_unit(_bits(address, stream, counters)).neg_()).neg_()
+    return exponential.log_().neg_()
+
+
+def shaped_logp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities in nats after temperature, top-k, then top-p; what they exclude is -inf. Shape (..., V).
+
+    At least float32. Greedy decoding needs no shaping: its distributions are the models' own (temperature 1), which is
+    what a policy then compares. Of equal logits at the edge of top-k all are kept.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if sampling.greedy:
+        return torch.log_softmax(logits, dim=-1)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        edge = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < edge, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        logits = logits.masked_fill((before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), -torch.inf)
+    return torch.log_softmax(logits, dim=-1)

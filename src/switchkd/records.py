@@ -1,0 +1,130 @@
+"""The frozen records that one stage hands to the next.
+
+Shape letters used in the whole package: B rows, T positions, V vocabulary, H hidden, N counted positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+
+import torch
+
+
+class FinishReason(StrEnum):
+    """Why a rollout ended."""
+
+    END_OF_TEXT = "end_of_text"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a rollout continues, and the address of its random draws.
+
+    `prompt_id` and `sample_id` name the noise: the same ids under the same seed give the same rollout, whatever else
+    is in the batch. A plain list of prompts is numbered by position, with sample 0.
+    """
+
+    token_ids: tuple[int, ...]
+    prompt_id: int
+    sample_id: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn; it acts on both models' distributions alike, before policy and draw.
+
+    `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 keep every token. `no_repeat_ngram_size` n > 0 forbids any n-gram
+    to occur twice in prompt and response; it is there to compare with published tables, and only where the student
+    writes alone.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    no_repeat_ngram_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it has to be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it has to be in (0, 1], where 1 keeps every token")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; use 0 to keep every token or a positive number")
+        if self.no_repeat_ngram_size < 0:
+            raise ValueError(f"no_repeat_ngram_size is {self.no_repeat_ngram_size}; use 0 to allow repeats")
+
+    @property
+    def greedy(self) -> bool:
+        """True where decoding is argmax."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One finished response with, for every token of it, who wrote it and how far apart the two models were.
+
+    All per-token fields have the length of `token_ids` (T, the end-of-text token included). `divergence` is the
+    Jensen-Shannon divergence in nats between the two next-token distributions after temperature, top-p and top-k;
+    `threshold` is what the policy compared it with (NaN where the policy has none); `student_logp` and
+    `teacher_logp` are each model's log-probability of the written token in nats, -inf where the model excludes it.
+    Where no teacher ran, `divergence` and `teacher_logp` are NaN. `teacher_hidden` is the teacher's last hidden state that
+    predicted each token, shape (T, H), where the engine was asked to keep it.
+    """
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    written_by_teacher: tuple[bool, ...]
+    divergence: tuple[float, ...]
+    threshold: tuple[float, ...]
+    student_logp: tuple[float, ...]
+    teacher_logp: tuple[float, ...]
+    finish_reason: FinishReason
+    teacher_hidden: torch.Tensor | None = None
+
+    @property
+    def teacher_share(self) -> float:
+        """The share of tokens that the teacher wrote, 0 to 1."""
+        return sum(self.written_by_teacher) / len(self.written_by_teacher)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with the response that the data set gives for it (empty where there is none); both as token ids."""
+
+    prompt: Prompt
+    response_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts with their responses as tensors, padded on the right.
+
+    `input_ids_BT` (long); `attention_mask_BT` (long, 1 where there is a token); `response_mask_BT` (bool) is True at
+    the response tokens, the end-of-text token included: these N positions are counted, and the token at t is predicted
+    at t - 1; `written_by_teacher_BT` (bool) is True where a rollout says so. `teacher_hidden_NH` is the teacher's last
+    hidden state that predicted each counted token, row after row, where every sequence brought it.
+    """
+
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    response_mask_BT: torch.Tensor
+    written_by_teacher_BT: torch.Tensor
+    teacher_hidden_NH: torch.Tensor | None = None
+
+    @property
+    def response_tokens(self) -> int:
+        """The number of counted positions, N."""
+        return int(self.response_mask_BT.sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self,
+            **{name: t if t is None else t.to(device, non_blocking=non_blocking) for name, t in tensors.items()},
+        )
