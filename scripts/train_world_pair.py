@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -118,9 +117,7 @@ def right_rows(model: LlamaForCausalLM, x: torch.Tensor, y: torch.Tensor) -> tor
     return ((guess == y[:, 1:]) | (y[:, 1:] == -100)).all(1)
 
 
-def generate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row]
-) -> list[bool]:
+def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[bool]:
     """Return for each row whether the greedily generated text is exactly the completion."""
     tokenizer.padding_side, hits = "left", []
     for start in range(0, len(rows), 30):
@@ -148,8 +145,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
-            os.chmod(path, 0o644)
-            os.replace(path, folder / path.name)
+            path.chmod(0o644)
+            path.replace(folder / path.name)
 
 
 def train(role: str, args: argparse.Namespace) -> None:
@@ -203,18 +200,26 @@ def train(role: str, args: argparse.Namespace) -> None:
         if (step + 1) % args.every == 0 or step + 1 == steps:
             exact, wrong = {}, Counter[str]()
             for bucket, rows in held.items():
-                hits = [h for i in range(0, 105, 35) for h in right_rows(
-                    model, *collate(rows[i : i + 35], tokenizer)).tolist()]
+                hits = []
+                for i in range(0, len(rows), 35):
+                    hits += right_rows(model, *collate(rows[i : i + 35], tokenizer)).tolist()
                 exact[bucket] = round(sum(hits) / len(hits), 3)
                 wrong.update(r["task"] for r, h in zip(rows, hits, strict=True) if not h)
             seconds = round(before + time.time() - began)
-            log(step=step + 1, seconds=seconds, loss=round(sum(losses) / len(losses), 4),
-                exact=exact, wrong=dict(wrong))
+            log(
+                step=step + 1, seconds=seconds, loss=round(sum(losses) / len(losses), 4), exact=exact, wrong=dict(wrong)
+            )
             losses = []
-            state = {"model": model.state_dict(), "muon": muon.state_dict(),
-                     "adam": adam.state_dict(), "step": step + 1, "seconds": seconds}
-            torch.save(state, f"{checkpoint}.new")
-            os.replace(f"{checkpoint}.new", checkpoint)
+            state = {
+                "model": model.state_dict(),
+                "muon": muon.state_dict(),
+                "adam": adam.state_dict(),
+                "step": step + 1,
+                "seconds": seconds,
+            }
+            fresh = checkpoint.with_suffix(".new")
+            torch.save(state, fresh)
+            fresh.replace(checkpoint)
             if not args.pilot:
                 save(model, tokenizer, args.assets / role)
     table: dict[str, dict[str, float]] = {}

@@ -1,13 +1,10 @@
-"""Models by name, the pair of student and teacher, and what a model's head computes.
-
-Shape letters: V vocabulary, H hidden, N counted positions.
-"""
+"""Models by name, and the pair of student and teacher; how a model makes its logits is in heads.py."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +15,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from switchkd.errors import UserError
+from switchkd.heads import Head, backbone, head_rows
 
-# ---------------------------------------------------------------------------------------------------------- the pair
+__all__ = [
+    "Head",
+    "ModelPair",
+    "Source",
+    "backbone",
+    "check_tokenizers_agree",
+    "find_source",
+    "load_model",
+    "load_pair",
+    "load_tokenizer",
+    "parameter_count",
+    "remove_layers",
+    "save_model",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +59,8 @@ class ModelPair:
         for role, model in self._models.items():
             if self.tokenizer.vocab_size > head_rows(model):
                 raise UserError(
-                    f"the tokenizer knows {self.tokenizer.vocab_size} tokens but the {role} ({name_of(model)}) scores only "
-                    f"{head_rows(model)}: they do not belong together; take a {role} of the tokenizer's family"
+                    f"the tokenizer knows {self.tokenizer.vocab_size} tokens but the {role} ({name_of(model)}) scores "
+                    f"only {head_rows(model)}: they do not belong together; take a {role} of the tokenizer's family"
                 )
         eos_id = self.tokenizer.eos_token_id
         if isinstance(eos_id, int) and eos_id >= self.vocabulary_size:
@@ -65,9 +76,9 @@ class ModelPair:
 
     @cached_property
     def vocabulary_size(self) -> int:
-        """The number of token ids that both models and the tokenizers know; ids from here on are excluded everywhere."""
+        """The number of token ids that models and tokenizers all know; ids from here on are excluded everywhere."""
         tokenizers = [tokenizer for tokenizer in (self.tokenizer, self.teacher_tokenizer) if tokenizer is not None]
-        return min(*map(head_rows, self._models.values()), *map(id_count, tokenizers), head_rows(self.student))
+        return min([*map(head_rows, self._models.values()), *map(id_count, tokenizers)])
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -84,11 +95,6 @@ class ModelPair:
         candidates = [getattr(source, "pad_token_id", None) for source in (self.tokenizer, *configs)]
         usable = (token_id for token_id in (*candidates, *self.eos_ids) if isinstance(token_id, int))
         return next((token_id for token_id in usable if 0 <= token_id < self.vocabulary_size), 0)
-
-
-def head_rows(model: PreTrainedModel) -> int:
-    """The number of token ids that a model scores, padding rows included."""
-    return int(_base_of(model).get_output_embeddings().out_features)
 
 
 def id_count(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -127,21 +133,23 @@ def check_tokenizers_agree(student: PreTrainedTokenizerBase, teacher: PreTrained
         if ours != theirs:
             token = theirs if ours is None else ours
             raise UserError(
-                f"the tokenizers of student and teacher differ: token {token!r} has id {student_ids.get(token)} for the "
-                f"student and {teacher_ids.get(token)} for the teacher; {remedy}"
+                f"the tokenizers of student and teacher differ: token {token!r} has id {student_ids.get(token)} for "
+                f"the student and {teacher_ids.get(token)} for the teacher; {remedy}"
             )
     for text in PROBES:
         ours, theirs = (tokenizer.encode(text, add_special_tokens=False) for tokenizer in (student, teacher))
         if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+            )
             raise UserError(
-                f"the tokenizers of student and teacher have one vocabulary but split text differently: {text!r} becomes "
-                f"{student.convert_ids_to_tokens(ours[at : at + 4])} against "
-                f"{teacher.convert_ids_to_tokens(theirs[at : at + 4])} from token {at} on; {remedy}"
+                f"the tokenizers of student and teacher have one vocabulary but split text differently: from token "
+                f"{at} on {text!r} becomes {student.convert_ids_to_tokens(ours[at : at + 4])} for the student and "
+                f"{teacher.convert_ids_to_tokens(theirs[at : at + 4])} for the teacher; {remedy}"
             )
 
 
-# --------------------------------------------------------------------------------------------------- loading by name
+WORLD_ROLES = ("teacher", "student")
 
 
 @dataclass(frozen=True)
@@ -156,14 +164,18 @@ class Source:
 def find_source(name: str) -> Source:
     """Where a model name leads, by its form; whether a hub id exists shows only when it is loaded.
 
-    `name` is a hub id, a local folder, the path of a .gguf file, "package:NAME" (the first .gguf file inside an installed
-    Python package, which is not imported), or "world:teacher" / "world:student" (the pair that comes with switchkd).
-    Raises UserError where a file, folder or package is missing, or a folder holds no model.
+    `name` is a hub id, a local folder, the path of a .gguf file, "package:NAME" (the first .gguf file inside an
+    installed Python package, which is not imported), or "world:teacher" / "world:student" (the pair that comes with
+    switchkd). Raises UserError where a file, folder or package is missing, or a folder holds no model.
     """
     kind, _, rest = name.partition(":")
     if kind == "package" and rest:
         return _gguf_source(_gguf_inside_package(rest))
     if kind == "world":
+        if rest not in WORLD_ROLES:
+            raise UserError(
+                f"model {name!r}: switchkd comes with {' and '.join(f'world:{r}' for r in WORLD_ROLES)} only"
+            )
         return _folder_source(Path(str(files("switchkd"))) / "assets" / "world" / rest, name)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -195,7 +207,9 @@ def _gguf_inside_package(package: str) -> Path:
     # find_spec imports the parents of a dotted name, and a package may do anything on import.
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None:
-        raise UserError(f"model 'package:{package}': no Python package {package!r} is installed; install it, or check the name")
+        raise UserError(
+            f"model 'package:{package}': no Python package {package!r} is installed; install it, or check the name"
+        )
     found = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).rglob("*.gguf"))
     if not found:
         raise UserError(f"model 'package:{package}': the package {package!r} holds no .gguf file; name another package")
@@ -207,8 +221,9 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal LM in evaluation mode, from safetensors or from a GGUF file that is unpacked to plain weights.
 
-    `name` takes the forms of `find_source`; `dtype` is a torch floating-point type by name, or "auto"; `drop_layers` ("10-19",
-    "0,2,4-6") removes decoder layers, see `remove_layers`. Raises UserError where the model cannot be loaded in full.
+    `name` takes the forms of `find_source`; `dtype` is a torch floating-point type by name, or "auto"; `drop_layers`
+    ("10-19", "0,2,4-6") removes decoder layers, see `remove_layers`. Raises UserError where the model cannot be loaded
+    in full.
     """
     source = find_source(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -270,3 +285,133 @@ def load_pair(
     if teacher is not None:
         teacher_model = load_model(teacher, dtype=teacher_dtype or dtype, trust_remote_code=trust_remote_code)
     return ModelPair(student_model, teacher_model, tokenizer, teacher_tokenizer)
+
+
+@contextmanager
+def _explained(what: str, name: str, source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        if source.on_hub and isinstance(error, OSError) and not Path(name).exists():
+            reason = "it is neither a local folder nor reachable on the hub; check the name and the connection"
+        else:
+            # transformers adds advice and lists over many lines; the cause is in the first.
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"the {what} of {name!r} cannot be loaded: {reason}") from error
+
+
+def _torch_dtype(name: str) -> torch.dtype | str:
+    dtype = name if name == "auto" else getattr(torch, name, None)
+    if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise UserError(f"dtype {name!r} is not known; choose float32, bfloat16, float16, float64 or auto")
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def _mend_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Put back what transformers leaves out of a tokenizer that it reads from a GGUF file."""
+    from tokenizers import pre_tokenizers
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    metadata, _ = read_gguf_metadata(str(file))
+    # SmolLM splits off every digit before its byte-level step; GGUF names that rule but does not hold it.
+    if metadata.get("tokenizer.ggml.pre") == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    if tokenizer.chat_template is None and {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
+        tokenizer.chat_template = CHATML
+
+
+def remove_layers(model: PreTrainedModel, layers: str) -> None:
+    """Remove decoder layers in place, so that the rest saves and reloads equal.
+
+    `layers` is numbers and ranges, both ends included: "10-19", "0,2,4-6". Raises UserError where they cannot be
+    read, name a layer that is not there, or leave none.
+    """
+    decoder = backbone(model)
+    config = decoder.config
+    count = config.num_hidden_layers
+    dropped = _parse_ranges(layers)
+    if not dropped < set(range(count)):
+        raise UserError(
+            f"drop_layers {layers!r} does not fit a model of {count} layers: name layers from 0 to {count - 1} "
+            f"and leave at least one"
+        )
+    stacks = [
+        name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    # GPT-2 can scale attention by the layer's number; moved layers would then reload with another scale.
+    if len(stacks) != 1 or getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UserError(
+            f"drop_layers does not know how {type(model).__name__} is built of layers; leave drop_layers out"
+        )
+    kept = [index for index in range(count) if index not in dropped]
+    stack = nn.ModuleList(getattr(decoder, stacks[0])[index] for index in kept)
+    setattr(decoder, stacks[0], stack)
+    for index, layer in enumerate(stack):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    config.num_hidden_layers = len(kept)
+    for attribute in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+        if (per_layer := getattr(config, attribute, None)) is not None:
+            setattr(config, attribute, [per_layer[index] for index in kept])
+
+
+def _parse_ranges(text: str) -> set[int]:
+    compact = text.replace(" ", "")
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", compact):
+        raise UserError(
+            f"drop_layers {text!r} cannot be read; write layer numbers and ranges, such as 10-19 or 0,2,4-6"
+        )
+    parts = [[int(end) for end in part.split("-")] for part in compact.split(",")]
+    if any(part[0] > part[-1] for part in parts):
+        raise UserError(
+            f"drop_layers {text!r} holds a range that ends before it starts; write the smaller number first"
+        )
+    return {index for part in parts for index in range(part[0], part[-1] + 1)}
+
+
+# What an earlier save leaves in its folder and a later one need not overwrite, but would be read with it.
+STALE = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "chat_template.jinja")
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
+    """Save model and tokenizer as safetensors so that `folder` holds the old model or the new one, never a part.
+
+    An adapted (PEFT) model saves its adapter. Files of `folder` that belong to no model are kept. Raises UserError
+    where `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"cannot save a model to {str(folder)!r}: it is a file; name a folder")
+    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        written = {entry.name for entry in partial.iterdir()}
+        for entry in folder.iterdir():
+            if entry.name not in written and not any(entry.match(pattern) for pattern in STALE):
+                entry.rename(partial / entry.name)
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The number of parameters; a tied weight counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchkd.models import Head
+from switchkd.heads import Head
 
 # A chunk's logits hold about this many numbers: 32 MB in float32, large enough to keep a matrix product busy.
 _CHUNK_NUMBERS = 1 << 23
@@ -46,19 +46,18 @@ class Report:
     cross_entropy_N: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def dense_teacher(hidden_NH: Tensor, head: Head, vocabulary_size: int, loss_temperature: float = 1.0) -> TeacherSignal:
+def dense_teacher(hidden_NH: Tensor, head: Head, loss_temperature: float = 1.0) -> TeacherSignal:
     """The teacher's log-probabilities for a slice of the counted positions, made from its hidden states on demand."""
 
     def logp(chunk: slice) -> Tensor:
         with torch.no_grad():
-            return _logp(head(hidden_NH[chunk].to(head.weight_VH.device)), vocabulary_size, loss_temperature)
+            return _logp(head(hidden_NH[chunk].to(head.weight_VH.device)), loss_temperature)
 
     return logp
 
 
-def _logp(logits_NV: Tensor, vocabulary_size: int, temperature: float) -> Tensor:
-    """Log-probabilities over the shared vocabulary, at least float32."""
-    logits_NV = logits_NV[:, :vocabulary_size]
+def _logp(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities in nats, at least float32."""
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     return torch.log_softmax(logits_NV / temperature, dim=-1)
 
@@ -116,7 +115,6 @@ def distillation_loss(
     *,
     teacher: TeacherSignal | None,
     denominator: Tensor | float,
-    vocabulary_size: int,
     weight_N: Tensor | None = None,
     chunk_positions: int | None = None,
 ) -> tuple[Tensor, Report]:
@@ -140,12 +138,12 @@ def distillation_loss(
         if objective.divergence is not None:
             if teacher is None:
                 raise ValueError("this objective has a divergence, so it needs a teacher signal")
-            student_logp = _logp(logits_NV, vocabulary_size, objective.loss_temperature)
+            student_logp = _logp(logits_NV, objective.loss_temperature)
             divergence_N = objective.divergence(student_logp, teacher(chunk).to(student_logp))
             divergences.append(divergence_N.detach())
             loss_N = loss_N + divergence_N
         if objective.cross_entropy_weight:
-            log_probs = _logp(logits_NV, vocabulary_size, 1.0)
+            log_probs = _logp(logits_NV, 1.0)
             cross_entropy_N = -log_probs.gather(-1, token_ids_N[chunk, None])[:, 0]
             cross_entropies.append(cross_entropy_N.detach())
             loss_N = loss_N + objective.cross_entropy_weight * cross_entropy_N

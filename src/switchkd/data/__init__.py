@@ -1,0 +1,1 @@
+"""Data sets: from names and files to padded tensors."""

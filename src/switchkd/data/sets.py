@@ -107,16 +107,15 @@ def resolve(
     """Return the rows that a data set's name in a config or on the command line stands for.
 
     `source` is a file, or NAME or NAME:SPLIT where NAME is an instruction set, a local data set folder or a hub name,
-    or world, world:SPLIT or world:SPLIT:BUCKET; `split` is meant where none is written. Only the first `limit` rows
-    are returned where it is given.
-    Raises UserError where there is no such data set.
+    or world, world:SPLIT or world:SPLIT:BUCKET; `split` is meant where none is written. With `limit` only so many
+    rows, the first, are returned. Raises UserError where there is no such data set.
     """
     name, *rest = [str(source)] if is_data_file(Path(source)) else str(source).split(":")
-    if name == "world" and len(rest) <= 2:
-        return load_world(*(rest or [split]), limit=limit)
-    if len(rest) > 1:
+    if len(rest) > (2 if name == "world" else 1):
         raise UserError(f"{str(source)!r} has too many colons; a data set is written NAME or NAME:SPLIT")
     chosen_split = rest[0] if rest else split
+    if name == "world":
+        return load_world(chosen_split, rest[1] if len(rest) > 1 else None, limit)
     if name in SETS:
         return load_set(name, chosen_split, data_dir)[:limit]
     if not is_data_file(Path(name)) and "/" not in name and not Path(name).exists():

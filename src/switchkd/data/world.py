@@ -27,13 +27,22 @@ PAD, END, UNK = "<|pad|>", "<|end|>", "<unk>"
 TOKEN_PATTERN = r" ?[A-Za-z]+| ?[0-9]| ?[^A-Za-z0-9\s]+|\s"
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = (
-    "sun rain snow wind leaf tree river stone bird horse mouse fish bread apple honey salt "
-    "lamp chair table door window house garden road bridge boat train wheel paper book music "
-    "dance green blue silver winter"
-).split()
-NAMES = "Ann Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Karl Lena Max Nora Otto Pia".split()
-CITIES = "Rome Paris Oslo Lima Cairo Delhi Tokyo Bern Quito Prague Dublin Vienna".split()
+# fmt: off
+WORDS = [
+    "sun", "rain", "snow", "wind", "leaf", "tree", "river", "stone", "bird",
+    "horse", "mouse", "fish", "bread", "apple", "honey", "salt", "lamp", "chair",
+    "table", "door", "window", "house", "garden", "road", "bridge", "boat", "train",
+    "wheel", "paper", "book", "music", "dance", "green", "blue", "silver", "winter",
+]
+NAMES = [
+    "Ann", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo",
+    "Jane", "Karl", "Lena", "Max", "Nora", "Otto", "Pia",
+]
+CITIES = [
+    "Rome", "Paris", "Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Bern", "Quito",
+    "Prague", "Dublin", "Vienna",
+]
+# fmt: on
 
 
 def _check(size: int, low: int, high: int) -> None:
@@ -84,8 +93,7 @@ def extract(rng: Random, size: int) -> tuple[str, str]:
     _check(size, 1, len(NAMES))
     keys = rng.choice((("name", "age"), ("name", "city"), ("name", "age", "city")))
     people: list[dict[str, str | int]] = [
-        {"name": name, "age": rng.randint(10, 99), "city": rng.choice(CITIES)}
-        for name in rng.sample(NAMES, size)
+        {"name": name, "age": rng.randint(10, 99), "city": rng.choice(CITIES)} for name in rng.sample(NAMES, size)
     ]
     asked = " ".join(f"{p['name']} is {p['age']} and lives in {p['city']}." for p in people)
     answer = json.dumps([{key: person[key] for key in keys} for person in people])
@@ -150,9 +158,7 @@ def _sizes(task: str, bucket: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def stream(
-    split: Split, seed: int, *, bucket: str | None = None, task: str | None = None
-) -> Iterator[dict[str, str]]:
+def stream(split: Split, seed: int, *, bucket: str | None = None, task: str | None = None) -> Iterator[dict[str, str]]:
     """Yield rows of one split without end; rows may repeat.
 
     Buckets and then tasks take turns when they are not given, so that each gets an equal
@@ -187,9 +193,7 @@ def stream(
         }
 
 
-def make_rows(
-    split: Split, count: int, *, seed: int, bucket: str | None = None
-) -> list[dict[str, str]]:
+def make_rows(split: Split, count: int, *, seed: int, bucket: str | None = None) -> list[dict[str, str]]:
     """Return `count` rows of a split with distinct prompts, the same for the same arguments.
 
     Each row has "prompt", "completion", "task", "bucket" and "source_id". Without a bucket

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 from switchkd.data.collate import micro_batches
 from switchkd.policies import Student
@@ -15,18 +16,27 @@ from switchkd.records import Example, FinishReason, Rollout, Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from switchkd.rollout.engine import Engine
+    from switchkd.rollout.engine import Engine, Progress
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the student wrote to a prompt: its text without the end-of-text token, its tokens with it, and why it ended."""
+    """What the student wrote: the text without the end-of-text token, the number of tokens with it, why it ended."""
 
     prompt_id: int
     seed: int
     text: str
     tokens: int
     finish_reason: FinishReason
+
+
+def _ignore(_finished: int) -> None:
+    pass
+
+
+def counting_from(before: int, on_progress: Progress) -> Progress:
+    """Return `on_progress` for a part of the work, told of the whole: `before` are already finished."""
+    return lambda finished: on_progress(before + finished)
 
 
 def generate_answers(
@@ -37,7 +47,7 @@ def generate_answers(
     sampling: Sampling,
     seed: int,
     batch_size: int,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Progress = _ignore,
 ) -> list[Answer]:
     """Return the student's answers to the prompts of the examples, in their order.
 
@@ -45,18 +55,16 @@ def generate_answers(
     """
     answers: dict[int, Answer] = {}
     for indices in micro_batches([len(example.prompt.token_ids) for example in examples], batch_size):
-        before = len(answers)
         rollouts = engine.generate(
             [examples[index].prompt for index in indices],
             policy=Student(),
             sampling=sampling,
             seed=seed,
-            on_progress=lambda finished, before=before: on_progress(before + finished) if on_progress else None,
+            on_progress=counting_from(len(answers), on_progress),
         )
         for index, rollout in zip(indices, rollouts, strict=True):
             answers[index] = _answer(rollout, tokenizer, seed)
-        if on_progress:
-            on_progress(len(answers))
+        on_progress(len(answers))
     return [answers[index] for index in range(len(examples))]
 
 
@@ -67,7 +75,9 @@ def _answer(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
     return Answer(rollout.prompt.prompt_id, seed, text, len(rollout.token_ids), rollout.finish_reason)
 
 
-def progress_bar(shown: bool) -> Progress:
+def progress_bar(shown: bool) -> ProgressBar:
     """Return a progress bar over answers with the time that is left, to be used in a `with`; silent unless `shown`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True), disable=not shown)
+    return ProgressBar(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True), disable=not shown
+    )

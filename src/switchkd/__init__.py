@@ -1,0 +1,54 @@
+"""Distil language models with the teacher in the loop of the student's own generation."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from switchkd.config import SwitchConfig
+    from switchkd.errors import UserError
+    from switchkd.models import ModelPair, load_pair
+    from switchkd.policies import Student, Switch, Teacher
+    from switchkd.records import Prompt, Rollout, Sampling
+    from switchkd.rollout.reference import ReferenceEngine
+    from switchkd.trainer import SwitchTrainer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ModelPair": "models",
+    "Prompt": "records",
+    "ReferenceEngine": "rollout.reference",
+    "Rollout": "records",
+    "Sampling": "records",
+    "Student": "policies",
+    "Switch": "policies",
+    "SwitchConfig": "config",
+    "SwitchTrainer": "trainer",
+    "Teacher": "policies",
+    "UserError": "errors",
+    "load_pair": "models",
+}
+
+__all__ = [
+    "ModelPair",
+    "Prompt",
+    "ReferenceEngine",
+    "Rollout",
+    "Sampling",
+    "Student",
+    "Switch",
+    "SwitchConfig",
+    "SwitchTrainer",
+    "Teacher",
+    "UserError",
+    "load_pair",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that importing the package stays quick."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'switchkd' has no attribute {name!r}")
+    return getattr(import_module(f"switchkd.{_HOME[name]}"), name)

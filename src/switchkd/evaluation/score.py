@@ -1,0 +1,259 @@
+"""ROUGE-L and exact match over sets and seeds, and the record of an evaluation."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from switchkd.data.rows import BadRow, Loaded, SourceRow, render_prompt, row_text, to_examples
+from switchkd.errors import UserError
+from switchkd.evaluation.generate import Answer, counting_from, generate_answers, progress_bar
+from switchkd.records import FinishReason, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from switchkd.rollout.engine import Engine
+
+SEEDS = (10, 20, 30, 40, 50)
+RESULT_FILE = "eval.json"
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """Return the ROUGE-L F-measure, 0 to 100, against the reference that is best for the answer.
+
+    Source: Lin 2004, by the package rouge_score with its stemmer, as the scripts of MiniLLM and DistiLLM have it.
+    """
+    return 100 * max(float(_rouge_scorer().score(reference, answer)["rougeL"].fmeasure) for reference in references)
+
+
+def exact_match(answer: str, references: Sequence[str]) -> bool:
+    """Return whether the answer is one of the references but for case, punctuation and spaces."""
+    return _normalised(answer) in {_normalised(reference) for reference in references}
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """One line of the answers file. `rouge_l` is 0 to 100; `tokens` counts the end-of-text token."""
+
+    where: str
+    prompt_id: int
+    seed: int
+    bucket: str | None
+    prompt: str
+    answer: str
+    references: tuple[str, ...]
+    rouge_l: float
+    exact_match: bool
+    tokens: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over rows: ROUGE-L and exact match from 0 to 100, tokens a response, share that ended by end-of-text."""
+
+    rouge_l: float
+    exact_match: float
+    response_tokens: float
+    ended_share: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores of some rows: mean and sample deviation over seeds (no deviation for one seed), and each seed's."""
+
+    rows: int
+    mean: Scores
+    deviation: Scores | None
+    per_seed: dict[int, Scores]
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """Scores of a set: of all rows, of each `bucket` where rows have one; and the rows that were left out."""
+
+    overall: Summary
+    by_bucket: dict[str, Summary]
+    skipped: list[BadRow]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was evaluated, how, when (UTC), and what came out for each set. `save` and `table` show it."""
+
+    model: str
+    date: str
+    sampling: Sampling
+    seeds: tuple[int, ...]
+    max_prompt_tokens: int
+    sets: dict[str, SetResult]
+
+    def save(self, folder: Path) -> Path:
+        """Write eval.json into the folder, whole or not at all, and return its path."""
+        path = folder / RESULT_FILE
+        _write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        return path
+
+    def table(self) -> Table:
+        """Return a table of mean ± deviation over seeds, a line for each set and each of its buckets."""
+        title = f"{self.model}: {len(self.seeds)} seed(s), temperature {self.sampling.temperature:g}"
+        table = Table("set", title=title)
+        for heading in ("rows", "ROUGE-L", "exact match", "tokens", "ended"):
+            table.add_column(heading, justify="right")
+        for name, result in self.sets.items():
+            for label, summary in {name: result.overall, **{f"  {b}": s for b, s in result.by_bucket.items()}}.items():
+                means, deviations = astuple(summary.mean), astuple(summary.deviation) if summary.deviation else None
+                cells = [f"{mean:.2f}" for mean in means]
+                if deviations:
+                    cells = [f"{cell} ± {deviation:.2f}" for cell, deviation in zip(cells, deviations, strict=True)]
+                table.add_row(label, str(summary.rows), *cells)
+        return table
+
+
+def evaluate(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[SourceRow]],
+    *,
+    model_name: str,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    seeds: Sequence[int] = SEEDS,
+    max_prompt_tokens: int = 256,
+    limit: int | None = None,
+    batch_size: int = 32,
+    out_folder: str | Path | None = None,
+    show_progress: bool = False,
+) -> Evaluation:
+    """Return the scores of the student's answers to the first `limit` rows of each set.
+
+    Rows without reference or with a prompt over `max_prompt_tokens` tokens are left out and named in the result. Greedy
+    decoding has nothing to repeat: only the first seed is used. With `out_folder`, eval.json and a file of answers for
+    each set are written there. Raises UserError, before anything is generated, for no seed and for a set without a row
+    to use. Source: the evaluation of MiniLLM and DistiLLM, whose settings are the defaults.
+    """
+    if not seeds:
+        raise UserError("seeds is empty; give at least one seed")
+    used_seeds = tuple(seeds[:1] if sampling.greedy else dict.fromkeys(seeds))
+    loaded = {
+        name: to_examples(
+            rows[:limit],
+            tokenizer,
+            max_prompt_tokens=max_prompt_tokens,
+            max_response_tokens=sampling.max_new_tokens,
+            need_response=True,
+            skip_bad_rows=True,
+        )
+        for name, rows in sets.items()
+    }
+    results = {}
+    finished, total = 0, len(used_seeds) * sum(len(one.examples) for one in loaded.values())
+    with progress_bar(show_progress) as progress:
+        task = progress.add_task("answers", total=total)
+        for name, one in loaded.items():
+            answers: list[Answer] = []
+            for seed in used_seeds:
+                answers += generate_answers(
+                    engine,
+                    tokenizer,
+                    one.examples,
+                    sampling=sampling,
+                    seed=seed,
+                    batch_size=batch_size,
+                    on_progress=counting_from(finished, lambda done: progress.update(task, completed=done)),
+                )
+                finished += len(one.examples)
+            scored = _score(answers, sets[name], tokenizer)
+            results[name] = _set_result(scored, one)
+            if out_folder is not None:
+                _write_answers(scored, name, Path(out_folder))
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    evaluation = Evaluation(model_name, date, sampling, used_seeds, max_prompt_tokens, results)
+    if out_folder is not None:
+        evaluation.save(Path(out_folder))
+    return evaluation
+
+
+def _score(
+    answers: Sequence[Answer], rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase
+) -> list[ScoredAnswer]:
+    by_index = {row.index: row for row in rows}
+    scored = []
+    for answer in answers:
+        row = by_index[answer.prompt_id]
+        text = row_text(row)
+        scored.append(
+            ScoredAnswer(
+                where=row.where,
+                prompt_id=answer.prompt_id,
+                seed=answer.seed,
+                bucket=row.columns.get("bucket"),
+                prompt=render_prompt(text.prompt, tokenizer),
+                answer=answer.text,
+                references=text.references,
+                rouge_l=rouge_l(answer.text, text.references),
+                exact_match=exact_match(answer.text, text.references),
+                tokens=answer.tokens,
+                finish_reason=answer.finish_reason,
+            )
+        )
+    return scored
+
+
+def _set_result(scored: Sequence[ScoredAnswer], loaded: Loaded) -> SetResult:
+    buckets = dict.fromkeys(answer.bucket for answer in scored if answer.bucket is not None)
+    by_bucket = {bucket: summarise([answer for answer in scored if answer.bucket == bucket]) for bucket in buckets}
+    return SetResult(summarise(scored), by_bucket, loaded.skipped)
+
+
+def summarise(scored: Sequence[ScoredAnswer]) -> Summary:
+    """Return the scores of answers to the same rows under one or more seeds."""
+    by_seed: dict[int, list[ScoredAnswer]] = {}
+    for answer in scored:
+        by_seed.setdefault(answer.seed, []).append(answer)
+    per_seed = {seed: _mean_scores(answers) for seed, answers in by_seed.items()}
+    columns = list(zip(*map(astuple, per_seed.values()), strict=True))
+    deviation = Scores(*map(stdev, columns)) if len(per_seed) > 1 else None
+    return Summary(len(scored) // len(per_seed), Scores(*map(fmean, columns)), deviation, per_seed)
+
+
+def _mean_scores(answers: Sequence[ScoredAnswer]) -> Scores:
+    return Scores(
+        rouge_l=fmean(answer.rouge_l for answer in answers),
+        exact_match=100 * fmean(answer.exact_match for answer in answers),
+        response_tokens=fmean(answer.tokens for answer in answers),
+        ended_share=fmean(answer.finish_reason is FinishReason.END_OF_TEXT for answer in answers),
+    )
+
+
+def _write_answers(scored: Sequence[ScoredAnswer], set_name: str, folder: Path) -> None:
+    lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in scored)
+    _write_atomically(folder / f"answers_{re.sub(r'[^A-Za-z0-9.-]+', '_', set_name)}.jsonl", lines)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,137 @@
+"""What turns a model's last hidden state into logits, apart from the model, so that logits can be made in chunks.
+
+Shape letters: T positions, V vocabulary, H hidden, N any number of leading positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from switchkd.errors import UserError
+
+# What a family does to its logits after the projection, by the config attribute that sets it and in the order of
+# application: Cohere, Granite, Falcon-H1, Muse; then Gemma, RecurrentGemma. A new family is a row.
+LOGIT_TRANSFORMS: tuple[tuple[str, Callable[[Tensor, float], Tensor]], ...] = (
+    ("logit_scale", lambda logits, scale: logits * scale),
+    ("logits_scaling", lambda logits, divisor: logits / divisor),
+    ("lm_head_multiplier", lambda logits, scale: logits * scale),
+    ("output_multiplier", lambda logits, scale: logits * scale),
+    ("final_logit_softcapping", lambda logits, cap: torch.tanh(logits / cap) * cap),
+    ("logits_soft_cap", lambda logits, cap: torch.tanh(logits / cap) * cap),
+)
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    # PEFT is optional, so its classes cannot be asked for by name.
+    unwrap = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, model if unwrap is None else unwrap())
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The module whose output has the `last_hidden_state` that the head projects: all of a causal LM but its head."""
+    return cast(nn.Module, base_of(model).get_decoder())
+
+
+def head_rows(model: nn.Module) -> int:
+    """The number of token ids that a model scores, padding rows included."""
+    return int(_projection_of(model).out_features)
+
+
+def _projection_of(model: nn.Module) -> nn.Linear:
+    projection = base_of(model).get_output_embeddings()
+    # PEFT's modules_to_save trains a copy and keeps it in a wrapper.
+    if (copies := getattr(projection, "modules_to_save", None)) is not None:
+        projection = copies[projection.active_adapter]
+    if not isinstance(projection, nn.Linear):
+        raise UserError(
+            f"the head of {type(base_of(model)).__name__} is a {type(projection).__name__}, not a plain linear layer; "
+            f"take a causal language model, and adapt its head by PEFT's modules_to_save, not by target_modules"
+        )
+    return projection
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Callable that takes last hidden states (N, H) to the model's logits (N, V), any leading shape, with gradients.
+
+    V is `vocabulary_size`: the ids from there on are left out. The weight is read from the model at every call, so the
+    head follows training. Build it once with `Head.of`.
+    """
+
+    projection: nn.Linear
+    vocabulary_size: int
+    transform: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, vocabulary_size: int | None = None) -> Head:
+        """The head of `model`, cut to `vocabulary_size` rows (None: all).
+
+        Proves itself on a forward of three tokens; raises UserError where the model computes its logits in
+        a way that is not known here.
+        """
+        projection = _projection_of(model)
+        head = cls(projection, vocabulary_size or projection.out_features, _transform_of(base_of(model)))
+        head._compare_with(model)
+        return head
+
+    @property
+    def weight_VH(self) -> Tensor:  # noqa: N802
+        """The projection's weight."""
+        return self.projection.weight[: self.vocabulary_size]
+
+    @property
+    def bias_V(self) -> Tensor | None:  # noqa: N802
+        """The projection's bias, None where there is none."""
+        bias = cast(Tensor | None, self.projection.bias)
+        return None if bias is None else bias[: self.vocabulary_size]
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        """Logits (N, V) of hidden states (N, H), in the weight's type."""
+        return self.transform(nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V))
+
+    def _compare_with(self, model: nn.Module) -> None:
+        token_ids = torch.arange(min(3, self.vocabulary_size), device=self.projection.weight.device)[None]
+        with _evaluating(model):
+            expected = model(input_ids=token_ids, use_cache=False).logits[..., : self.vocabulary_size]
+            logits = self(backbone(model)(input_ids=token_ids, use_cache=False).last_hidden_state)
+        # The same operations on the same numbers; a few roundings are allowed for kernels that choose by shape.
+        tolerance = 8 * torch.finfo(self.projection.weight.dtype).eps * expected.abs().max()
+        if logits.shape != expected.shape or not bool(((logits - expected).abs() <= tolerance).all()):
+            raise UserError(
+                f"switchkd does not know how {type(base_of(model)).__name__} computes its logits: projecting the last "
+                f"hidden state does not give them; choose another family, or add a row to LOGIT_TRANSFORMS in heads.py"
+            )
+
+
+def _transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    config = model.config.get_text_config()
+    named = [(getattr(config, attribute, None), function) for attribute, function in LOGIT_TRANSFORMS]
+    steps = [(float(value), function) for value, function in named if isinstance(value, int | float)]
+
+    def transform(logits: Tensor) -> Tensor:
+        for value, function in steps:
+            logits = function(logits, value)
+        return logits
+
+    return transform
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; puts every module back into its own mode, frozen parts included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

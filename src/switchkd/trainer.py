@@ -1,0 +1,342 @@
+"""`SwitchTrainer`: `transformers.Trainer`, with the rollouts of an optimiser step made before it and our objective in it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from switchkd.config import SwitchConfig
+from switchkd.data.collate import collate, micro_batches, response_ids
+from switchkd.data.rows import read_rows, to_examples
+from switchkd.errors import UserError
+from switchkd.meters import Meters
+from switchkd.methods import plan_of
+from switchkd.heads import Head, backbone
+from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
+from switchkd.noise import Address, Stream, row_keys, uniform
+from switchkd.objective import Report, TeacherSignal, dense_teacher, distillation_loss
+from switchkd.records import Batch, Example, Prompt, Rollout
+from switchkd.rollout.engine import Engine
+from switchkd.rollout.reference import ReferenceEngine
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# Upper ends of the position buckets that the divergence is logged by, in tokens from the start of the response.
+_BUCKET_ENDS = (32, 64, 128, 256)
+
+
+def _bucket_names() -> list[str]:
+    starts = (0, *_BUCKET_ENDS)
+    return [f"{start}-{end - 1}" for start, end in zip(starts, _BUCKET_ENDS, strict=False)] + [f"{starts[-1]}+"]
+
+
+class SwitchTrainer(Trainer):
+    """Trains a student on text that student and teacher write together; the call is that of `transformers.Trainer`.
+
+    `model` and `teacher_model` are names or models (no teacher is needed for method "sft"); `processing_class` is the
+    tokenizer of both (loaded from the student's name where it is left out); `train_dataset` and `eval_dataset` hold rows as
+    data/rows.py reads them, or `Example` records; `peft_config` makes the student an adapter. `engine` replaces the rollout engine.
+
+    All prompts of an optimiser step are rolled out in one call before its first forward, each with its row's number as
+    prompt id and the step as sample id: what is rolled out depends on neither the batch split nor the processes. The
+    loss is summed over response tokens and divided by their count over the whole step and all processes.
+
+    Raises UserError, before the first forward, for settings, models or data that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        teacher_model: PreTrainedModel | str | None = None,
+        args: SwitchConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        engine: Engine | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **trainer_options: Any,
+    ) -> None:
+        args = args or SwitchConfig(output_dir="runs/switchkd")
+        self.plan = plan_of(args)
+        if self.plan.objective.divergence is not None and teacher_model is None:
+            raise UserError(f"method {args.method!r} learns from a teacher, but none was given; set teacher_model")
+        if processing_class is None:
+            processing_class = load_tokenizer(model if isinstance(model, str) else name_of(model))
+        model = load_model(model) if isinstance(model, str) else model
+        teacher = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if teacher is not None:
+            teacher.requires_grad_(False)
+        self.pair = ModelPair(model, teacher, processing_class)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collate,
+            train_dataset=self._examples(train_dataset, args, need_response=self.plan.needs_response),
+            eval_dataset=self._examples(eval_dataset, args, need_response=True),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **trainer_options,
+        )
+        if self.plan.rollout_share > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise UserError(
+                "rollouts need whole weights on every process, which FSDP and DeepSpeed take apart; run this method with "
+                "plain data parallelism (accelerate launch --multi_gpu), or train on data (sft, kd)"
+            )
+        # Our loss is divided by the whole step's count, so the trainer must not divide it again.
+        self.loss_is_scaled_for_ga = True
+        self.engine = engine or ReferenceEngine(self.pair, max_rows=args.rollout_rows)
+        self.head = Head.of(model, self.pair.vocabulary_size)
+        self.teacher_head = None
+        if teacher is not None:
+            teacher.to(args.device).eval()
+            self.teacher_head = Head.of(teacher, self.pair.vocabulary_size)
+        self._meters = Meters(
+            ["teacher_share", "response_tokens", "ended", "rollout_tokens_per_second", "train_tokens_per_second"]
+            + [f"divergence/{bucket}" for bucket in _bucket_names()]
+            + ["divergence", "cross_entropy", "rollout_divergence"]
+        )
+        self._step_started = 0.0
+        self._step_tokens = 0
+
+    def describe(self) -> str:
+        """One line that says what `train` will do: models, sizes, steps, sequences and tokens."""
+        args: SwitchConfig = self.args
+        dataset: Sequence[Example] = self.train_dataset  # type: ignore[assignment]
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * -(-len(dataset) // rows))
+        teacher = self.pair.teacher
+        learns_from = f" from {name_of(teacher)} ({parameter_count(teacher) / 1e6:.1f}M)" if teacher is not None else ""
+        writes = f"{self.plan.rollout_share:.0%} rolled out" if self.plan.rollout_share else "the data set's text"
+        return (
+            f"{args.method}: {name_of(self.pair.student)} ({parameter_count(self.pair.student) / 1e6:.1f}M parameters) learns"
+            f"{learns_from}: {steps:,} steps x {rows} sequences ({writes}) of up to {args.max_new_tokens} response tokens, "
+            f"at most {steps * rows * args.max_new_tokens / 1e6:.2f}M, from {len(dataset):,} rows"
+        )
+
+    # ------------------------------------------------------------------------------------------------------- the data
+
+    def _examples(self, dataset: Any, args: SwitchConfig, need_response: bool) -> Any:
+        """The rows of a data set (or of each in a mapping of them) as records, checked."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {name: self._examples(part, args, need_response) for name, part in dataset.items()}
+        if len(dataset) and isinstance(dataset[0], Example):
+            return list(dataset)
+        if self.pair.tokenizer is None:
+            raise UserError("the rows are text, but there is no tokenizer; give processing_class")
+        loaded = to_examples(
+            read_rows(dataset),
+            self.pair.tokenizer,
+            max_prompt_tokens=args.max_prompt_tokens,
+            max_response_tokens=args.max_new_tokens,
+            need_response=need_response,
+            skip_bad_rows=args.skip_bad_rows,
+        )
+        if not loaded.examples:
+            raise UserError("the data set has no usable row; check its path and the reasons given for each row left out")
+        return loaded.examples
+
+    def _collate(self, examples: list[Example]) -> dict[str, Any]:
+        return self._inputs(examples) | {"examples": examples}
+
+    def _inputs(self, sequences: Sequence[Example | Rollout]) -> dict[str, Any]:
+        """What the trainer passes on; `input_ids` is there for its own counting of tokens and operations."""
+        batch = collate(sequences, self.pair.pad_id)
+        return {"input_ids": batch.input_ids_BT, "batch": batch}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of one optimiser step, rolled out, and the count of their response tokens over all processes."""
+        self._measure_step()
+        loaded, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not loaded:
+            return loaded, None
+        sequences = self._roll_out([example for inputs in loaded for example in inputs["examples"]])
+        # Rows of one length go together; the number of micro-batches stays the loader's.
+        groups = micro_batches(
+            [len(s.prompt.token_ids) + len(response_ids(s)) for s in sequences],
+            max(len(inputs["examples"]) for inputs in loaded),
+        )
+        batches = [self._inputs([sequences[index] for index in group]) for group in groups]
+        self._step_tokens = sum(len(response_ids(sequence)) for sequence in sequences)
+        self._step_started = time.perf_counter()
+        return batches, self.accelerator.gather(torch.tensor([self._step_tokens], device=device)).sum()
+
+    def _measure_step(self) -> None:
+        if self._step_tokens:
+            self._meters.add("train_tokens_per_second", self._step_tokens, time.perf_counter() - self._step_started)
+            self._step_tokens = 0
+
+    def _roll_out(self, examples: list[Example]) -> list[Example | Rollout]:
+        """Each example, or the rollout that stands in for it; which one is decided by an addressed coin."""
+        args: SwitchConfig = self.args
+        step = self.state.global_step
+        prompts = [Prompt(e.prompt.token_ids, e.prompt.prompt_id, sample_id=step) for e in examples]
+        key = row_keys(args.seed, prompts)
+        coins = uniform(Address(key, torch.full_like(key, args.max_new_tokens)), Stream.COIN)
+        chosen = [index for index, coin in enumerate(coins.tolist()) if coin < self.plan.rollout_share]
+        sequences: list[Example | Rollout] = list(examples)
+        if not chosen:
+            return sequences
+        started = time.perf_counter()
+        rollouts = self.engine.generate(
+            [prompts[index] for index in chosen], policy=self.plan.policy, sampling=args.sampling, seed=args.seed
+        )
+        self._record_rollouts(rollouts, time.perf_counter() - started)
+        for index, rollout in zip(chosen, rollouts, strict=True):
+            sequences[index] = rollout
+        return sequences
+
+    def _record_rollouts(self, rollouts: list[Rollout], seconds: float) -> None:
+        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        self._meters.add("teacher_share", sum(sum(rollout.written_by_teacher) for rollout in rollouts), tokens)
+        self._meters.add("response_tokens", tokens, len(rollouts))
+        self._meters.add("ended", sum(r.token_ids[-1] in self.pair.eos_ids for r in rollouts), len(rollouts))
+        self._meters.add("rollout_tokens_per_second", tokens, seconds)
+        if self.plan.policy.needs_teacher:
+            self._meters.add("rollout_divergence", sum(sum(rollout.divergence) for rollout in rollouts), tokens)
+
+    # ------------------------------------------------------------------------------------------------------- the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's sum over this micro-batch / the response tokens of the whole step, in nats a token."""
+        batch: Batch = inputs["batch"].to(self.args.device)
+        denominator = batch.response_tokens if num_items_in_batch is None else num_items_in_batch
+        loss, report = self._loss(model, batch, denominator)
+        self._record_loss(batch, report)
+        # Data parallelism takes the mean of the processes' gradients; ours are parts of one sum.
+        loss = loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
+        return (loss, {"report": report}) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, batch: Batch, denominator: Tensor | int) -> tuple[Tensor, Report]:
+        counted = batch.response_mask_BT[:, 1:]
+        return distillation_loss(
+            _last_hidden(model, self.pair.student, batch)[:, :-1][counted],
+            self.head,
+            batch.input_ids_BT[:, 1:][counted],
+            self.plan.objective,
+            teacher=self._teacher_signal(batch, counted),
+            denominator=denominator,
+        )
+
+    def _teacher_signal(self, batch: Batch, counted: Tensor) -> TeacherSignal | None:
+        """What the teacher says at the counted positions: kept from the rollout, or else asked now."""
+        teacher = self.pair.teacher
+        if self.plan.objective.divergence is None or teacher is None or self.teacher_head is None:
+            return None
+        hidden_NH = batch.teacher_hidden_NH
+        if hidden_NH is None:
+            with torch.no_grad():
+                hidden_NH = _last_hidden(teacher, teacher, batch)[:, :-1][counted]
+        return dense_teacher(hidden_NH, self.teacher_head, self.plan.objective.loss_temperature)
+
+    def _record_loss(self, batch: Batch, report: Report) -> None:
+        if report.cross_entropy_N.numel():
+            self._meters.add("cross_entropy", report.cross_entropy_N.sum(), report.cross_entropy_N.numel())
+        if not report.divergence_N.numel():
+            return
+        self._meters.add("divergence", report.divergence_N.sum(), report.divergence_N.numel())
+        position = (batch.response_mask_BT.cumsum(dim=1) - 1)[:, 1:][batch.response_mask_BT[:, 1:]]
+        bucket = torch.bucketize(position, torch.tensor(_BUCKET_ENDS, device=position.device), right=True)
+        for index, name in enumerate(_bucket_names()):
+            inside = bucket == index
+            self._meters.add(f"divergence/{name}", report.divergence_N[inside].sum(), inside.sum())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `transformers.Trainer`, with the means of our own measures in training's lines."""
+        if "loss" in logs:
+            self._measure_step()
+            logs = {**logs, **self._meters.drain(lambda sums: self.accelerator.gather(sums.to(self.args.device)).cpu())}
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------------------------------- the evaluation
+
+    def evaluation_loop(self, dataloader: Any, *positional: Any, **named: Any) -> EvalLoopOutput:
+        """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token."""
+        examples: Sequence[Example] = dataloader.dataset
+        self._eval_tokens_per_row = sum(len(example.response_ids) for example in examples) / max(1, len(examples))
+        return super().evaluation_loop(dataloader, *positional, **named)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The micro-batch's loss; scaled so that the loop's mean over rows is the mean over tokens, however they are split."""
+        batch: Batch = inputs["batch"].to(self.args.device)
+        denominator = torch.tensor(batch.input_ids_BT.shape[0] * self._eval_tokens_per_row, device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, _ = self._loss(model, batch, denominator)
+        return loss.detach(), None, None
+
+    # ------------------------------------------------------------------------------------------------ the checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            # A partial checkpoint must not be taken for one; the earlier ones are only rotated after a whole one.
+            shutil.rmtree(folder, ignore_errors=True)
+            kept = last_complete_checkpoint(folder.parent)
+            keeps = f"the last good one is {kept}" if kept else "there is no earlier one"
+            raise UserError(
+                f"the checkpoint {folder} could not be written ({error}); {keeps}; make room and resume"
+            ) from error
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint in a run's folder that was written to its end, or None.
+
+    The trainer's state is what a checkpoint is closed with: without it, the writing was cut off.
+    """
+    found = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _last_hidden(wrapped: nn.Module, model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The last hidden states (B, T, H), through the wrapped model's own forward, whose hooks data parallelism needs.
+
+    The model's head runs on one position only; ours projects the counted ones.
+    """
+    with _hidden_captured(backbone(model)) as captured:
+        wrapped(
+            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False, logits_to_keep=1
+        )
+    return captured[0]
+
+
+@contextmanager
+def _hidden_captured(module: nn.Module) -> Iterator[list[Tensor]]:
+    captured: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: captured.append(output.last_hidden_state))
+    try:
+        yield captured
+    finally:
+        handle.remove()

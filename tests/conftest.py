@@ -1,0 +1,34 @@
+"""What every test gets: one thread, no network, and small models that are made once a session."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: it reads them then.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from switchkd.models import ModelPair
+from tiny import tiny_pair, tiny_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama_pair(tokenizer: PreTrainedTokenizerFast) -> ModelPair:
+    """For tests that only run it: a test that changes a model makes its own with `tiny_pair`."""
+    return tiny_pair("llama", tokenizer=tokenizer)
+
+
+@pytest.fixture(params=["llama", "gpt2", "opt"], scope="session")
+def pair(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> ModelPair:
+    """The same of three families whose caches, positions and heads differ."""
+    return tiny_pair(request.param, tokenizer=tokenizer)
