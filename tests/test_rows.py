@@ -168,7 +168,9 @@ CHAT = [
 )
 def test_a_chat_ends_with_the_token_of_its_template(row):
     prompt, response = decoded(*examples_of(row))
-    assert prompt == "<|turn|>user:hi<|stop|>\n<|turn|>assistant:hm<|stop|>\n<|turn|>user:so?<|stop|>\n<|turn|>assistant:"
+    assert (
+        prompt == "<|turn|>user:hi<|stop|>\n<|turn|>assistant:hm<|stop|>\n<|turn|>user:so?<|stop|>\n<|turn|>assistant:"
+    )
     assert response == "yes<|stop|>"
 
 
@@ -218,11 +220,15 @@ def test_a_row_with_an_answer_in_another_shape_than_its_prompt_column():
 def test_a_bad_row_is_refused_with_its_reason(row, reason):
     with pytest.raises(UserError) as caught:
         examples_of(row)
-    assert f"row 0: {reason}" in str(caught.value) or reason in str(caught.value).splitlines()[1]
+    line = str(caught.value).splitlines()[1]
+    assert line.startswith("  row 0: ")
+    assert reason in line
 
 
 def test_a_template_that_refuses_a_chat_makes_a_bad_row():
-    picky = make_tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}hi")
+    picky = make_tokenizer(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}hi"
+    )
     with pytest.raises(UserError, match="row 0: no system role"):
         to_examples(read_rows([{"messages": [{"role": "system", "content": "s"}, *CHAT]}]), picky, **LIMITS)
 

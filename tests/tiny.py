@@ -91,8 +91,8 @@ def tiny_pair(
     """A teacher and a student with its weights and some noise; `options` go to `tiny_model`.
 
     The noise is relative to each weight matrix's own deviation. At the default the Jensen-Shannon divergence varies
-    from position to position, mostly between 0.1 and 0.5 nats (OPT 0.15 to 0.6, Gemma 0.01 to 0.1), so that a threshold in
-    between switches back and forth.
+    from position to position, mostly between 0.1 and 0.5 nats (OPT 0.15 to 0.6, Gemma 0.01 to 0.1), so that a threshold
+    in between switches back and forth.
     """
     teacher = tiny_model(family, seed=seed, **options)
     return ModelPair(noisy_copy(teacher, noise, seed=seed + 1), teacher, tokenizer)
@@ -118,7 +118,8 @@ def tiny_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of exactly `vocab` tokens with its pad and end-of-text ids at `PAD_ID` and `EOS_ID`.
 
-    Words are split at blanks and marks; what is neither in `words` nor a filler "w17" is "<unk>", id 2. With `pad_is_eos` the pad token is the end-of-text token, as in many published models.
+    Words are split at blanks and marks; what is neither in `words` nor a filler "w17" is "<unk>", id 2. With
+    `pad_is_eos` the pad token is the end-of-text token, as in many published models.
     """
     tokens = ["<pad>", "<eos>", "<unk>", ".", ",", "?", ":", *words]
     tokens += [f"w{token_id}" for token_id in range(len(tokens), vocab)]

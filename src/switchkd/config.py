@@ -10,7 +10,6 @@ from switchkd.policies import DecayName
 from switchkd.records import Sampling
 
 
-
 @dataclass
 class SwitchConfig(TrainingArguments):
     """`transformers.TrainingArguments` with what distillation adds.
@@ -19,27 +18,37 @@ class SwitchConfig(TrainingArguments):
     precision is that of the model, and the learning rate is 1e-5.
     """
 
-    method: str = field(default="switch", metadata={"help": "A row of the method table: `switchkd methods` lists them."})
+    method: str = field(
+        default="switch", metadata={"help": "A row of the method table: `switchkd methods` lists them."}
+    )
     divergence: str | None = field(default=None, metadata={"help": "Replaces the method's divergence."})
     teacher_weight: float | None = field(
-        default=None, metadata={"help": "The teacher's weight in the mixture of a Jensen-Shannon divergence, inside 0..1."}
+        default=None,
+        metadata={"help": "The teacher's weight in the mixture of a Jensen-Shannon divergence, inside 0..1."},
     )
     cross_entropy_weight: float | None = field(
-        default=None, metadata={"help": "Weight of -log p_student(token), added to the divergence; replaces the method's."}
+        default=None,
+        metadata={"help": "Weight of -log p_student(token), added to the divergence; replaces the method's."},
     )
     loss_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of both distributions in the loss; has no effect on sampling."}
     )
     student_share: float | None = field(
         default=None,
-        metadata={"help": "Share of sequences rolled out (GKD's lambda); the rest is the data set's text. 1: prompts suffice."},
+        metadata={
+            "help": "Share of sequences rolled out (GKD's lambda); the rest is the data set's text. 1: prompts suffice."
+        },
     )
-    threshold: float = field(default=0.3, metadata={"help": "SWITCH: tau_0 in nats, 0 to 0.693; the teacher writes above it."})
+    threshold: float = field(
+        default=0.3, metadata={"help": "SWITCH: tau_0 in nats, 0 to 0.693; the teacher writes above it."}
+    )
     decay: DecayName = field(default="exponential", metadata={"help": "SWITCH: exponential, linear or constant."})
     decay_rate: float | None = field(default=None, metadata={"help": "SWITCH: the decay per token (lambda)."})
     final_fraction: float | None = field(
         default=None,
-        metadata={"help": "SWITCH: threshold at the last position / at the first; 0.1 where decay_rate is not set either."},
+        metadata={
+            "help": "SWITCH: threshold at the last position / at the first; 0.1 where decay_rate is not set either."
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of both models; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of both models' sampling; 1 keeps every token."})
@@ -48,8 +57,12 @@ class SwitchConfig(TrainingArguments):
     max_new_tokens: int = field(
         default=256, metadata={"help": "Longest rollout, and where the data set's responses are cut, in tokens."}
     )
-    rollout_rows: int = field(default=64, metadata={"help": "Rollouts in flight at a time; bounds memory, changes no token."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out, and say which, instead of stopping."})
+    rollout_rows: int = field(
+        default=64, metadata={"help": "Rollouts in flight at a time; bounds memory, changes no token."}
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave bad rows out, and say which, instead of stopping."}
+    )
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})

@@ -22,12 +22,17 @@ from switchkd.errors import UserError
 _LARGEST_LOG_RATIO = 60.0
 
 
+def _at_least_zero(total: Tensor) -> Tensor:
+    """The sum, lifted to 0 where rounding left it below: its gradient is right even there, and passes."""
+    return total + (-total.detach()).clamp(min=0)
+
+
 def _kullback_leibler(p_logp: Tensor, q_logp: Tensor) -> Tensor:
     """KL(p || q) in nats. Excluded ids are replaced before the subtraction: -inf - -inf has no gradient."""
     support = p_logp > -torch.inf
     p_logp, q_logp = p_logp.masked_fill(~support, 0), q_logp.masked_fill(~support, 0)
     terms = p_logp.exp() * (p_logp - q_logp)
-    return terms.masked_fill(~support, 0).sum(dim=-1).clamp(min=0)
+    return _at_least_zero(terms.masked_fill(~support, 0).sum(dim=-1))
 
 
 def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -46,7 +51,7 @@ def _to_mixture(p_logp: Tensor, q_logp: Tensor, p_weight: float) -> Tensor:
     p_logp, q_logp = p_logp.masked_fill(~support, 0), q_logp.masked_fill(~support, 0)
     log_ratio = (q_logp - p_logp).clamp(max=_LARGEST_LOG_RATIO)
     terms = p_logp.exp() * -torch.log1p((1 - p_weight) * torch.expm1(log_ratio))
-    return terms.masked_fill(~support, 0).sum(dim=-1).clamp(min=0)
+    return _at_least_zero(terms.masked_fill(~support, 0).sum(dim=-1))
 
 
 def _check_inside(name: str, value: float, ends: str) -> None:

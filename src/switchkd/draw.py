@@ -20,24 +20,42 @@ def student_proposal(student_logp: Tensor, address: Address, *, greedy: bool) ->
     return (student_logp + gumbel(address, Stream.PROPOSAL, student_logp.shape[-1])).argmax(dim=-1)
 
 
-def teacher_token(
+def keeps_proposal(
     proposal: Tensor, student_logp: Tensor, teacher_logp: Tensor, address: Address, *, greedy: bool
 ) -> Tensor:
-    """A draw from the teacher, coupled to the student's `proposal`. Log-probs (B, V) and ids (B,) in, ids (B,) out.
+    """Where the teacher, writing, keeps the student's proposal s: with probability min(1, p_T(s) / p_S(s)).
 
-    The proposal s is kept with probability min(1, p_T(s) / p_S(s)); otherwise the token is drawn from the normalised
-    excess (p_T - p_S)+. Greedy: the teacher's argmax.
+    Log-probs (..., V) and ids (...) in, bool (...) out. Greedy: where the proposal is the teacher's argmax.
+    """
+    if greedy:
+        return teacher_logp.argmax(dim=-1) == proposal
+    at_proposal = proposal.unsqueeze(-1)
+    log_ratio = (teacher_logp.gather(-1, at_proposal) - student_logp.gather(-1, at_proposal)).squeeze(-1)
+    return uniform(address, Stream.KEEP).log() < log_ratio
+
+
+def replacement(
+    proposal: Tensor, student_logp: Tensor, teacher_logp: Tensor, address: Address, *, greedy: bool
+) -> Tensor:
+    """The teacher's token where it does not keep the proposal: a draw from the normalised excess (p_T - p_S)+.
+
+    Log-probs (N, V) and ids (N,) in, ids (N,) out. Greedy: the teacher's argmax. Where rounding leaves no excess at all, the
+    two distributions are equal but for their last bits, and the proposal stands.
     """
     if greedy:
         return teacher_logp.argmax(dim=-1)
-    log_ratio = (teacher_logp - student_logp).gather(-1, proposal.unsqueeze(-1)).squeeze(-1)
-    replaced = uniform(address, Stream.KEEP).log() >= log_ratio
-    if not bool(replaced.any()):
-        return proposal
-    excess = (teacher_logp[replaced].exp() - student_logp[replaced].exp()).clamp_(min=0)
-    noise = gumbel(address.at(replaced), Stream.EXCESS, excess.shape[-1])
-    drawn = (excess.log() + noise).argmax(dim=-1)
+    excess = (teacher_logp.exp() - student_logp.exp()).clamp_(min=0)
+    drawn = (excess.log() + gumbel(address, Stream.EXCESS, excess.shape[-1])).argmax(dim=-1)
+    return torch.where(excess.sum(dim=-1) > 0, drawn, proposal)
+
+
+def teacher_token(
+    proposal: Tensor, student_logp: Tensor, teacher_logp: Tensor, address: Address, *, greedy: bool
+) -> Tensor:
+    """An exact draw from the teacher, coupled to the student's proposal. Log-probs (B, V), ids (B,) in, ids (B,) out."""
+    replaced = ~keeps_proposal(proposal, student_logp, teacher_logp, address, greedy=greedy)
     token = proposal.clone()
-    # Rounding can leave no excess where the two distributions are equal but for the last bit: then nothing is replaced.
-    token[replaced] = torch.where(excess.sum(dim=-1) > 0, drawn, proposal[replaced])
+    token[replaced] = replacement(
+        proposal[replaced], student_logp[replaced], teacher_logp[replaced], address.at(replaced), greedy=greedy
+    )
     return token

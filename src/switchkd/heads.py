@@ -37,7 +37,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The module whose output has the `last_hidden_state` that the head projects: all of a causal LM but its head."""
-    return cast(nn.Module, base_of(model).get_decoder())
+    return cast(nn.Module, base_of(model).get_decoder())  # type: ignore[no-untyped-call]
 
 
 def head_rows(model: nn.Module) -> int:
@@ -46,14 +46,15 @@ def head_rows(model: nn.Module) -> int:
 
 
 def _projection_of(model: nn.Module) -> nn.Linear:
-    projection = base_of(model).get_output_embeddings()
+    projection = base_of(model).get_output_embeddings()  # type: ignore[no-untyped-call]
     # PEFT's modules_to_save trains a copy and keeps it in a wrapper.
     if (copies := getattr(projection, "modules_to_save", None)) is not None:
         projection = copies[projection.active_adapter]
     if not isinstance(projection, nn.Linear):
+        kind = f"{type(projection).__module__}.{type(projection).__name__}"
         raise UserError(
-            f"the head of {type(base_of(model)).__name__} is a {type(projection).__name__}, not a plain linear layer; "
-            f"take a causal language model, and adapt its head by PEFT's modules_to_save, not by target_modules"
+            f"the head of {type(base_of(model)).__name__} is a {kind}, not a plain linear layer; take a causal language "
+            f"model, and adapt its head by PEFT's modules_to_save, not by target_modules"
         )
     return projection
 

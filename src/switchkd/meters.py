@@ -24,7 +24,5 @@ class Meters:
         over_all = gather(self._sum_and_count[None]).sum(dim=0)
         self._sum_and_count.zero_()
         return {
-            name: float(total / count)
-            for name, (total, count) in zip(self.names, over_all, strict=True)
-            if count > 0
+            name: float(total / count) for name, (total, count) in zip(self.names, over_all, strict=True) if count > 0
         }

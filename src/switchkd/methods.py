@@ -121,9 +121,13 @@ def plan_of(config: SwitchConfig) -> Plan:
     method = method_named(config.method)
     rollout_share = method.rollout_share if config.student_share is None else config.student_share
     if not 0 <= rollout_share <= 1:
-        raise UserError(f"student_share is {config.student_share}; it is the share of sequences rolled out, from 0 to 1")
+        raise UserError(
+            f"student_share is {config.student_share}; it is the share of sequences rolled out, from 0 to 1"
+        )
     if config.student_share is not None and method.rollout_share == 0:
-        raise UserError(f"student_share is {config.student_share}, but method {config.method!r} trains on data only; use gkd")
+        raise UserError(
+            f"student_share is {config.student_share}, but method {config.method!r} trains on data only; use gkd"
+        )
     weight = method.cross_entropy_weight if config.cross_entropy_weight is None else config.cross_entropy_weight
     divergence = config.divergence or method.divergence
     function = None

@@ -1,4 +1,4 @@
-"""Models by name, and the pair of student and teacher; how a model makes its logits is in heads.py."""
+"""The pair of student and teacher: load, check, cut, save. Names are in sources.py, logits in heads.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
-from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from switchkd.errors import UserError
 from switchkd.heads import Head, backbone, head_rows
+from switchkd.sources import Source, find_source
 
 __all__ = [
     "Head",
@@ -114,8 +114,9 @@ def eos_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         yield from named if isinstance(named, list | tuple) else () if named is None else (named,)
 
 
+# Where tokenizers of one vocabulary part: digits (also after a line break), blanks, accents and scripts, marks.
 PROBES = (
-    "The answer is 1234567 (or 3.14159), not 42.",
+    "The answer is 1234567 (or 3.14159), not 42:\n\n1. one \n2. two",
     "  two  blanks,\ttab\n\n\nlines \r\n end ",
     "naïve café, Ångström, 東京, Привет, مرحبا, 🙂👍🏽",
     "don't SHOUT; x_i += f(a[0], 'b') // comment",
@@ -131,7 +132,7 @@ def check_tokenizers_agree(student: PreTrainedTokenizerBase, teacher: PreTrained
     for token_id in range(size):
         ours, theirs = student_tokens.get(token_id), teacher_tokens.get(token_id)
         if ours != theirs:
-            token = theirs if ours is None else ours
+            token = ours or theirs or ""
             raise UserError(
                 f"the tokenizers of student and teacher differ: token {token!r} has id {student_ids.get(token)} for "
                 f"the student and {teacher_ids.get(token)} for the teacher; {remedy}"
@@ -139,81 +140,12 @@ def check_tokenizers_agree(student: PreTrainedTokenizerBase, teacher: PreTrained
     for text in PROBES:
         ours, theirs = (tokenizer.encode(text, add_special_tokens=False) for tokenizer in (student, teacher))
         if ours != theirs:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-            )
+            at = len(list(takewhile(lambda ids: ids[0] == ids[1], zip(ours, theirs, strict=False))))
             raise UserError(
                 f"the tokenizers of student and teacher have one vocabulary but split text differently: from token "
                 f"{at} on {text!r} becomes {student.convert_ids_to_tokens(ours[at : at + 4])} for the student and "
                 f"{teacher.convert_ids_to_tokens(theirs[at : at + 4])} for the teacher; {remedy}"
             )
-
-
-WORLD_ROLES = ("teacher", "student")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model name leads: what `from_pretrained` is given."""
-
-    place: str
-    gguf_file: str | None = None
-    on_hub: bool = False
-
-
-def find_source(name: str) -> Source:
-    """Where a model name leads, by its form; whether a hub id exists shows only when it is loaded.
-
-    `name` is a hub id, a local folder, the path of a .gguf file, "package:NAME" (the first .gguf file inside an
-    installed Python package, which is not imported), or "world:teacher" / "world:student" (the pair that comes with
-    switchkd). Raises UserError where a file, folder or package is missing, or a folder holds no model.
-    """
-    kind, _, rest = name.partition(":")
-    if kind == "package" and rest:
-        return _gguf_source(_gguf_inside_package(rest))
-    if kind == "world":
-        if rest not in WORLD_ROLES:
-            raise UserError(
-                f"model {name!r}: switchkd comes with {' and '.join(f'world:{r}' for r in WORLD_ROLES)} only"
-            )
-        return _folder_source(Path(str(files("switchkd"))) / "assets" / "world" / rest, name)
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return _gguf_source(path)
-    if path.is_dir():
-        return _folder_source(path, name)
-    if path.exists():
-        raise UserError(f"model {name!r} is a file; give the folder that holds its config.json, or a .gguf file")
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") != name.strip("/").count("/") or name.count("/") > 1:
-        raise UserError(f"model {name!r}: there is no such folder; check the path")
-    return Source(name, on_hub=True)
-
-
-def _folder_source(folder: Path, name: str) -> Source:
-    # An adapter's folder has no config.json: transformers then loads the model that the adapter names, and adapts it.
-    if not any((folder / marker).is_file() for marker in ("config.json", "adapter_config.json")):
-        state = "holds no config.json" if folder.is_dir() else "does not exist"
-        raise UserError(f"model {name!r}: the folder {folder} {state}; give a folder written by save_pretrained")
-    return Source(str(folder))
-
-
-def _gguf_source(path: Path) -> Source:
-    if not path.is_file():
-        raise UserError(f"model {str(path)!r}: there is no such file; check the path")
-    return Source(str(path.parent), gguf_file=path.name)
-
-
-def _gguf_inside_package(package: str) -> Path:
-    # find_spec imports the parents of a dotted name, and a package may do anything on import.
-    spec = find_spec(package) if package.isidentifier() else None
-    if spec is None:
-        raise UserError(
-            f"model 'package:{package}': no Python package {package!r} is installed; install it, or check the name"
-        )
-    found = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).rglob("*.gguf"))
-    if not found:
-        raise UserError(f"model 'package:{package}': the package {package!r} holds no .gguf file; name another package")
-    return found[0]
 
 
 def load_model(
@@ -233,9 +165,10 @@ def load_model(
         # Left packed, the model would count as quantised: it could be neither saved nor trained.
         options |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     with _explained("model", name, source):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.place, dtype=_torch_dtype(dtype), use_safetensors=True, output_loading_info=True, **options
         )
+    model, report = loaded
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(
@@ -316,7 +249,7 @@ CHATML = (
 def _mend_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     """Put back what transformers leaves out of a tokenizer that it reads from a GGUF file."""
     from tokenizers import pre_tokenizers
-    from transformers.integrations.gguf import read_gguf_metadata
+    from transformers.integrations.gguf.reader import read_gguf_metadata
 
     metadata, _ = read_gguf_metadata(str(file))
     # SmolLM splits off every digit before its byte-level step; GGUF names that rule but does not hold it.
@@ -334,7 +267,7 @@ def remove_layers(model: PreTrainedModel, layers: str) -> None:
     `layers` is numbers and ranges, both ends included: "10-19", "0,2,4-6". Raises UserError where they cannot be
     read, name a layer that is not there, or leave none.
     """
-    decoder = backbone(model)
+    decoder: Any = backbone(model)
     config = decoder.config
     count = config.num_hidden_layers
     dropped = _parse_ranges(layers)
@@ -354,6 +287,7 @@ def remove_layers(model: PreTrainedModel, layers: str) -> None:
     kept = [index for index in range(count) if index not in dropped]
     stack = nn.ModuleList(getattr(decoder, stacks[0])[index] for index in kept)
     setattr(decoder, stacks[0], stack)
+    module: Any
     for index, layer in enumerate(stack):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
@@ -378,20 +312,17 @@ def _parse_ranges(text: str) -> set[int]:
     return {index for part in parts for index in range(part[0], part[-1] + 1)}
 
 
-# What an earlier save leaves in its folder and a later one need not overwrite, but would be read with it.
-STALE = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "chat_template.jinja")
-
-
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
     """Save model and tokenizer as safetensors so that `folder` holds the old model or the new one, never a part.
 
     An adapted (PEFT) model saves its adapter. Files of `folder` that belong to no model are kept. Raises UserError
     where `folder` is a file.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot save a model to {str(folder)!r}: it is a file; name a folder")
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    _finish_swap(old, folder)  # of a save that was killed half-way
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -399,17 +330,27 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial)
         raise
     if folder.exists():
-        written = {entry.name for entry in partial.iterdir()}
-        for entry in folder.iterdir():
-            if entry.name not in written and not any(entry.match(pattern) for pattern in STALE):
-                entry.rename(partial / entry.name)
-        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    _finish_swap(old, folder)
+
+
+# What an earlier save may leave that a later one does not write, and that would be read with it.
+STALE = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "chat_template.jinja")
+
+
+def _finish_swap(old: Path, folder: Path) -> None:
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+    if not old.exists():
+        return
+    for entry in old.iterdir():
+        if not (folder / entry.name).exists() and not any(entry.match(pattern) for pattern in STALE):
+            entry.rename(folder / entry.name)
+    shutil.rmtree(old)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -50,7 +50,9 @@ def _mix_64(value: int) -> int:
 
 def row_keys(seed: int, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Tensor:
     """One key a prompt, shape (B,), int64 of 62 bits; equal for equal (seed, prompt_id, sample_id) only."""
-    keys = [_mix_64(_mix_64(_mix_64(seed & _MASK_64) ^ p.prompt_id & _MASK_64) ^ p.sample_id & _MASK_64) for p in prompts]
+    keys = [
+        _mix_64(_mix_64(_mix_64(seed & _MASK_64) ^ p.prompt_id & _MASK_64) ^ p.sample_id & _MASK_64) for p in prompts
+    ]
     return torch.tensor([key >> 2 for key in keys], dtype=torch.int64, device=device)
 
 

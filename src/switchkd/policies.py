@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -138,7 +138,9 @@ class Switch:
         if self.decay not in DECAYS:
             raise UserError(f"there is no decay named {self.decay!r}; choose one of {', '.join(DECAYS)}")
         if not self.threshold >= 0:
-            raise UserError(f"threshold is {self.threshold}; give nats, from 0 to ln 2 = 0.693 (above, it never switches)")
+            raise UserError(
+                f"threshold is {self.threshold}; give nats, from 0 to ln 2 = 0.693 (above, it never switches)"
+            )
         if self.decay_rate is not None and self.final_fraction is not None:
             raise UserError(
                 f"decay_rate ({self.decay_rate}) and final_fraction ({self.final_fraction}) are two ways to say the "
@@ -164,3 +166,23 @@ class Switch:
         """The teacher where the divergence exceeds the threshold."""
         threshold = self.thresholds(positions.position, positions.max_new_tokens).to(positions.divergence.dtype)
         return Decision(positions.divergence > threshold, threshold)
+
+
+POLICIES: dict[str, type[Policy]] = {"student": Student, "teacher": Teacher, "switch": Switch}
+
+
+def policy_named(name: str, **settings: Any) -> Policy:
+    """The policy of that exact name with its settings filled in; those that are None keep their default.
+
+    Raises UserError for an unknown name (listing the choices), and for a setting that the policy does not take.
+    """
+    if name not in POLICIES:
+        raise UserError(f"there is no policy named {name!r}; choose one of {', '.join(POLICIES)}")
+    given = {key: value for key, value in settings.items() if value is not None}
+    takes = [each.name for each in fields(POLICIES[name]) if each.name != "needs_teacher"]  # type: ignore[arg-type]
+    for key, value in given.items():
+        if key not in takes:
+            raise UserError(
+                f"{key} is {value}, but policy {name!r} takes {', '.join(takes) or 'no settings'}; leave it out"
+            )
+    return POLICIES[name](**given)

@@ -150,7 +150,9 @@ class SwitchTrainer(Trainer):
             skip_bad_rows=args.skip_bad_rows,
         )
         if not loaded.examples:
-            raise UserError("the data set has no usable row; check its path and the reasons given for each row left out")
+            raise UserError(
+                "the data set has no usable row; check its path and the reasons given for each row left out"
+            )
         return loaded.examples
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
@@ -326,9 +328,7 @@ def _last_hidden(wrapped: nn.Module, model: PreTrainedModel, batch: Batch) -> Te
     The model's head runs on one position only; ours projects the counted ones.
     """
     with _hidden_captured(backbone(model)) as captured:
-        wrapped(
-            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False, logits_to_keep=1
-        )
+        wrapped(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False, logits_to_keep=1)
     return captured[0]
 
 

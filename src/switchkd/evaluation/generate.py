@@ -45,27 +45,29 @@ def generate_answers(
     examples: Sequence[Example],
     *,
     sampling: Sampling,
-    seed: int,
+    seeds: Sequence[int],
     batch_size: int,
     on_progress: Progress = _ignore,
 ) -> list[Answer]:
-    """Return the student's answers to the prompts of the examples, in their order.
+    """Return the student's answers to the prompts of the examples, in their order, for one seed after the other.
 
     Prompts of similar length are generated together; `on_progress` is told how many answers there are so far.
     """
-    answers: dict[int, Answer] = {}
-    for indices in micro_batches([len(example.prompt.token_ids) for example in examples], batch_size):
-        rollouts = engine.generate(
-            [examples[index].prompt for index in indices],
-            policy=Student(),
-            sampling=sampling,
-            seed=seed,
-            on_progress=counting_from(len(answers), on_progress),
-        )
-        for index, rollout in zip(indices, rollouts, strict=True):
-            answers[index] = _answer(rollout, tokenizer, seed)
-        on_progress(len(answers))
-    return [answers[index] for index in range(len(examples))]
+    groups = micro_batches([len(example.prompt.token_ids) for example in examples], batch_size)
+    answers: dict[tuple[int, int], Answer] = {}
+    for seed_number, seed in enumerate(seeds):
+        for indices in groups:
+            rollouts = engine.generate(
+                [examples[index].prompt for index in indices],
+                policy=Student(),
+                sampling=sampling,
+                seed=seed,
+                on_progress=counting_from(len(answers), on_progress),
+            )
+            for index, rollout in zip(indices, rollouts, strict=True):
+                answers[seed_number, index] = _answer(rollout, tokenizer, seed)
+            on_progress(len(answers))
+    return [answers[address] for address in sorted(answers)]
 
 
 def _answer(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, seed: int) -> Answer:

@@ -172,18 +172,16 @@ def evaluate(
     with progress_bar(show_progress) as progress:
         task = progress.add_task("answers", total=total)
         for name, one in loaded.items():
-            answers: list[Answer] = []
-            for seed in used_seeds:
-                answers += generate_answers(
-                    engine,
-                    tokenizer,
-                    one.examples,
-                    sampling=sampling,
-                    seed=seed,
-                    batch_size=batch_size,
-                    on_progress=counting_from(finished, lambda done: progress.update(task, completed=done)),
-                )
-                finished += len(one.examples)
+            answers = generate_answers(
+                engine,
+                tokenizer,
+                one.examples,
+                sampling=sampling,
+                seeds=used_seeds,
+                batch_size=batch_size,
+                on_progress=counting_from(finished, lambda done: progress.update(task, completed=done)),
+            )
+            finished += len(answers)
             scored = _score(answers, sets[name], tokenizer)
             results[name] = _set_result(scored, one)
             if out_folder is not None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchkd.errors import UserError
+from switchkd.heads import base_of
 from switchkd.policies import Policy
-from switchkd.records import Prompt, Rollout, Sampling
+from switchkd.records import FinishReason, Prompt, Rollout, Sampling
 
 PromptLike = str | Sequence[int] | Prompt
 Progress = Callable[[int], None]
@@ -38,7 +39,9 @@ class Engine(Protocol):
         """
 
 
-def as_prompts(prompts: Sequence[PromptLike], tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> list[Prompt]:
+def as_prompts(
+    prompts: Sequence[PromptLike], tokenizer: PreTrainedTokenizerBase | None, vocabulary: int
+) -> list[Prompt]:
     """The prompts as records, those that have no address numbered by position.
 
     Raises UserError for an empty prompt, for an id outside the shared vocabulary, and for text without a tokenizer.
@@ -84,14 +87,62 @@ def check_call(policy: Policy, sampling: Sampling, teacher: PreTrainedModel | No
     """Raises UserError where the settings of a `generate` call contradict each other."""
     if policy.needs_teacher and teacher is None:
         raise UserError(f"the policy {type(policy).__name__} needs a teacher, but the pair has none; load one")
-    if keep_teacher and not policy.needs_teacher:
-        raise UserError(
-            f"keep_teacher is {keep_teacher!r}, but under the policy {type(policy).__name__} no teacher runs; leave it out"
-        )
-    if sampling.no_repeat_ngram_size and policy.needs_teacher:
+    if keep_teacher and teacher is None:
+        raise UserError(f"keep_teacher is {keep_teacher!r}, but the pair has no teacher; load one, or leave it out")
+    if sampling.no_repeat_ngram_size and (policy.needs_teacher or keep_teacher):
         raise UserError(
             f"no_repeat_ngram_size is {sampling.no_repeat_ngram_size}; it is for evaluating a student alone, "
-            f"not for the policy {type(policy).__name__}; set it to 0"
+            f"not where a teacher runs (policy {type(policy).__name__}); set it to 0"
+        )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The number of positions that a model knows, or None where its configuration names none."""
+    config = base_of(model).config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def check_room(models: Sequence[PreTrainedModel], longest_prompt: int, max_new_tokens: int) -> None:
+    """Raises UserError where prompt and response together exceed the positions that a model knows."""
+    for model in models:
+        limit = position_limit(model)
+        if limit is not None and longest_prompt + max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest_prompt} tokens and max_new_tokens {max_new_tokens} make {longest_prompt + max_new_tokens} "
+                f"positions, but {type(base_of(model)).__name__} knows {limit}; lower max_new_tokens or leave out long prompts"
+            )
+
+
+class RolloutLog:
+    """What one row has written so far."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.token_ids: list[int] = []
+        self.written_by_teacher: list[bool] = []
+        self.divergence: list[float] = []
+        self.threshold: list[float] = []
+        self.student_logp: list[float] = []
+        self.teacher_logp: list[float] = []
+        self.teacher_hidden: list[Tensor] = []
+
+    def finished(self, eos_ids: Sequence[int]) -> Rollout:
+        """The record of the row; its kept hidden states, pieces of shape (..., H), are put together."""
+        ended = self.token_ids[-1] in eos_ids
+        hidden_size = self.teacher_hidden[0].shape[-1] if self.teacher_hidden else 0
+        return Rollout(
+            prompt=self.prompt,
+            token_ids=tuple(self.token_ids),
+            written_by_teacher=tuple(self.written_by_teacher),
+            divergence=tuple(self.divergence),
+            threshold=tuple(self.threshold),
+            student_logp=tuple(self.student_logp),
+            teacher_logp=tuple(self.teacher_logp),
+            finish_reason=FinishReason.END_OF_TEXT if ended else FinishReason.LENGTH,
+            teacher_hidden=torch.cat([piece.reshape(-1, hidden_size) for piece in self.teacher_hidden])
+            if self.teacher_hidden
+            else None,
         )
 
 

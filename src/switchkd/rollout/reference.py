@@ -14,11 +14,12 @@ from switchkd.draw import student_proposal, teacher_token
 from switchkd.models import ModelPair
 from switchkd.noise import Address, row_keys, shaped_logp
 from switchkd.policies import Policy, Positions
-from switchkd.records import FinishReason, Prompt, Rollout, Sampling
+from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.engine import (
     KeepTeacher,
     Progress,
     PromptLike,
+    RolloutLog,
     as_prompts,
     ban_repeated_ngrams,
     check_call,
@@ -55,19 +56,6 @@ class _Decoder:
             self.hidden_BH = output.hidden_states[-1][:, -1]
         logits: Tensor = output.logits[:, -1, : self.vocabulary_size]
         return logits
-
-
-class _Log:
-    """What one row has written so far."""
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.written_by_teacher: list[bool] = []
-        self.divergence: list[float] = []
-        self.threshold: list[float] = []
-        self.student_logp: list[float] = []
-        self.teacher_logp: list[float] = []
-        self.teacher_hidden: list[Tensor] = []
 
 
 class ReferenceEngine:
@@ -107,15 +95,15 @@ class ReferenceEngine:
         pair, device = self.pair, self.pair.student.device
         student = _Decoder(pair.student, pair.vocabulary_size)
         teacher = None
-        if policy.needs_teacher and pair.teacher is not None:
+        if pair.teacher is not None and (policy.needs_teacher or keep_teacher):
             teacher = _Decoder(pair.teacher, pair.vocabulary_size, keep_hidden=keep_teacher == "hidden")
         key = row_keys(seed, prompts, device)
         ids_BT, mask_BS = left_padded([prompt.token_ids for prompt in prompts], pair.pad_id, device)
-        logs = [_Log() for _ in prompts]
+        logs = [RolloutLog(prompt) for prompt in prompts]
         writing = [True] * len(prompts)
         for position in range(sampling.max_new_tokens):
             logits = student.step(ids_BT, mask_BS)
-            written = [[*prompt.token_ids, *log.token_ids] for prompt, log in zip(prompts, logs, strict=True)]
+            written = [[*log.prompt.token_ids, *log.token_ids] for log in logs]
             logits = ban_repeated_ngrams(logits, written, sampling.no_repeat_ngram_size)
             student_logp = shaped_logp(logits, sampling)
             address = Address(key, torch.full_like(key, position))
@@ -150,18 +138,4 @@ class ReferenceEngine:
                 break
             ids_BT = token[:, None]
             mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BT)], dim=1)
-        return [self._finish(prompt, log) for prompt, log in zip(prompts, logs, strict=True)]
-
-    def _finish(self, prompt: Prompt, log: _Log) -> Rollout:
-        ended = log.token_ids[-1] in self.pair.eos_ids
-        return Rollout(
-            prompt=prompt,
-            token_ids=tuple(log.token_ids),
-            written_by_teacher=tuple(log.written_by_teacher),
-            divergence=tuple(log.divergence),
-            threshold=tuple(log.threshold),
-            student_logp=tuple(log.student_logp),
-            teacher_logp=tuple(log.teacher_logp),
-            finish_reason=FinishReason.END_OF_TEXT if ended else FinishReason.LENGTH,
-            teacher_hidden=torch.stack(log.teacher_hidden) if log.teacher_hidden else None,
-        )
+        return [log.finished(pair.eos_ids) for log in logs]

@@ -1,0 +1,209 @@
+"""What a run shows and keeps while it trains, and how it stops when it is told to."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from switchkd.report.terminal import duration
+
+# What a progress line shows of a log event: its key, and how it is written.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "eval loss {:.4f}",
+    "teacher_share": "teacher {:.0%}",
+    "response_tokens": "{:.0f} tokens",
+    "rollout_tokens_per_second": "rollout {:,.0f} tok/s",
+    "train_tokens_per_second": "train {:,.0f} tok/s",
+}
+
+
+def measures(logs: Mapping[str, Any]) -> str:
+    """The measures of one log event in a line."""
+    return "  ".join(form.format(float(logs[key])) for key, form in SHOWN.items() if key in logs)
+
+
+class ConsoleProgress(TrainerCallback):
+    """A live bar on a terminal, a line for each log event elsewhere; an estimate of the whole after the first step."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=16),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = TaskID(0)
+        self.started_at = 0.0
+        self.first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock and the bar."""
+        self.started_at = time.perf_counter()
+        self.first_step = state.global_step
+        self.task = self.bar.add_task("first step", total=state.max_steps, completed=state.global_step)
+        if state.is_world_process_zero:
+            self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar; after the first step say how long the whole will take."""
+        self.bar.update(self.task, completed=state.global_step)
+        if state.global_step != self.first_step + 1 or not state.is_world_process_zero:
+            return
+        step_seconds = time.perf_counter() - self.started_at
+        steps = state.max_steps - self.first_step
+        self._print(
+            f"The first step took {duration(step_seconds)}: about {duration(step_seconds * steps)} for {steps:,} steps."
+        )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the measures of a log event."""
+        line = measures(logs or {})
+        if not line or not state.is_world_process_zero:
+            return
+        if self.console.is_terminal and "loss" in (logs or {}):
+            self.bar.update(self.task, description=line)
+            return
+        elapsed = time.perf_counter() - self.started_at
+        steps = max(1, state.global_step - self.first_step)
+        left = elapsed / steps * (state.max_steps - state.global_step)
+        self._print(
+            f"{state.global_step}/{state.max_steps}  {line}  {duration(elapsed)} elapsed, about {duration(left)} left"
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the bar as it is."""
+        self.close()
+
+    def close(self) -> None:
+        """End the live display, so that what follows is printed below it."""
+        self.bar.stop()
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class LogFile(TrainerCallback):
+    """Appends each log event to a file, one JSON object a line, with stage, step and seconds since the start."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path = path
+        self.stage = stage
+        self.started_at = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line."""
+        if not state.is_world_process_zero:
+            return
+        event = {
+            "stage": self.stage,
+            "step": state.global_step,
+            "seconds": round(time.perf_counter() - self.started_at, 3),
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**event, **(logs or {})}) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The log events of a run in order; of a step that was logged again after a resume, the last time counts.
+
+    A line that a crash cut off is left out.
+    """
+    events: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        kind = next((key for key in ("loss", "eval_loss", "train_runtime") if key in event), "")
+        key = (event["stage"], event["step"], kind)
+        events.pop(key, None)
+        events[key] = event
+    return list(events.values())
+
+
+class StopCleanly(TrainerCallback):
+    """The first Ctrl-C finishes the step, saves a checkpoint and stops; the second stops at once (KeyboardInterrupt).
+
+    `stopped` tells afterwards that this is why training ended before its last step.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.asked = False
+        self.stopped = False
+        self._before: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over SIGINT; signals reach the main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupted)
+
+    def _interrupted(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.console.print(
+            "\nCtrl-C: the step is finished and a checkpoint saved, then the run stops. Ctrl-C again stops at once."
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop where it was asked for."""
+        if self.asked and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give SIGINT back."""
+        self.close()
+
+    def close(self) -> None:
+        """Give SIGINT back, also where training ended with an exception."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None

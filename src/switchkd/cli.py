@@ -1,0 +1,275 @@
+"""The command line: thin commands over the package. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from switchkd import __version__
+from switchkd.errors import Stopped, UserError
+
+USER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130
+DEBUG = "--debug"
+
+app = typer.Typer(
+    help="Distil language models with the teacher in the loop of the student's own generation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the run file's; repeatable.")
+]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder of the instruction sets; else SWITCHKD_DATA_DIR or the hub.")
+]
+Dtype = Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16, ...")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")]
+MaxPromptTokens = Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus; 1 keeps every token.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first rows of each set.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0, 2 where the person made a mistake, 130 after Ctrl-C, 1 for whatever else went wrong."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG in given
+    try:
+        # --debug may stand anywhere: it is what people add to the end of a command that failed.
+        app([argument for argument in given if argument != DEBUG], prog_name="switchkd")
+    except SystemExit as exit_:
+        if exit_.code == INTERRUPTED:
+            _say("stopped by Ctrl-C")
+        raise
+    except (UserError, Stopped) as message:
+        if debug:
+            raise
+        _say(str(message))
+        sys.exit(USER_ERROR if isinstance(message, UserError) else INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        _say(f"{type(error).__name__}: {error}; this should not happen: run again with {DEBUG} to see where")
+        sys.exit(OTHER_ERROR)
+    sys.exit(0)
+
+
+def _say(sentence: str) -> None:
+    Console(stderr=True).print(Text(f"switchkd: {sentence}"), soft_wrap=True)
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _quiet() -> None:
+    """Leave out what transformers tells developers; the commands say what people need."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"switchkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks; may stand anywhere.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    run_file: Annotated[
+        Path, typer.Argument(metavar="RUN.yaml", help="The run: models, data and settings, flat keys.")
+    ],
+    assignments: Set = [],  # noqa: B006 - typer makes a new one for each call
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+) -> None:
+    """Train a student as a run file says. Ctrl-C finishes the step, saves and stops."""
+    from switchkd.launch import train_run
+    from switchkd.run import read_run
+
+    _quiet()
+    train_run(read_run(run_file, assignments), _console(), resume=resume)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, a model folder, a hub id, ...")],
+    sets: Annotated[
+        str, typer.Option(help="Sets, comma-separated: dolly,selfinst,vicuna,sni,unni, world, a file, ...")
+    ],
+    data_dir: DataDir = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the sampling, comma-separated.")] = "10,20,30,40,50",
+    limit: Limit = None,
+    max_prompt_tokens: MaxPromptTokens = 256,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    no_repeat_ngram: Annotated[int, typer.Option(min=0, help="Forbid repeated n-grams; published tables use 6.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers in flight at a time.")] = 32,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for eval.json and the answers; by default MODEL/eval.")
+    ] = None,
+    dtype: Dtype = "float32",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Score a student's answers: ROUGE-L and exact match, mean and deviation over seeds."""
+    from switchkd.data.sets import resolve
+    from switchkd.evaluation.score import evaluate as score
+    from switchkd.models import load_pair
+    from switchkd.records import Sampling
+    from switchkd.rollout.reference import ReferenceEngine
+
+    _quiet()
+    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram)
+    names = [name.strip() for name in sets.split(",") if name.strip()]
+    rows = {name: resolve(name, "eval", data_dir=data_dir, limit=limit) for name in names}
+    folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{_file_name(model)}")
+    pair = load_pair(model, None, dtype=dtype, trust_remote_code=trust_remote_code)
+    assert pair.tokenizer is not None
+    console = _console()
+    evaluation = score(
+        ReferenceEngine(pair, max_rows=batch_size),
+        pair.tokenizer,
+        rows,
+        model_name=model,
+        sampling=sampling,
+        seeds=_whole_numbers("--seeds", seeds),
+        max_prompt_tokens=max_prompt_tokens,
+        batch_size=batch_size,
+        out_folder=folder,
+        show_progress=console.is_terminal,
+    )
+    console.print(evaluation.table())
+    console.print(Text(f"answers and scores are in {folder}"), soft_wrap=True)
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in name).strip("-")
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; give whole numbers with commas between, such as 10,20,30") from None
+
+
+@app.command()
+def rollout(
+    student: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, package:NAME or world:student.")],
+    teacher: Annotated[str | None, typer.Option(help="As --student; --policy student needs none.")] = None,
+    prompt: Annotated[list[str], typer.Option(help="A prompt as it is; repeatable.")] = [],  # noqa: B006
+    data: Annotated[str | None, typer.Option(help="Prompts of a set: NAME, NAME:SPLIT, a file or a hub name.")] = None,
+    limit: Limit = None,
+    data_dir: DataDir = None,
+    policy: Annotated[str, typer.Option(help="Who writes: student, teacher or switch.")] = "switch",
+    threshold: Annotated[float | None, typer.Option(help="switch: tau_0, in nats.")] = None,
+    decay: Annotated[str | None, typer.Option(help="switch: exponential, linear or constant.")] = None,
+    decay_rate: Annotated[float | None, typer.Option(help="switch: the decay per token.")] = None,
+    final_fraction: Annotated[
+        float | None, typer.Option(help="switch: threshold at the last position / first.")
+    ] = None,
+    max_prompt_tokens: MaxPromptTokens = 256,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Tokens kept; 0 keeps every token.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    output: Annotated[Path, typer.Option(help="The file of rollouts, one JSON object a line.")] = Path(
+        "rollouts.jsonl"
+    ),
+    show: Annotated[int, typer.Option(min=0, help="Show the text of so many rollouts.")] = 10,
+    dtype: Dtype = "float32",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Roll out prompts without training: who wrote which token, as JSON lines and in colour."""
+    from switchkd.data.rows import read_rows, to_examples
+    from switchkd.data.sets import resolve
+    from switchkd.models import load_pair
+    from switchkd.policies import policy_named
+    from switchkd.records import Sampling
+    from switchkd.report.terminal import print_rollouts
+    from switchkd.rollout.jsonl import write_rollouts
+    from switchkd.rollout.reference import ReferenceEngine
+
+    _quiet()
+    writer = policy_named(
+        policy, threshold=threshold, decay=decay, decay_rate=decay_rate, final_fraction=final_fraction
+    )
+    if writer.needs_teacher and teacher is None:
+        raise UserError(f"--policy {policy} needs a teacher; give --teacher, or --policy student")
+    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    if bool(prompt) == (data is not None):
+        raise UserError("give the prompts either with --prompt or with --data")
+    rows = (
+        read_rows([{"prompt": text} for text in prompt])
+        if data is None
+        else resolve(data, data_dir=data_dir, limit=limit)
+    )
+    pair = load_pair(student, teacher, dtype=dtype, trust_remote_code=trust_remote_code)
+    assert pair.tokenizer is not None
+    examples = to_examples(
+        rows,
+        pair.tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=max_new_tokens,
+        need_response=False,
+    ).examples
+    console = _console()
+    with console.status("rolling out ..."):
+        rollouts = ReferenceEngine(pair).generate([e.prompt for e in examples], writer, sampling, seed=seed)
+    write_rollouts(rollouts, pair.tokenizer, output)
+    print_rollouts(rollouts[:show], pair.tokenizer, console)
+    console.print(Text(f"{len(rollouts)} rollouts are in {output}"), soft_wrap=True)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one in full.")] = None,
+) -> None:
+    """List the methods, or show one: its settings, its source and where it departs from it."""
+    from switchkd.methods import METHODS, method_named
+    from switchkd.report.terminal import method_details, methods_table
+
+    _console().print(methods_table(METHODS) if name is None else method_details(name, method_named(name)))
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option(help="The run's folder; the run of an earlier demo there is replaced.")
+    ] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
+) -> None:
+    """Distil the embedded student with SWITCH, in minutes on two CPU cores, and compare before with after."""
+    from switchkd.demo import run_demo
+
+    _quiet()
+    changes: dict[str, Any] = {"output_dir": str(output), "max_steps": steps, "seed": seed}
+    run_demo({key: value for key, value in changes.items() if value is not None}, _console())
+
+
+if __name__ == "__main__":
+    main()

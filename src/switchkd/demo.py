@@ -1,0 +1,99 @@
+"""`switchkd demo`: the embedded pair, measured before and after a run of assets/demo.yaml."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from switchkd.data.sets import resolve
+from switchkd.errors import UserError
+from switchkd.evaluation.score import Evaluation, evaluate
+from switchkd.launch import examples_of, train_run
+from switchkd.models import ModelPair, load_pair
+from switchkd.records import Sampling
+from switchkd.report.terminal import comparison_table, print_rollouts
+from switchkd.rollout.reference import ReferenceEngine
+from switchkd.run import RunConfig, read_mapping, run_from_values
+from switchkd.run_folder import RUN_FILE
+
+RUN_NAME = "switchkd demo"
+TEST_SET = "world:test"
+SHOWN_ROLLOUTS = 2
+
+
+def run_demo(changes: Mapping[str, Any], console: Console) -> None:
+    """Distil the embedded student as assets/demo.yaml says, with some of its values changed, and show what came of it.
+
+    The same held-out prompts are answered greedily by the student before, the student after and the teacher. A folder
+    that holds the run of an earlier demo is replaced; any other is refused (UserError).
+    """
+    path = Path(str(files("switchkd"))) / "assets" / "demo.yaml"
+    run = run_from_values({"output_dir": "runs/demo", **read_mapping(path), **changes}, f"in {path}")
+    folder = Path(run.output_dir)
+    _clear_earlier_demo(folder)
+    assert run.teacher is not None
+    pair = load_pair(run.student, run.teacher)
+    before = _measured("student before", pair, run, console)
+    teacher = _measured("teacher", load_pair(run.teacher, None), run, console)
+    train_run(run, console)
+    trained = load_pair(str(folder), None)
+    after = _measured("student after", trained, run, console)
+    console.print("\nWhat the student was trained on at the start, student and teacher writing together:")
+    _show_training_text(pair, run, console)
+    console.print(comparison_table({"before": before, "after": after, "teacher": teacher}, TEST_SET))
+    console.print(Text(_next_steps(folder)), soft_wrap=True)
+
+
+def _clear_earlier_demo(folder: Path) -> None:
+    saved = folder / RUN_FILE
+    if not saved.is_file():
+        return
+    if read_mapping(saved).get("run_name") != RUN_NAME:
+        raise UserError(f"{folder} holds a run that is no demo; give another folder with --output")
+    shutil.rmtree(folder)
+
+
+def _measured(label: str, pair: ModelPair, run: RunConfig, console: Console) -> Evaluation:
+    arguments = run.arguments()
+    assert pair.tokenizer is not None
+    console.print(Text(f"{label}: answering {TEST_SET} greedily"))
+    return evaluate(
+        ReferenceEngine(pair),
+        pair.tokenizer,
+        {TEST_SET: resolve(TEST_SET)},
+        model_name=label,
+        sampling=Sampling(arguments.max_new_tokens, temperature=0),
+        seeds=[arguments.seed],
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        batch_size=64,
+        show_progress=console.is_terminal,
+    )
+
+
+def _show_training_text(pair: ModelPair, run: RunConfig, console: Console) -> None:
+    arguments = run.arguments()
+    assert pair.tokenizer is not None
+    (stage,) = run.in_stages()
+    rows = resolve(run.train_data, limit=SHOWN_ROLLOUTS)
+    examples = examples_of(run, rows, pair.tokenizer, need_response=False)
+    prompts = [example.prompt for example in examples]
+    policy = stage.plan().policy
+    rollouts = ReferenceEngine(pair).generate(prompts, policy, arguments.sampling, seed=arguments.seed)
+    print_rollouts(rollouts, pair.tokenizer, console)
+
+
+def _next_steps(folder: Path) -> str:
+    return (
+        f"The run is in {folder}: its model (AutoModelForCausalLM.from_pretrained reads it), run.yaml, log.jsonl.\n"
+        f"Try next:\n"
+        f"  switchkd eval {folder} --sets world --max-prompt-tokens 288 --seeds 10\n"
+        f"  switchkd rollout --student {folder} --teacher world:teacher --data world:test --limit 4 --max-prompt-tokens 288\n"
+        f"  switchkd train {folder / RUN_FILE} --set method=gkd --set output_dir={folder}-gkd --set run_name=gkd\n"
+        f"  switchkd methods"
+    )

@@ -1,0 +1,186 @@
+"""Tables and coloured rollouts in the terminal.
+
+What a model wrote goes through `visible` and is never read as markup: it can neither colour the screen nor move the cursor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from switchkd.evaluation.score import Evaluation
+    from switchkd.methods import Method
+    from switchkd.records import Rollout
+
+TEACHER_STYLE = "bold magenta"
+# Where there is no colour, marks stand around what the teacher wrote.
+TEACHER_MARKS = ("«", "»")
+
+
+def visible(text: str) -> str:
+    """The text with every control character but line end and tab written out, such as \\x1b."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 4.2 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    return f"{minutes} min {int(seconds % 60)} s" if minutes < 60 else f"{hours} h {minutes % 60} min"
+
+
+def writer_runs(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+    """The response's text in runs of one writer each: (text, whether the teacher wrote it).
+
+    Text is what a further token adds to the decoded response, so blanks stay; a character of several tokens goes to the
+    one that completes it.
+    """
+    shown, run, run_by_teacher = "", "", False
+    for count, by_teacher in enumerate(rollout.written_by_teacher, start=1):
+        decoded = str(tokenizer.decode(list(rollout.token_ids[:count]), clean_up_tokenization_spaces=False))
+        if decoded.endswith("\ufffd") and count < len(rollout.token_ids):
+            continue
+        added, shown = decoded[len(shown) :], decoded
+        if by_teacher != run_by_teacher:
+            if run:
+                yield run, run_by_teacher
+            run, run_by_teacher = "", by_teacher
+        run += added
+    if run:
+        yield run, run_by_teacher
+
+
+def rollout_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, colour: bool) -> Text:
+    """A heading with the teacher's share, the prompt, and the response with the teacher's tokens in colour (or marked)."""
+    text = Text()
+    reason = str(rollout.finish_reason).replace("_", " ")
+    heading = f"prompt {rollout.prompt.prompt_id}, sample {rollout.prompt.sample_id}: {len(rollout.token_ids)} tokens"
+    text.append(f"{heading}, teacher {rollout.teacher_share:.0%}, ended by {reason}\n", style="bold")
+    prompt = str(tokenizer.decode(list(rollout.prompt.token_ids), clean_up_tokenization_spaces=False))
+    text.append(visible(prompt), style="dim")
+    if not prompt.endswith("\n"):
+        text.append("\n")
+    for run, by_teacher in writer_runs(rollout, tokenizer):
+        opening, closing = TEACHER_MARKS if by_teacher and not colour else ("", "")
+        text.append(f"{opening}{visible(run)}{closing}", style=TEACHER_STYLE if by_teacher else "")
+    text.append("\n")
+    return text
+
+
+def legend(*, colour: bool) -> Text:
+    """What the colours mean."""
+    opening, closing = ("", "") if colour else TEACHER_MARKS
+    return Text.assemble(
+        ("the prompt", "dim"),
+        " · written by the student · ",
+        (f"{opening}written by the teacher{closing}", TEACHER_STYLE),
+    )
+
+
+def print_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    """Print rollouts, the legend and the teacher's share of all tokens."""
+    colour = console.color_system is not None
+    for rollout in rollouts:
+        console.print(rollout_text(rollout, tokenizer, colour=colour), soft_wrap=True)
+    written = sum(sum(rollout.written_by_teacher) for rollout in rollouts)
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    console.print(legend(colour=colour), Text(f"the teacher wrote {written / tokens:.0%} of {tokens:,} tokens"))
+
+
+def run_table(events: Sequence[Mapping[str, Any]], model_folder: Path) -> Table:
+    """A line for each stage of a run: its length, and measures at its first and last logged step."""
+    table = Table(title="The run", caption=Text(f"the model is in {model_folder}"), title_justify="left")
+    for heading in ("stage", "steps", "loss", "teacher share", "rollout tok/s", "train tok/s", "time"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage in dict.fromkeys(event["stage"] for event in events):
+        logged = [event for event in events if event["stage"] == stage]
+        steps = [event for event in logged if "loss" in event]
+        if steps:
+            first, last = steps[0], steps[-1]
+            table.add_row(
+                Text(stage or "train"),
+                str(last["step"]),
+                _change(first, last, "loss", "{:.4f}"),
+                _change(first, last, "teacher_share", "{:.0%}"),
+                _mean(steps, "rollout_tokens_per_second"),
+                _mean(steps, "train_tokens_per_second"),
+                duration(logged[-1]["seconds"]),
+            )
+    return table
+
+
+def _change(first: Mapping[str, Any], last: Mapping[str, Any], key: str, form: str) -> str:
+    if key not in first or key not in last:
+        return "-"
+    return f"{form.format(first[key])} → {form.format(last[key])}"
+
+
+def _mean(steps: Sequence[Mapping[str, Any]], key: str) -> str:
+    values = [step[key] for step in steps if key in step]
+    return f"{sum(values) / len(values):,.0f}" if values else "-"
+
+
+def methods_table(methods: Mapping[str, Method]) -> Table:
+    """The method table, a line for each method."""
+    table = Table(caption=Text("more about one: switchkd methods NAME"))
+    for heading in ("method", "rolled out", "divergence", "cross-entropy", "what it does"):
+        table.add_column(heading)
+    for name, method in methods.items():
+        row = (
+            f"{method.rollout_share:.0%}",
+            method.divergence or "-",
+            f"{method.cross_entropy_weight:g}",
+            method.summary,
+        )
+        table.add_row(Text(name, style="bold"), *map(Text, row))
+    return table
+
+
+def method_details(name: str, method: Method) -> Table:
+    """A method's row in full, and the settings that act on it with the values in force where none is given."""
+    from switchkd.config import SwitchConfig
+
+    config = SwitchConfig(output_dir="unused", method=name)
+    declared = {each.name: each for each in fields(SwitchConfig)}
+    of_the_row = {
+        "divergence": method.divergence,
+        "teacher_weight": method.teacher_weight,
+        "cross_entropy_weight": method.cross_entropy_weight,
+        "student_share": method.rollout_share,
+    }
+    of_the_policy = [each.name for each in fields(method.policy(config)) if each.name in declared]  # type: ignore[arg-type]
+    values = {**of_the_row, **{key: getattr(config, key) for key in ("loss_temperature", *of_the_policy)}}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for label in ("summary", "source", "departs"):
+        table.add_row(Text(label, style="bold"), "", Text(getattr(method, label)))
+    for key, value in values.items():
+        shown = "-" if value is None else str(value)
+        table.add_row(Text(key, style="cyan"), Text(shown), Text(declared[key].metadata["help"]))
+    return table
+
+
+def comparison_table(evaluations: Mapping[str, Evaluation], set_name: str) -> Table:
+    """Exact match and ROUGE-L of several evaluations of one set side by side, a line for each bucket and for all."""
+    table = Table(title=f"{set_name}, greedy: exact match and ROUGE-L, 0 to 100")
+    table.add_column("response length")
+    table.add_column("rows", justify="right")
+    for measure in ("EM", "ROUGE-L"):
+        for label in evaluations:
+            table.add_column(f"{measure}\n{label}", justify="right")
+    results = [evaluation.sets[set_name] for evaluation in evaluations.values()]
+    lines = [(name, [result.by_bucket[name] for result in results]) for name in results[0].by_bucket]
+    for name, summaries in [*lines, ("all", [result.overall for result in results])]:
+        exact = [f"{summary.mean.exact_match:.1f}" for summary in summaries]
+        rouge = [f"{summary.mean.rouge_l:.1f}" for summary in summaries]
+        table.add_row(Text(name), str(summaries[0].rows), *exact, *rouge)
+    return table

@@ -1,0 +1,51 @@
+"""Rollouts as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from switchkd.records import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def rollout_record(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The rollout as JSON values: its texts, and the fields of `Rollout`, per token as lists of one length.
+
+    What is no number in JSON is null: NaN (there is no teacher, or no threshold) and -inf (a model excludes the token).
+    """
+    texts = {
+        name: tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        for name, ids in (("prompt", rollout.prompt.token_ids), ("response", rollout.token_ids))
+    }
+    numbers = {
+        name: [value if math.isfinite(value) else None for value in getattr(rollout, name)]
+        for name in ("divergence", "threshold", "student_logp", "teacher_logp")
+    }
+    return {
+        "prompt_id": rollout.prompt.prompt_id,
+        "sample_id": rollout.prompt.sample_id,
+        **texts,
+        "finish_reason": str(rollout.finish_reason),
+        "teacher_share": rollout.teacher_share,
+        "prompt_token_ids": list(rollout.prompt.token_ids),
+        "token_ids": list(rollout.token_ids),
+        "tokens": tokenizer.convert_ids_to_tokens(list(rollout.token_ids)),
+        "written_by_teacher": list(rollout.written_by_teacher),
+        **numbers,
+    }
+
+
+def write_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write one line for each rollout; the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for rollout in rollouts:
+            file.write(json.dumps(rollout_record(rollout, tokenizer)) + "\n")
+    partial.replace(path)

@@ -1,0 +1,178 @@
+"""What is in a run's folder: whether a run may go there or go on there, and the files that say what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from switchkd.errors import UserError
+from switchkd.models import save_model
+from switchkd.run import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage, read_mapping, run_from_values
+from switchkd.trainer import last_complete_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RUN_FILE, ENVIRONMENT_FILE, LOG_FILE, FINISHED_FILE = "run.yaml", "environment.json", "log.jsonl", "finished.json"
+
+# What a run may change when it goes on: how long it is, what is logged, kept and evaluated, and where things are.
+CHANGEABLE = (
+    "max_steps",
+    "num_train_epochs",
+    "rollout_rows",
+    "data_dir",
+    "report_to",
+    "run_name",
+    "dataloader_num_workers",
+)
+CHANGEABLE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_")
+
+
+def admit(run: RunConfig, resume: bool) -> None:
+    """Raise UserError unless the run's folder is free, or, with `resume`, holds this run."""
+    folder = Path(run.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} is a file; give a folder")
+    saved = folder / RUN_FILE
+    if resume:
+        if not saved.is_file():
+            raise UserError(f"there is no run in {folder} to resume (no {RUN_FILE}); leave --resume out")
+        _check_same_run(run_from_values(read_mapping(saved), f"in {saved}"), run)
+        return
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if saved.is_file():
+        raise UserError(
+            f"output_dir {folder} holds another run ({_state_of(folder)}); continue it with --resume, give another "
+            f"output_dir, or delete the folder yourself"
+        )
+    if present:
+        raise UserError(
+            f"output_dir {folder} is not empty ({', '.join(present[:3])}{', ...' if len(present) > 3 else ''}) and holds "
+            f"no run; give another output_dir"
+        )
+
+
+def _state_of(folder: Path) -> str:
+    finished = sorted(folder.glob(f"**/{FINISHED_FILE}"))
+    if folder / FINISHED_FILE in finished:
+        return "finished"
+    checkpoints = [last_complete_checkpoint(place) for place in (folder, *folder.iterdir()) if place.is_dir()]
+    kept = next((checkpoint.relative_to(folder) for checkpoint in checkpoints if checkpoint), None)
+    return f"unfinished, last checkpoint {kept}" if kept else "unfinished, without a checkpoint"
+
+
+def _check_same_run(saved: RunConfig, run: RunConfig) -> None:
+    """Raise UserError for a setting that a run must not change on its way."""
+    parts = [("", saved.in_force(), run.in_force())]
+    if len(saved.stages) != len(run.stages):
+        raise UserError(
+            f"the run in {run.output_dir} has {len(saved.stages)} stages, this run file {len(run.stages)}; resume with the "
+            f"same stages, or give another output_dir"
+        )
+    pairs = zip(saved.stages, run.stages, strict=True)
+    parts += [(f" of stage {number}", dict(old), dict(new)) for number, (old, new) in enumerate(pairs, start=1)]
+    for place, old, new in parts:
+        for key in dict.fromkeys([*old, *new]):
+            if key in CHANGEABLE or key.startswith(CHANGEABLE_PREFIXES) or old.get(key) == new.get(key):
+                continue
+            if key == "output_dir" and Path(old[key]).resolve() == Path(new[key]).resolve():
+                continue
+            raise UserError(
+                f"{key}{place} is {new.get(key)!r}, but the run in {run.output_dir} was started with {old.get(key)!r}; set it "
+                f"back to resume, or give another output_dir"
+            )
+
+
+def record_run(run: RunConfig) -> None:
+    """Write run.yaml, itself a run file with every value in force, and environment.json with the versions."""
+    folder = Path(run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = run.in_force()
+    chosen = {key: values.pop(key) for key in (*OWN_HINTS, *SWITCH_FIELDS) if key in values}
+    text = _as_yaml({**chosen, **{key: values.pop(key) for key in run.training if key in values}})
+    if run.stages:
+        text += _as_yaml({"stages": [dict(stage) for stage in run.stages]})
+    text += f"\n# Not set, but in force: the defaults of transformers.TrainingArguments.\n{_as_yaml(values)}"
+    write_atomically(folder / RUN_FILE, text)
+    write_atomically(folder / ENVIRONMENT_FILE, json.dumps(_environment(), indent=2) + "\n")
+
+
+def _as_yaml(values: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("switchkd", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+    return {
+        **{package: version(package) for package in packages},
+        "python": sys.version.split()[0],
+        "git_commit": _git_commit(),
+        "started": now(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The last commit that touched this package, where it runs from a checkout; None where it is installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%H", "--", "."]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def now() -> str:
+    """The time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether the stage was trained to its end, as long as it is now asked for, and its model is in place."""
+    path = stage.folder / FINISHED_FILE
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["length"] == _length(stage)
+
+
+def _length(stage: Stage) -> dict[str, float]:
+    values = stage.config.in_force()
+    return {name: values[name] for name in ("max_steps", "num_train_epochs")}
+
+
+def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, stage: Stage) -> None:
+    """Put the stage's model into its folder and mark the stage as finished, in this order.
+
+    The files go in one by one, from a folder beside them: nothing else in the run's folder is ever moved or deleted.
+    Raises UserError where they cannot be written; the checkpoints are as they were.
+    """
+    staged = stage.model_folder / "model.partial"
+    try:
+        save_model(model, tokenizer, staged)
+        for file in staged.iterdir():
+            file.replace(stage.model_folder / file.name)
+        staged.rmdir()
+        write_atomically(stage.folder / FINISHED_FILE, json.dumps({"length": _length(stage), "finished": now()}) + "\n")
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        kept = last_complete_checkpoint(stage.folder)
+        raise UserError(
+            f"the trained model could not be written to {stage.model_folder} ({error}); "
+            f"{f'the last checkpoint is {kept}' if kept else 'there is no checkpoint'}; make room and resume"
+        ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

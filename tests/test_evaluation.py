@@ -1,0 +1,275 @@
+import json
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from switchkd.data.rows import read_rows, to_examples
+from switchkd.errors import UserError
+from switchkd.evaluation.generate import generate_answers
+from switchkd.evaluation.score import SEEDS, evaluate, exact_match, rouge_l
+from switchkd.policies import Student
+from switchkd.records import FinishReason, Rollout, Sampling
+
+WORDS = ["say", "one", "two", "three", "four", "red", "blue", "and", "then", "stop"]
+ONCE = Sampling(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token for each word; padding and end-of-text are the same id."""
+    words = {word: i for i, word in enumerate(["<|end|>", "<unk>", *WORDS])}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|end|>", pad_token="<|end|>")
+
+
+class Parrot:
+    """An engine whose student answers `answer(prompt text, seed)`, one row finished after the other."""
+
+    def __init__(self, tokenizer, answer=lambda prompt, seed: prompt.removeprefix("say ")):
+        self.tokenizer, self.answer, self.calls = tokenizer, answer, []
+
+    def generate(self, prompts, policy, sampling=ONCE, seed=0, keep_teacher=None, on_progress=None):
+        self.calls.append((len(prompts), policy, sampling, seed))
+        rollouts = []
+        for prompt in prompts:
+            words = self.answer(self.tokenizer.decode(prompt.token_ids), seed)
+            ids = self.tokenizer(words, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+            ids = tuple(ids[: sampling.max_new_tokens])
+            ended = ids[-1] == self.tokenizer.eos_token_id
+            reason = FinishReason.END_OF_TEXT if ended else FinishReason.LENGTH
+            nothing = (math.nan,) * len(ids)
+            rollouts.append(Rollout(prompt, ids, (False,) * len(ids), nothing, nothing, nothing, nothing, reason))
+            on_progress(len(rollouts))
+        return rollouts
+
+
+def rows_of(*answers, **columns):
+    return read_rows([{"prompt": f"say {answer}", "completion": answer, **columns} for answer in answers])
+
+
+# ---------------------------------------------------------------- the two measures
+
+
+def test_rouge_l_by_hand():
+    # Longest common subsequence 3 of 3 and of 4 words: precision 1, recall 3/4, F = 6/7.
+    assert rouge_l("the cat sat", ["the cat sat down"]) == pytest.approx(600 / 7, rel=1e-12)
+    # The stemmer makes "jumping" and "jumps" the same word; "was" stays a difference: 2 of 3 and of 3.
+    assert rouge_l("Jumping he was!", ["jumps he did"]) == pytest.approx(200 / 3, rel=1e-12)
+
+
+def test_the_best_reference_counts():
+    assert rouge_l("one two", ["red", "one two", "blue"]) == 100
+    assert exact_match("One, two.", ["red", "one  TWO"])
+
+
+def test_an_empty_answer_scores_nothing():
+    assert rouge_l("", ["one"]) == 0
+    assert not exact_match("", ["one"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [
+        ("A: b\n c.", "a b c", True),
+        ("it's", "its", True),
+        ("a b", "ab", False),
+        ("1 2", "1 2 3", False),
+        ("naïve", "naive", False),
+    ],
+)
+def test_exact_match_but_for_case_punctuation_and_spaces(answer, reference, same):
+    assert exact_match(answer, [reference]) is same
+
+
+def longest_common_subsequence(left, right):
+    if not left or not right:
+        return 0
+    if left[-1] == right[-1]:
+        return 1 + longest_common_subsequence(left[:-1], right[:-1])
+    return max(longest_common_subsequence(left[:-1], right), longest_common_subsequence(left, right[:-1]))
+
+
+# Words of up to three letters, which the stemmer leaves alone.
+sentences = st.lists(st.sampled_from(["a", "b", "cat"]), min_size=1, max_size=6)
+
+
+@given(sentences, st.lists(sentences, min_size=1, max_size=3))
+def test_rouge_l_is_the_definition_and_the_maximum_over_references(answer, references):
+    scores = [200 * longest_common_subsequence(answer, one) / (len(answer) + len(one)) for one in references]
+    # 2PR / (P + R) against 2L / (m + n): a few roundings in float64.
+    assert rouge_l(" ".join(answer), [" ".join(one) for one in references]) == pytest.approx(max(scores), rel=1e-12)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def examples_of(rows, tokenizer):
+    limits = {"max_prompt_tokens": 20, "max_response_tokens": 8}
+    return to_examples(rows, tokenizer, need_response=True, **limits).examples
+
+
+def test_answers_come_in_the_order_of_the_examples(tokenizer):
+    rows = rows_of("one", "one two three", "red", "one two", "blue")
+    engine, told = Parrot(tokenizer), []
+    answers = generate_answers(
+        engine,
+        tokenizer,
+        examples_of(rows, tokenizer),
+        sampling=ONCE,
+        seeds=(3,),
+        batch_size=2,
+        on_progress=told.append,
+    )
+    assert [answer.text for answer in answers] == [row.columns["completion"] for row in rows]
+    assert [answer.prompt_id for answer in answers] == [0, 1, 2, 3, 4]
+    assert engine.calls == [(2, Student(), ONCE, 3), (2, Student(), ONCE, 3), (1, Student(), ONCE, 3)]
+    assert told[-1] == 5
+    assert all(earlier <= later for earlier, later in pairwise(told))
+
+
+def test_the_end_token_is_counted_but_not_in_the_text(tokenizer):
+    (example,) = examples_of(rows_of("one two three"), tokenizer)
+    for limit, text, tokens, reason in (
+        (8, "one two three", 4, FinishReason.END_OF_TEXT),
+        (4, "one two three", 4, FinishReason.END_OF_TEXT),
+        (3, "one two three", 3, FinishReason.LENGTH),
+        (2, "one two", 2, FinishReason.LENGTH),
+    ):
+        (answer,) = generate_answers(
+            Parrot(tokenizer), tokenizer, [example], sampling=Sampling(limit), seeds=(0,), batch_size=1
+        )
+        assert (answer.text, answer.tokens, answer.finish_reason) == (text, tokens, reason)
+
+
+# ---------------------------------------------------------------- evaluations
+
+
+def right_on_seed_10(prompt, seed):
+    return prompt.removeprefix("say ") if seed == 10 else "stop"
+
+
+def test_mean_and_deviation_over_seeds(tokenizer):
+    result = evaluate(
+        Parrot(tokenizer, right_on_seed_10), tokenizer, {"x": rows_of("one two", "red")}, model_name="m",
+        sampling=ONCE, seeds=(10, 20),
+    ).sets["x"].overall  # fmt: skip
+    assert result.rows == 2
+    assert result.per_seed[10].exact_match == result.per_seed[10].rouge_l == 100
+    assert result.per_seed[20].exact_match == result.per_seed[20].rouge_l == 0
+    assert result.mean.exact_match == 50
+    # Sample deviation of 100 and 0: 100 / sqrt(2); of the mean response tokens 2.5 and 2: 0.5 / sqrt(2).
+    assert result.deviation.exact_match == pytest.approx(100 / math.sqrt(2), rel=1e-12)
+    assert result.deviation.response_tokens == pytest.approx(0.5 / math.sqrt(2), rel=1e-12)
+    assert result.mean.ended_share == 1
+
+
+def test_buckets_are_scored_each_for_itself(tokenizer):
+    rows = read_rows(
+        [
+            {"prompt": f"say {answer}", "completion": answer, "bucket": "long" if " " in answer else "short"}
+            for answer in ("one", "red", "one two three")
+        ]
+    )
+    result = evaluate(
+        Parrot(tokenizer), tokenizer, {"world": rows}, model_name="m", sampling=Sampling(2), seeds=(1,)
+    ).sets["world"]
+    assert {name: (one.rows, one.mean.exact_match, one.mean.ended_share) for name, one in result.by_bucket.items()} == {
+        "short": (2, 100, 1),
+        "long": (1, 0, 0),
+    }
+    assert result.overall.mean.exact_match == pytest.approx(200 / 3, rel=1e-12)
+    assert result.overall.deviation is None
+    assert evaluate(Parrot(tokenizer), tokenizer, {"x": rows_of("one")}, model_name="m").sets["x"].by_bucket == {}
+
+
+def test_what_is_written_is_what_is_returned(tokenizer, tmp_path):
+    sampling = Sampling(max_new_tokens=8, top_p=0.9)
+    folder = tmp_path / "new" / "run"
+    evaluation = evaluate(
+        Parrot(tokenizer, right_on_seed_10), tokenizer, {"owner/x:test": rows_of("one two", "red")}, model_name="tiny",
+        sampling=sampling, seeds=(10, 20), out_folder=folder,
+    )  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == {"eval.json", "answers_owner_x_test.jsonl"}
+
+    saved = json.loads((folder / "eval.json").read_text())
+    overall = evaluation.sets["owner/x:test"].overall
+    assert (saved["model"], saved["seeds"], saved["date"]) == ("tiny", [10, 20], evaluation.date)
+    assert saved["sampling"] == {
+        "max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9, "top_k": 0, "no_repeat_ngram_size": 0,
+    }  # fmt: skip
+    assert saved["sets"]["owner/x:test"]["overall"]["mean"]["rouge_l"] == overall.mean.rouge_l
+    assert saved["sets"]["owner/x:test"]["overall"]["per_seed"]["20"]["ended_share"] == 1
+
+    lines = [json.loads(line) for line in (folder / "answers_owner_x_test.jsonl").read_text().splitlines()]
+    assert [(line["seed"], line["prompt_id"], line["answer"]) for line in lines] == [
+        (10, 0, "one two"), (10, 1, "red"), (20, 0, "stop"), (20, 1, "stop"),
+    ]  # fmt: skip
+    assert lines[2] | {} == {
+        "where": "row 0", "prompt_id": 0, "seed": 20, "bucket": None, "prompt": "say one two", "answer": "stop",
+        "references": ["one two"], "rouge_l": 0.0, "exact_match": False, "tokens": 2, "finish_reason": "end_of_text",
+    }  # fmt: skip
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer):
+    rows = read_rows([{"prompt": "say " * 9, "completion": "one"}, {"prompt": "say two", "completion": "two"}])
+    result = evaluate(Parrot(tokenizer), tokenizer, {"x": rows}, model_name="m", seeds=(1,), max_prompt_tokens=8)
+    assert [(bad.where, bad.reason) for bad in result.sets["x"].skipped] == [
+        ("row 0", "the prompt has 9 tokens; the limit is 8")
+    ]
+    assert result.sets["x"].overall.rows == 1
+    assert result.sets["x"].overall.mean.exact_match == 100
+
+
+def test_nothing_is_generated_when_one_set_has_no_row_to_use(tokenizer):
+    engine = Parrot(tokenizer)
+    with pytest.raises(UserError, match="No row is left"):
+        evaluate(engine, tokenizer, {"x": rows_of("one"), "y": read_rows([{"prompt": "say"}])}, model_name="m")
+    with pytest.raises(UserError, match="seeds is empty"):
+        evaluate(engine, tokenizer, {"x": rows_of("one")}, model_name="m", seeds=())
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("temperature", "seeds", "used"), [(1.0, SEEDS, SEEDS), (1.0, (3, 3, 4), (3, 4)), (0.0, SEEDS, SEEDS[:1])]
+)
+def test_seeds_are_used_once_and_greedy_decoding_needs_one(tokenizer, temperature, seeds, used):
+    engine = Parrot(tokenizer)
+    evaluation = evaluate(
+        engine, tokenizer, {"x": rows_of("one")}, model_name="m", sampling=Sampling(8, temperature), seeds=seeds
+    )
+    assert evaluation.seeds == used == tuple(seed for *_, seed in engine.calls)
+
+
+def test_limit_keeps_the_first_rows(tokenizer):
+    rows = rows_of("one", "two", "red")
+    result = evaluate(Parrot(tokenizer), tokenizer, {"x": rows}, model_name="m", seeds=(1,), limit=2)
+    assert result.sets["x"].overall.rows == 2
+
+
+def test_the_table_shows_sets_buckets_and_deviations(tokenizer):
+    evaluation = evaluate(
+        Parrot(tokenizer, right_on_seed_10), tokenizer, {"x": rows_of("one", bucket="short")}, model_name="tiny",
+        sampling=ONCE, seeds=(10, 20),
+    )  # fmt: skip
+    console = Console(width=120, record=True, file=None, quiet=False)
+    with console.capture() as captured:
+        console.print(evaluation.table())
+    text = captured.get()
+    assert "tiny: 2 seed(s), temperature 1" in text
+    assert text.count("50.00 ± 70.71") == 4
+    assert "  short" in text
+
+
+def test_the_progress_bar_counts_all_answers(tokenizer, capsys):
+    sets = {"x": rows_of("one", "two"), "y": rows_of("red")}
+    evaluate(Parrot(tokenizer), tokenizer, sets, model_name="m", seeds=(1, 2), show_progress=True)
+    assert "6/6" in capsys.readouterr().out
+    evaluate(Parrot(tokenizer), tokenizer, sets, model_name="m", seeds=(1, 2))
+    assert capsys.readouterr().out == ""
