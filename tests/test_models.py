@@ -260,8 +260,8 @@ def test_dropped_layers_are_as_layers_that_do_nothing_and_the_rest_reloads_equal
     with torch.no_grad():
         first = model(input_ids=token_ids[:, :8], use_cache=True)
         rest = model(input_ids=token_ids[:, 8:], past_key_values=first.past_key_values, use_cache=True)
-    # Attention over a cache sums in another order: tiny.py says how far float32 logits move by that.
-    torch.testing.assert_close(rest.logits, expected[:, 8:], rtol=0, atol=1e-3)
+    # Attention over a cache sums in another order, by which float32 logits of these models were seen to move up to 3e-5.
+    torch.testing.assert_close(rest.logits, expected[:, 8:], rtol=0, atol=3e-4)
 
 
 @given(dropped=st.sets(st.integers(0, 5), min_size=1, max_size=5), joined=st.booleans())
@@ -440,7 +440,7 @@ def test_a_name_that_leads_nowhere_says_why(
 
 def test_a_folder_without_a_model_and_a_plain_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="holds no config.json"):
+    with pytest.raises(UserError, match="holds no config\\.json"):
         find_source(str(tmp_path))
     with pytest.raises(UserError, match="is a file"):
         find_source(str(tmp_path / "file"))

@@ -93,26 +93,21 @@ class Gradients(TrainerCallback):
 
 
 class RecordingEngine:
-    """The reference engine, with all that it was asked for and gave."""
+    """A trainer's engine, and all that it gave."""
 
-    def __init__(self, pair: ModelPair) -> None:
-        self.engine = ReferenceEngine(pair)
+    def __init__(self, trainer: SwitchTrainer) -> None:
+        self.engine = trainer.engine
         self.calls: list[list[Rollout]] = []
+        trainer.engine = self
 
-    def generate(self, prompts: Sequence[Prompt], policy: Any, sampling: Sampling, seed: int) -> list[Rollout]:
-        self.calls.append(self.engine.generate(prompts, policy, sampling, seed))
+    def generate(self, prompts: Sequence[Prompt], **named: Any) -> list[Rollout]:
+        self.calls.append(self.engine.generate(prompts, **named))
         return self.calls[-1]
-
-    @classmethod
-    def inside(cls, trainer: SwitchTrainer) -> RecordingEngine:
-        """Put into a trainer whose student is its own copy."""
-        trainer.engine = cls(trainer.pair)
-        return trainer.engine
 
 
 def rolled_out(trainer: SwitchTrainer) -> list[list[tuple[int, ...]]]:
     """The token ids of each step's rollouts while the trainer trains."""
-    engine = RecordingEngine.inside(trainer)
+    engine = RecordingEngine(trainer)
     trainer.train()
     return [[rollout.token_ids for rollout in call] for call in engine.calls]
 
@@ -205,7 +200,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(method: dict[str, Any], saved_
     whole = make_trainer(tmp_path, pair, **options)
     texts = rolled_out(whole)
     resumed = make_trainer(tmp_path, pair, **options)
-    engine = RecordingEngine.inside(resumed)
+    engine = RecordingEngine(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved_at}"))
     assert [[rollout.token_ids for rollout in call] for call in engine.calls] == texts[-len(engine.calls) :]
     assert len(engine.calls) == 6 - saved_at
@@ -325,7 +320,7 @@ def test_eval_loss_is_the_plain_mean_over_response_tokens(
 def test_the_first_training_loss_is_that_of_the_rollouts_at_the_step(tmp_path: Path) -> None:
     pair = tiny_pair("llama", dtype=torch.float64)
     trainer = make_trainer(tmp_path, pair, split=(3, 2), max_steps=1)
-    engine = RecordingEngine.inside(trainer)
+    engine = RecordingEngine(trainer)
     trainer.train()
     written = [Example(rollout.prompt, rollout.token_ids) for rollout in engine.calls[0]]
     with torch.no_grad():
@@ -418,18 +413,19 @@ def test_gradient_checkpointing_changes_nothing_and_rollouts_keep_their_cache(tm
     plain = make_trainer(tmp_path, pair)
     plain.train()
     checkpointed = make_trainer(tmp_path, pair, gradient_checkpointing=True)
-    widths: list[int] = []
-    handle = (
-        checkpointed.pair.student.get_decoder()
-        .layers[0]
-        .register_forward_hook(lambda layer, inputs, output: widths.append(inputs[0].shape[1]))
+    widths: dict[bool, list[int]] = {True: [], False: []}
+    layer = checkpointed.pair.student.get_decoder().layers[0]
+    handle = layer.register_forward_hook(
+        lambda layer, inputs, output: widths[layer.training].append(inputs[0].shape[1])
     )
     checkpointed.train()
     handle.remove()
     assert checkpointed.pair.student.is_gradient_checkpointing
-    # A step: one forward over the prompts and one a new token; then the training forward, twice through each layer.
-    assert widths.count(1) == 3 * (NEW_TOKENS - 1)
-    assert sum(width > 1 for width in widths) == 3 * 3
+    # While it writes, no forward is wider than the longest prompt: what went before is in the cache.
+    assert max(widths[False]) == max(len(example.prompt.token_ids) for example in EXAMPLES)
+    # While it trains, each of three steps runs the layer twice, over prompts with responses.
+    assert len(widths[True]) == 3 * 2
+    assert min(widths[True]) > NEW_TOKENS
     assert_same_weights(weights(plain), weights(checkpointed))
 
 
@@ -443,7 +439,7 @@ def test_max_steps_and_accumulation_are_counted_in_optimiser_steps(tmp_path: Pat
 
 def test_epochs_roll_the_same_prompt_out_anew(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, tiny_pair("llama"), split=(8, 1), max_steps=2, learning_rate=0.0)
-    engine = RecordingEngine.inside(trainer)
+    engine = RecordingEngine(trainer)
     trainer.train()
     first, second = ({r.prompt.prompt_id: r.token_ids for r in call} for call in engine.calls)
     assert first.keys() == second.keys() == set(range(8))
@@ -608,7 +604,7 @@ def test_the_student_share_is_a_coin_for_each_sequence(tmp_path: Path) -> None:
         trainer = make_trainer(
             tmp_path, pair, examples, split=split, method="gkd", student_share=0.3, max_new_tokens=1, max_steps=10
         )
-        engine = RecordingEngine.inside(trainer)
+        engine = RecordingEngine(trainer)
         trainer.train()
         chosen[split] = [[rollout.prompt.prompt_id for rollout in call] for call in engine.calls]
     first, second = chosen.values()
@@ -625,7 +621,7 @@ def test_the_student_share_is_a_coin_for_each_sequence(tmp_path: Path) -> None:
 def test_a_step_logs_what_was_written_and_learned(tmp_path: Path) -> None:
     pair = tiny_pair("llama")
     trainer = make_trainer(tmp_path, pair, split=(2, 2), max_steps=2, max_new_tokens=80)
-    engine = RecordingEngine.inside(trainer)
+    engine = RecordingEngine(trainer)
     trainer.train()
     for line, rollouts in zip(trainer.state.log_history, engine.calls, strict=False):
         tokens = sum(len(rollout.token_ids) for rollout in rollouts)

@@ -74,8 +74,9 @@ def _console() -> Console:
 
 def _quiet() -> None:
     """Leave out what transformers tells developers; the commands say what people need."""
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

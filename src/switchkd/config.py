@@ -60,6 +60,10 @@ class SwitchConfig(TrainingArguments):
     rollout_rows: int = field(
         default=64, metadata={"help": "Rollouts in flight at a time; bounds memory, changes no token."}
     )
+    block_size: int | str = field(
+        default="auto",
+        metadata={"help": "Tokens drafted before the teacher is asked; a number or auto. Changes no token."},
+    )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Leave bad rows out, and say which, instead of stopping."}
     )

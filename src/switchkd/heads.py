@@ -37,7 +37,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The module whose output has the `last_hidden_state` that the head projects: all of a causal LM but its head."""
-    return cast(nn.Module, base_of(model).get_decoder())  # type: ignore[no-untyped-call]
+    return cast(nn.Module, base_of(model).get_decoder())
 
 
 def head_rows(model: nn.Module) -> int:
@@ -46,7 +46,7 @@ def head_rows(model: nn.Module) -> int:
 
 
 def _projection_of(model: nn.Module) -> nn.Linear:
-    projection = base_of(model).get_output_embeddings()  # type: ignore[no-untyped-call]
+    projection = base_of(model).get_output_embeddings()
     # PEFT's modules_to_save trains a copy and keeps it in a wrapper.
     if (copies := getattr(projection, "modules_to_save", None)) is not None:
         projection = copies[projection.active_adapter]
@@ -100,7 +100,7 @@ class Head:
 
     def _compare_with(self, model: nn.Module) -> None:
         token_ids = torch.arange(min(3, self.vocabulary_size), device=self.projection.weight.device)[None]
-        with _evaluating(model):
+        with evaluating(model):
             expected = model(input_ids=token_ids, use_cache=False).logits[..., : self.vocabulary_size]
             logits = self(backbone(model)(input_ids=token_ids, use_cache=False).last_hidden_state)
         # The same operations on the same numbers; a few roundings are allowed for kernels that choose by shape.
@@ -126,10 +126,15 @@ def _transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; puts every module back into its own mode, frozen parts included."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode without gradients; puts every module back into its own mode, frozen parts included.
+
+    Also what keeps the key/value cache under gradient checkpointing, which acts on models in training mode only.
+    """
+    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    for model in models:
+        if model is not None:
+            model.eval()
     try:
         with torch.no_grad():
             yield

@@ -158,8 +158,8 @@ def _train_stage(one: Prepared, run: RunConfig, console: Console, is_main_proces
         step = f"{trainer.state.global_step} of {trainer.state.max_steps}"
         raise Stopped(_how_to_resume(run, stage, f"stopped after step {step}"))
     if is_main_process:
-        model = trainer.model.merge_and_unload() if one.peft_config is not None else trainer.model
-        save_final(model, trainer.pair.tokenizer, stage)
+        model: Any = trainer.pair.student
+        save_final(model if one.peft_config is None else model.merge_and_unload(), trainer.pair.tokenizer, stage)
 
 
 def _trainer(one: Prepared, run: RunConfig, console: Console) -> tuple[SwitchTrainer, StopCleanly, ConsoleProgress]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -228,8 +229,8 @@ def _explained(what: str, name: str, source: Source) -> Iterator[None]:
         if source.on_hub and isinstance(error, OSError) and not Path(name).exists():
             reason = "it is neither a local folder nor reachable on the hub; check the name and the connection"
         else:
-            # transformers adds advice and lists over many lines; the cause is in the first.
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            # transformers adds advice and long lists over many lines; the cause comes first.
+            reason = shorten(str(error), 500, placeholder=" ...") or type(error).__name__
         raise UserError(f"the {what} of {name!r} cannot be loaded: {reason}") from error
 
 

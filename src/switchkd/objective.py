@@ -92,7 +92,8 @@ class _ChunkedSum(torch.autograd.Function):
                 continue
             (logits_grad,) = torch.autograd.grad(loss, logits)
             if hidden_grad is not None:
-                torch.mm(logits_grad, weight, out=hidden_grad[chunk])
+                # Under autocast the logits, and so their gradient, are of a lower precision than the weight.
+                hidden_grad[chunk] = logits_grad.to(weight.dtype) @ weight
             if weight_grad is not None:
                 weight_grad.addmm_(logits_grad.T.to(weight_grad.dtype), hidden.to(weight_grad.dtype))
             if bias_grad is not None:
@@ -149,7 +150,9 @@ def distillation_loss(
             loss_N = loss_N + objective.cross_entropy_weight * cross_entropy_N
         return loss_N if weight_N is None else loss_N * weight_N[chunk]
 
-    total = _ChunkedSum.apply(student_hidden_NH, head.weight_VH, head.bias_V, position_loss, chunk_positions)
+    total: Tensor = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
+        student_hidden_NH, head.weight_VH, head.bias_V, position_loss, chunk_positions
+    )
     report = Report()
     if divergences:
         report.divergence_N = torch.cat(divergences)

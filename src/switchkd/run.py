@@ -65,7 +65,7 @@ class RunConfig:
             if getattr(arguments, name) < 1:
                 raise UserError(f"{name} is {getattr(arguments, name)}; it has to be at least 1")
         if arguments.do_eval and self.eval_data is None:
-            raise UserError(f"eval_strategy is {arguments.eval_strategy.value!r}, but there is no eval_data; set it")
+            raise UserError(f"eval_strategy is {str(arguments.eval_strategy)!r}, but there is no eval_data; set it")
         return arguments
 
     def in_stages(self) -> list[Stage]:

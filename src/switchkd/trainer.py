@@ -7,27 +7,27 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from switchkd.config import SwitchConfig
 from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.data.rows import read_rows, to_examples
 from switchkd.errors import UserError
+from switchkd.heads import Head, backbone
 from switchkd.meters import Meters
 from switchkd.methods import plan_of
-from switchkd.heads import Head, backbone
 from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
 from switchkd.noise import Address, Stream, row_keys, uniform
 from switchkd.objective import Report, TeacherSignal, dense_teacher, distillation_loss
 from switchkd.records import Batch, Example, Prompt, Rollout
 from switchkd.rollout.engine import Engine
-from switchkd.rollout.reference import ReferenceEngine
+from switchkd.rollout.speculative import SpeculativeEngine
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -55,6 +55,8 @@ class SwitchTrainer(Trainer):
     Raises UserError, before the first forward, for settings, models or data that do not fit.
     """
 
+    args: SwitchConfig
+
     def __init__(
         self,
         model: PreTrainedModel | str,
@@ -72,24 +74,26 @@ class SwitchTrainer(Trainer):
         self.plan = plan_of(args)
         if self.plan.objective.divergence is not None and teacher_model is None:
             raise UserError(f"method {args.method!r} learns from a teacher, but none was given; set teacher_model")
-        if processing_class is None:
-            processing_class = load_tokenizer(model if isinstance(model, str) else name_of(model))
-        model = load_model(model) if isinstance(model, str) else model
+        # A model that was made on the spot has no name, and needs no tokenizer for data that is token ids.
+        name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+        tokenizer = load_tokenizer(name) if processing_class is None and name else processing_class
+        teacher_tokenizer = load_tokenizer(teacher_model) if isinstance(teacher_model, str) else None
+        student = load_model(model) if isinstance(model, str) else model
         teacher = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
+            student = cast(PreTrainedModel, get_peft_model(student, peft_config))
         if teacher is not None:
             teacher.requires_grad_(False)
-        self.pair = ModelPair(model, teacher, processing_class)
+        self.pair = ModelPair(student, teacher, tokenizer, teacher_tokenizer)
         super().__init__(
-            model=model,
+            model=student,
             args=args,
             data_collator=self._collate,
             train_dataset=self._examples(train_dataset, args, need_response=self.plan.needs_response),
             eval_dataset=self._examples(eval_dataset, args, need_response=True),
-            processing_class=processing_class,
+            processing_class=tokenizer,
             callbacks=callbacks,
             **trainer_options,
         )
@@ -100,11 +104,11 @@ class SwitchTrainer(Trainer):
             )
         # Our loss is divided by the whole step's count, so the trainer must not divide it again.
         self.loss_is_scaled_for_ga = True
-        self.engine = engine or ReferenceEngine(self.pair, max_rows=args.rollout_rows)
-        self.head = Head.of(model, self.pair.vocabulary_size)
+        self.engine = engine or SpeculativeEngine(self.pair, args.block_size, max_rows=args.rollout_rows)
+        self.head = Head.of(student, self.pair.vocabulary_size)
         self.teacher_head = None
         if teacher is not None:
-            teacher.to(args.device).eval()
+            cast(nn.Module, teacher).to(args.device).eval()
             self.teacher_head = Head.of(teacher, self.pair.vocabulary_size)
         self._meters = Meters(
             ["teacher_share", "response_tokens", "ended", "rollout_tokens_per_second", "train_tokens_per_second"]
@@ -116,7 +120,7 @@ class SwitchTrainer(Trainer):
 
     def describe(self) -> str:
         """One line that says what `train` will do: models, sizes, steps, sequences and tokens."""
-        args: SwitchConfig = self.args
+        args = self.args
         dataset: Sequence[Example] = self.train_dataset  # type: ignore[assignment]
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * -(-len(dataset) // rows))
@@ -138,6 +142,9 @@ class SwitchTrainer(Trainer):
         if isinstance(dataset, dict):
             return {name: self._examples(part, args, need_response) for name, part in dataset.items()}
         if len(dataset) and isinstance(dataset[0], Example):
+            empty = sum(not example.response_ids for example in dataset)
+            if need_response and empty:
+                raise UserError(f"{empty} of {len(dataset)} examples have no response; give their response_ids")
             return list(dataset)
         if self.pair.tokenizer is None:
             raise UserError("the rows are text, but there is no tokenizer; give processing_class")
@@ -189,7 +196,7 @@ class SwitchTrainer(Trainer):
 
     def _roll_out(self, examples: list[Example]) -> list[Example | Rollout]:
         """Each example, or the rollout that stands in for it; which one is decided by an addressed coin."""
-        args: SwitchConfig = self.args
+        args = self.args
         step = self.state.global_step
         prompts = [Prompt(e.prompt.token_ids, e.prompt.prompt_id, sample_id=step) for e in examples]
         key = row_keys(args.seed, prompts)
@@ -200,7 +207,11 @@ class SwitchTrainer(Trainer):
             return sequences
         started = time.perf_counter()
         rollouts = self.engine.generate(
-            [prompts[index] for index in chosen], policy=self.plan.policy, sampling=args.sampling, seed=args.seed
+            [prompts[index] for index in chosen],
+            policy=self.plan.policy,
+            sampling=args.sampling,
+            seed=args.seed,
+            keep_teacher="hidden" if self.plan.policy.needs_teacher and self.plan.objective.divergence else None,
         )
         self._record_rollouts(rollouts, time.perf_counter() - started)
         for index, rollout in zip(chosen, rollouts, strict=True):
@@ -298,6 +309,19 @@ class SwitchTrainer(Trainer):
         return loss.detach(), None, None
 
     # ------------------------------------------------------------------------------------------------ the checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+        """As in `transformers.Trainer`; True resumes from the newest checkpoint that is complete.
+
+        Raises UserError where there is none: from a partial one the run would start anew with its weights.
+        """
+        if resume_from_checkpoint:
+            folder = Path(self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint)
+            found = last_complete_checkpoint(folder) if resume_from_checkpoint is True else folder
+            if found is None or not (found / TRAINER_STATE_NAME).is_file():
+                raise UserError(f"there is no complete checkpoint in {folder}; name another, or train without resuming")
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, **options)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

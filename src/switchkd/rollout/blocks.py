@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 _LARGEST = 16
 _MEMORY = 0.8  # How much of the old mean a new measurement leaves.
 
@@ -16,8 +14,8 @@ class BlockChooser:
     and a part for each token, from the blocks seen. Timing only ever changes the block size, never a token.
     """
 
-    def __init__(self, block_size: int | Literal["auto"], max_new_tokens: int) -> None:
-        self.fixed = None if block_size == "auto" else block_size
+    def __init__(self, block_size: int | str, max_new_tokens: int) -> None:
+        self.fixed = block_size if isinstance(block_size, int) else None
         self.largest = min(self.fixed or _LARGEST, max_new_tokens)
         self._draft_seconds: float | None = None
         self._verify_seconds: dict[int, float] = {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class _RaggedLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, owner: RaggedCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -51,12 +51,11 @@ class _RaggedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None and self.owner.place is not None
-        place = self.owner.place
-        self.keys[place.row_A1, :, place.slot_AT] = key_states.transpose(1, 2)
-        self.values[place.row_A1, :, place.slot_AT] = value_states.transpose(1, 2)
+        keys, values, place = cast(Tensor, self.keys), cast(Tensor, self.values), cast(_Place, self.owner.place)
+        keys[place.row_A1, :, place.slot_AT] = key_states.transpose(1, 2)
+        values[place.row_A1, :, place.slot_AT] = value_states.transpose(1, 2)
         used = len(place.row_A1)
-        return self.keys[:used, :, : place.width], self.values[:used, :, : place.width]
+        return keys[:used, :, : place.width], values[:used, :, : place.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (self.owner.place.width if self.owner.place else query_length), 0
@@ -72,21 +71,24 @@ class RaggedCache(Cache):
     """The cache of one model for `rows` rows of up to `slots` positions each."""
 
     def __init__(self, rows: int, slots: int) -> None:
-        super().__init__(layer_class_to_replicate=partial(_RaggedLayer, self))
+        # Layers are made as the model asks for them; any callable that makes one will do.
+        super().__init__(layer_class_to_replicate=cast(type[CacheLayerMixin], partial(_RaggedLayer, self)))
         self.rows = rows
         self.slots = slots
         self.place: _Place | None = None
 
     def copy_prefix(self, source: RaggedCache, source_row: int, row: int, length: int) -> None:
         """Copy the first `length` positions of a row of another cache, or of this one, into a row of this one."""
-        for index, theirs in enumerate(source.layers):
-            if len(self.layers) <= index:
-                self.layers.append(_RaggedLayer(self))
-            ours = self.layers[index]
+        while len(self.layers) < len(source.layers):
+            self.layers.append(_RaggedLayer(self))
+        layers = zip(cast(list[_RaggedLayer], self.layers), cast(list[_RaggedLayer], source.layers), strict=True)
+        for ours, theirs in layers:
+            assert theirs.keys is not None
+            assert theirs.values is not None
             if not ours.is_initialized:
                 ours.lazy_initialization(theirs.keys, theirs.values)
-            ours.keys[row, :, :length] = theirs.keys[source_row, :, :length]
-            ours.values[row, :, :length] = theirs.values[source_row, :, :length]
+            cast(Tensor, ours.keys)[row, :, :length] = theirs.keys[source_row, :, :length]
+            cast(Tensor, ours.values)[row, :, :length] = theirs.values[source_row, :, :length]
 
 
 def why_not_ragged(model: PreTrainedModel) -> str | None:

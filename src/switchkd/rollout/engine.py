@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -144,21 +143,3 @@ class RolloutLog:
             if self.teacher_hidden
             else None,
         )
-
-
-@contextmanager
-def generating(*models: PreTrainedModel | None) -> Iterator[None]:
-    """Evaluation mode without gradients, each model's own mode restored after it.
-
-    Also what keeps the key/value cache under gradient checkpointing, which acts on models in training mode only.
-    """
-    present = [model for model in models if model is not None]
-    modes = [model.training for model in present]
-    try:
-        for model in present:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for model, mode in zip(present, modes, strict=True):
-            model.train(mode)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from switchkd.divergences import jensen_shannon
 from switchkd.draw import student_proposal, teacher_token
+from switchkd.heads import evaluating
 from switchkd.models import ModelPair
 from switchkd.noise import Address, row_keys, shaped_logp
 from switchkd.policies import Policy, Positions
@@ -23,7 +24,6 @@ from switchkd.rollout.engine import (
     as_prompts,
     ban_repeated_ngrams,
     check_call,
-    generating,
     left_padded,
 )
 
@@ -81,7 +81,7 @@ class ReferenceEngine:
         check_call(policy, sampling, self.pair.teacher, keep_teacher)
         records = as_prompts(prompts, self.pair.tokenizer, self.pair.vocabulary_size)
         rollouts: list[Rollout] = []
-        with generating(self.pair.student, self.pair.teacher):
+        with evaluating(self.pair.student, self.pair.teacher):
             for start in range(0, len(records), self.max_rows):
                 batch = records[start : start + self.max_rows]
                 rollouts += self._roll_out(batch, policy, sampling, seed, keep_teacher)

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from switchkd.divergences import jensen_shannon
 from switchkd.draw import keeps_proposal, replacement, student_proposal
 from switchkd.errors import UserError
-from switchkd.heads import Head
+from switchkd.heads import Head, evaluating
 from switchkd.models import ModelPair
 from switchkd.noise import Address, row_keys, shaped_logp
 from switchkd.policies import Policy, Positions
@@ -37,11 +36,8 @@ from switchkd.rollout.engine import (
     ban_repeated_ngrams,
     check_call,
     check_room,
-    generating,
 )
 from switchkd.rollout.reference import ReferenceEngine
-
-BlockSize = int | Literal["auto"]
 
 # Both models' distributions over a block, and a handful of tensors of that size while they are compared, exist at one
 # time for as many rows as make about this many numbers (64 MB a tensor in float32).
@@ -94,9 +90,9 @@ class SpeculativeEngine:
     the last call. Raises UserError for a `block_size` below 1.
     """
 
-    def __init__(self, pair: ModelPair, block_size: BlockSize = "auto", max_rows: int = 64) -> None:
-        if block_size != "auto" and block_size < 1:
-            raise UserError(f"block_size is {block_size}; give 1 or more tokens, or 'auto'")
+    def __init__(self, pair: ModelPair, block_size: int | str = "auto", max_rows: int = 64) -> None:
+        if block_size != "auto" and (not isinstance(block_size, int) or block_size < 1):
+            raise UserError(f"block_size is {block_size!r}; give 1 or more tokens, or 'auto'")
         if max_rows < 1:
             raise UserError(f"max_rows is {max_rows}; at least one row has to be in flight")
         self.pair = pair
@@ -132,7 +128,7 @@ class SpeculativeEngine:
         self.metrics = RolloutMetrics()
         if not records:
             return []
-        with generating(self.pair.student, self.pair.teacher):
+        with evaluating(self.pair.student, self.pair.teacher):
             return _Run(self, records, policy, sampling, seed, keep_teacher, on_progress).finish()
 
 
@@ -393,7 +389,7 @@ def _trial(cached: CachedModel) -> str | None:
     """Why two ragged rows read through the cache do not give what the model gives without one, or None where they do."""
     model, vocabulary = cached.model, cached.head.vocabulary_size
     ids = torch.arange(5, device=model.device)[None].repeat(2, 1) * 7 % vocabulary
-    with generating(model):
+    with evaluating(model):
         plain = cached.backbone(input_ids=ids, use_cache=False).last_hidden_state
         try:
             # A wrong token at position 2 of row 0 is overwritten, while row 1 is one position ahead.

