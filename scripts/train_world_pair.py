@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from switchkd.data import world
 
 SIZES = {  # width, layers, heads, mlp, steps
-    "teacher": (128, 4, 4, 384, 6000),
-    "student": (64, 3, 4, 160, 2500),
+    "teacher": (96, 4, 6, 256, 4000),
+    "student": (64, 3, 4, 160, 1000),
 }
 BATCH_TOKENS = 3600
 Row = dict[str, str]
@@ -110,6 +110,28 @@ def batches(bucket: str, seed: int, tokenizer: PreTrainedTokenizerFast) -> Itera
         yield from chunks
 
 
+def drill(rng: random.Random, tokenizer: PreTrainedTokenizerFast, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and labels that teach looking up: items in a row, then pieces of that row.
+
+    Without this, looking up in the prompt comes so late that the tasks are not learnt in time.
+    """
+    vocabulary = tokenizer.get_vocab()
+    items = [*world.LETTERS, *world.WORDS, *world.NAMES, *world.CITIES]
+    size, ids, labels = rng.randint(5, longest), [], []
+    for _ in range(BATCH_TOKENS // (2 * size + 1)):
+        row = rng.sample(items, size)
+        x = [vocabulary[f" {item}"] for item in row] + [vocabulary["\n"]]
+        y = [-100] * len(x)
+        while len(x) < 2 * size + 1:
+            place, blank = rng.randrange(size - 1), rng.choice(("", " "))
+            first, *rest = row[place : place + rng.randint(2, 6)]
+            x += [vocabulary[blank + first], *(vocabulary[f" {item}"] for item in rest)]
+            y += [-100, *(vocabulary[f" {item}"] for item in rest)]
+        ids.append(x[: 2 * size + 1])
+        labels.append(y[: 2 * size + 1])
+    return torch.tensor(ids), torch.tensor(labels)
+
+
 def right_rows(model: LlamaForCausalLM, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return for each row whether the greedy answer given the right prefix is right to the end."""
     with torch.no_grad():
@@ -185,9 +207,12 @@ def train(role: str, args: argparse.Namespace) -> None:
         scale = min(1.0, (step + 1) / 100, (1 - way) / args.decay)
         for optimizer, rate in ((muon, args.muon_lr), (adam, args.adam_lr)):
             optimizer.param_groups[0]["lr"] = rate * scale
-        ease = max(0.0, 1 - way / 0.4)
+        ease = max(0.0, 1 - way / 0.3)
         shares = (0.2 + 0.35 * ease, 0.35, 0.45 - 0.35 * ease)
-        x, y = collate(next(sources[rng.choices(list(sources), shares)[0]]), tokenizer)
+        if step < args.drill or (way < 0.3 and rng.random() < 0.1):
+            x, y = drill(rng, tokenizer, min(28, 8 + step // 15))
+        else:
+            x, y = collate(next(sources[rng.choices(list(sources), shares)[0]]), tokenizer)
         inner = model.model(input_ids=x, use_cache=False).last_hidden_state[:, :-1]
         asked = y[:, 1:] != -100
         loss = functional.cross_entropy(model.lm_head(inner[asked]), y[:, 1:][asked])
@@ -245,9 +270,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of the role's own number")
     parser.add_argument("--every", type=int, default=200, help="steps between log lines")
     parser.add_argument("--final", type=int, default=210, help="test rows per bucket at the end")
-    parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--adam-lr", type=float, default=0.003)
-    parser.add_argument("--decay", type=float, default=0.4, help="share of steps that decay")
+    parser.add_argument("--muon-lr", type=float, default=0.01)
+    parser.add_argument("--adam-lr", type=float, default=0.006)
+    parser.add_argument("--decay", type=float, default=0.5, help="share of steps that decay")
+    parser.add_argument("--drill", type=int, default=300, help="first steps that only teach looking up")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--pilot", action="store_true", help="leave the assets alone")
     parser.add_argument("--assets", type=Path, default=home / "src/switchkd/assets/world")

@@ -32,17 +32,18 @@ def tokenizer():
 class Parrot:
     """An engine whose student answers `answer(prompt text, seed)`, one row finished after the other."""
 
-    def __init__(self, tokenizer, answer=lambda prompt, seed: prompt.removeprefix("say ")):
+    def __init__(self, tokenizer, answer=lambda prompt, seed: prompt.removeprefix("say "), end="<|end|>"):
         self.tokenizer, self.answer, self.calls = tokenizer, answer, []
+        self.end_id = tokenizer.convert_tokens_to_ids(end)
 
     def generate(self, prompts, policy, sampling=ONCE, seed=0, keep_teacher=None, on_progress=None):
         self.calls.append((len(prompts), policy, sampling, seed))
         rollouts = []
         for prompt in prompts:
             words = self.answer(self.tokenizer.decode(prompt.token_ids), seed)
-            ids = self.tokenizer(words, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+            ids = self.tokenizer(words, add_special_tokens=False)["input_ids"] + [self.end_id]
             ids = tuple(ids[: sampling.max_new_tokens])
-            ended = ids[-1] == self.tokenizer.eos_token_id
+            ended = ids[-1] == self.end_id
             reason = FinishReason.END_OF_TEXT if ended else FinishReason.LENGTH
             nothing = (math.nan,) * len(ids)
             rollouts.append(Rollout(prompt, ids, (False,) * len(ids), nothing, nothing, nothing, nothing, reason))
@@ -146,6 +147,22 @@ def test_the_end_token_is_counted_but_not_in_the_text(tokenizer):
             Parrot(tokenizer), tokenizer, [example], sampling=Sampling(limit), seeds=(0,), batch_size=1
         )
         assert (answer.text, answer.tokens, answer.finish_reason) == (text, tokens, reason)
+
+
+def test_an_end_token_that_the_tokenizer_does_not_know_as_one_is_left_out_too(tokenizer):
+    engine = Parrot(tokenizer, end="stop")
+    (answer,) = generate_answers(
+        engine, tokenizer, examples_of(rows_of("one"), tokenizer), sampling=ONCE, seeds=(0,), batch_size=1
+    )
+    assert (answer.text, answer.tokens) == ("one", 2)
+
+
+def test_special_tokens_inside_an_answer_are_not_text(tokenizer):
+    engine = Parrot(tokenizer, lambda prompt, seed: "one <|end|> two", end="stop")
+    (answer,) = generate_answers(
+        engine, tokenizer, examples_of(rows_of("one"), tokenizer), sampling=ONCE, seeds=(0,), batch_size=1
+    )
+    assert answer.text == "one two"
 
 
 # ---------------------------------------------------------------- evaluations

@@ -193,11 +193,12 @@ def test_noise_is_finite_over_many_draws() -> None:
     assert keep.log().isfinite().all()
 
 
-def test_the_smallest_and_the_largest_bits_give_uniforms_inside_the_unit_interval() -> None:
+@pytest.mark.parametrize("bits", [0, -1], ids=["smallest", "largest"])
+def test_the_ends_of_the_hash_give_finite_noise(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """2^22 draws meet neither end; the ends are what gives inf."""
-    ends = noise._open_unit(torch.tensor([0.0, 2.0**31 - 1, 2.0**31]))
-    assert ((ends > 0) & (ends < 1)).all()
-    assert torch.log1p(-ends).neg().log().neg().isfinite().all()
+    monkeypatch.setattr(noise, "_mix_32_", lambda x: x.fill_(bits))
+    assert 0 < float(uniform(addresses(range(1), range(1)), Stream.KEEP)) < 1
+    assert gumbel(addresses(range(1), range(1)), Stream.PROPOSAL, 3).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------- shaping
@@ -228,7 +229,8 @@ def test_shaped_distributions_are_normalised_and_keep_the_likeliest_token(
     logp = shaped_logp(values, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
     assert logp.dtype == torch.float32
     assert abs(float(logp.exp().sum()) - 1) < 1e-5  # float32, 12 terms
-    assert logp[values.argmax()] > -torch.inf
+    # Logits that differ by less than a rounding of their probabilities are a tie.
+    assert logp[values > values.max() - 1e-5].max() > -torch.inf
     assert not logp.isnan().any()
 
 

@@ -57,7 +57,7 @@ def test_names_become_rows_in_one_place(data_dir, hub_calls, tmp_path):
     assert resolve("dolly", "eval", data_dir=data_dir) == load_set("dolly", "eval", data_dir)
     path = data_dir / "dev_dolly.jsonl"
     assert resolve(path) == resolve(str(path)) == read_rows(path)
-    assert len(resolve(path, limit=1)) == 1
+    assert len(resolve(path, limit=1)) == len(resolve("dolly:dev", data_dir=data_dir, limit=1)) == 1
     assert hub_calls == []
     resolve("owner/name:validation")
     resolve("owner/name")

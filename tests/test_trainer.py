@@ -208,7 +208,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(method: dict[str, Any], saved_
     ours, theirs = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
     for index, moments in ours.items():
         assert_same_weights(moments, theirs[index])
-    assert history(whole) == history(resumed)
+    # The last line is about the steps of its own call.
+    assert history(whole)[:-1] == history(resumed)[:-1]
 
 
 def test_resuming_takes_the_last_whole_checkpoint(tmp_path: Path) -> None:
@@ -354,13 +355,15 @@ def test_editing_a_counted_token_changes_the_loss_and_editing_padding_does_not(
 
 
 def test_only_response_tokens_are_targets(sft_trainer: SwitchTrainer) -> None:
-    """The gradient at the logits of the last prompt token and on, and nowhere else."""
+    """The gradient arrives at the last prompt token and on, and at nothing before."""
     student = sft_trainer.pair.student
     example = Example(Prompt((5, 6, 7, 8), 0), (9, 10, EOS_ID))
     reached: list[Tensor] = []
-    handle = student.get_decoder().register_forward_hook(
-        lambda module, inputs, output: output.last_hidden_state.register_hook(reached.append)
-    )
+
+    def watch(module: Any, inputs: Any, output: Any) -> None:
+        output.last_hidden_state.register_hook(reached.append)
+
+    handle = student.get_decoder().register_forward_hook(watch)
     sft_trainer.compute_loss(student, {"batch": collate([example], PAD_ID)}).backward()
     handle.remove()
     student.zero_grad()

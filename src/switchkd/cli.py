@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.text import Text
 
 from switchkd import __version__
 from switchkd.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from switchkd.records import Sampling
 
 USER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"
@@ -137,25 +140,29 @@ def evaluate(
     """Score a student's answers: ROUGE-L and exact match, mean and deviation over seeds."""
     from switchkd.data.sets import resolve
     from switchkd.evaluation.score import evaluate as score
+    from switchkd.launch import check_context
     from switchkd.models import load_pair
-    from switchkd.records import Sampling
-    from switchkd.rollout.reference import ReferenceEngine
+    from switchkd.rollout.speculative import SpeculativeEngine
 
     _quiet()
-    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram)
+    sampling = _sampling(max_new_tokens, temperature=temperature, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram)
+    seed_numbers = _whole_numbers("--seeds", seeds)
     names = [name.strip() for name in sets.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--sets is {sets!r}; name at least one set, such as dolly or world")
     rows = {name: resolve(name, "eval", data_dir=data_dir, limit=limit) for name in names}
     folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{_file_name(model)}")
     pair = load_pair(model, None, dtype=dtype, trust_remote_code=trust_remote_code)
     assert pair.tokenizer is not None
+    check_context(pair, max_prompt_tokens + max_new_tokens)
     console = _console()
     evaluation = score(
-        ReferenceEngine(pair, max_rows=batch_size),
+        SpeculativeEngine(pair, max_rows=batch_size),
         pair.tokenizer,
         rows,
         model_name=model,
         sampling=sampling,
-        seeds=_whole_numbers("--seeds", seeds),
+        seeds=seed_numbers,
         max_prompt_tokens=max_prompt_tokens,
         batch_size=batch_size,
         out_folder=folder,
@@ -163,6 +170,15 @@ def evaluate(
     )
     console.print(evaluation.table())
     console.print(Text(f"answers and scores are in {folder}"), soft_wrap=True)
+
+
+def _sampling(max_new_tokens: int, **settings: Any) -> Sampling:
+    from switchkd.records import Sampling
+
+    try:
+        return Sampling(max_new_tokens, **settings)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _file_name(name: str) -> str:
@@ -207,12 +223,12 @@ def rollout(
     """Roll out prompts without training: who wrote which token, as JSON lines and in colour."""
     from switchkd.data.rows import read_rows, to_examples
     from switchkd.data.sets import resolve
+    from switchkd.launch import check_context
     from switchkd.models import load_pair
     from switchkd.policies import policy_named
-    from switchkd.records import Sampling
     from switchkd.report.terminal import print_rollouts
     from switchkd.rollout.jsonl import write_rollouts
-    from switchkd.rollout.reference import ReferenceEngine
+    from switchkd.rollout.speculative import SpeculativeEngine
 
     _quiet()
     writer = policy_named(
@@ -220,7 +236,7 @@ def rollout(
     )
     if writer.needs_teacher and teacher is None:
         raise UserError(f"--policy {policy} needs a teacher; give --teacher, or --policy student")
-    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    sampling = _sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
     if bool(prompt) == (data is not None):
         raise UserError("give the prompts either with --prompt or with --data")
     rows = (
@@ -237,9 +253,10 @@ def rollout(
         max_response_tokens=max_new_tokens,
         need_response=False,
     ).examples
+    check_context(pair, max(len(e.prompt.token_ids) for e in examples) + max_new_tokens)
     console = _console()
     with console.status("rolling out ..."):
-        rollouts = ReferenceEngine(pair).generate([e.prompt for e in examples], writer, sampling, seed=seed)
+        rollouts = SpeculativeEngine(pair).generate([e.prompt for e in examples], writer, sampling, seed=seed)
     write_rollouts(rollouts, pair.tokenizer, output)
     print_rollouts(rollouts[:show], pair.tokenizer, console)
     console.print(Text(f"{len(rollouts)} rollouts are in {output}"), soft_wrap=True)

@@ -18,12 +18,13 @@ from switchkd.launch import examples_of, train_run
 from switchkd.models import ModelPair, load_pair
 from switchkd.records import Sampling
 from switchkd.report.terminal import comparison_table, print_rollouts
-from switchkd.rollout.reference import ReferenceEngine
+from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.run import RunConfig, read_mapping, run_from_values
-from switchkd.run_folder import RUN_FILE
+from switchkd.run_folder import RUN_FILE, admit
 
 RUN_NAME = "switchkd demo"
 TEST_SET = "world:test"
+TEST_ROWS = 192
 SHOWN_ROLLOUTS = 2
 
 
@@ -37,6 +38,7 @@ def run_demo(changes: Mapping[str, Any], console: Console) -> None:
     run = run_from_values({"output_dir": "runs/demo", **read_mapping(path), **changes}, f"in {path}")
     folder = Path(run.output_dir)
     _clear_earlier_demo(folder)
+    admit(run, resume=False)
     assert run.teacher is not None
     pair = load_pair(run.student, run.teacher)
     before = _measured("student before", pair, run, console)
@@ -47,7 +49,7 @@ def run_demo(changes: Mapping[str, Any], console: Console) -> None:
     console.print("\nWhat the student was trained on at the start, student and teacher writing together:")
     _show_training_text(pair, run, console)
     console.print(comparison_table({"before": before, "after": after, "teacher": teacher}, TEST_SET))
-    console.print(Text(_next_steps(folder)), soft_wrap=True)
+    console.print(Text(_next_steps(run)), soft_wrap=True)
 
 
 def _clear_earlier_demo(folder: Path) -> None:
@@ -64,9 +66,9 @@ def _measured(label: str, pair: ModelPair, run: RunConfig, console: Console) -> 
     assert pair.tokenizer is not None
     console.print(Text(f"{label}: answering {TEST_SET} greedily"))
     return evaluate(
-        ReferenceEngine(pair),
+        SpeculativeEngine(pair),
         pair.tokenizer,
-        {TEST_SET: resolve(TEST_SET)},
+        {TEST_SET: resolve(TEST_SET, limit=TEST_ROWS)},
         model_name=label,
         sampling=Sampling(arguments.max_new_tokens, temperature=0),
         seeds=[arguments.seed],
@@ -84,16 +86,18 @@ def _show_training_text(pair: ModelPair, run: RunConfig, console: Console) -> No
     examples = examples_of(run, rows, pair.tokenizer, need_response=False)
     prompts = [example.prompt for example in examples]
     policy = stage.plan().policy
-    rollouts = ReferenceEngine(pair).generate(prompts, policy, arguments.sampling, seed=arguments.seed)
+    rollouts = SpeculativeEngine(pair).generate(prompts, policy, arguments.sampling, seed=arguments.seed)
     print_rollouts(rollouts, pair.tokenizer, console)
 
 
-def _next_steps(folder: Path) -> str:
+def _next_steps(run: RunConfig) -> str:
+    folder, arguments = run.output_dir, run.arguments()
+    lengths = f"--max-prompt-tokens {arguments.max_prompt_tokens} --max-new-tokens {arguments.max_new_tokens}"
     return (
         f"The run is in {folder}: its model (AutoModelForCausalLM.from_pretrained reads it), run.yaml, log.jsonl.\n"
         f"Try next:\n"
-        f"  switchkd eval {folder} --sets world --max-prompt-tokens 288 --seeds 10\n"
-        f"  switchkd rollout --student {folder} --teacher world:teacher --data world:test --limit 4 --max-prompt-tokens 288\n"
-        f"  switchkd train {folder / RUN_FILE} --set method=gkd --set output_dir={folder}-gkd --set run_name=gkd\n"
+        f"  switchkd eval {folder} --sets world --seeds 10 {lengths}\n"
+        f"  switchkd rollout --student {folder} --teacher world:teacher --data world:test --limit 4 {lengths}\n"
+        f"  switchkd train {folder}/{RUN_FILE} --set method=gkd --set output_dir={folder}-gkd --set run_name=gkd\n"
         f"  switchkd methods"
     )

@@ -18,8 +18,13 @@ from torch import Tensor
 
 from switchkd.errors import UserError
 
-# exp(60) is far inside float32; the probability that a larger ratio multiplies is below exp(-60) of its rival's.
+# exp(60) is far inside float32, and the probability that a larger ratio multiplies is below exp(-60) of its rival's.
 _LARGEST_LOG_RATIO = 60.0
+
+
+def _log_ratio(p_logp: Tensor, q_logp: Tensor, where_p_is_0: float, where_q_is_0: float) -> Tensor:
+    """log p - log q; 0, with no gradient, where both exclude an id, since -inf - -inf is no number."""
+    return torch.nan_to_num(p_logp - q_logp, nan=0.0, neginf=where_p_is_0, posinf=where_q_is_0)
 
 
 def _at_least_zero(total: Tensor) -> Tensor:
@@ -28,11 +33,9 @@ def _at_least_zero(total: Tensor) -> Tensor:
 
 
 def _kullback_leibler(p_logp: Tensor, q_logp: Tensor) -> Tensor:
-    """KL(p || q) in nats. Excluded ids are replaced before the subtraction: -inf - -inf has no gradient."""
-    support = p_logp > -torch.inf
-    p_logp, q_logp = p_logp.masked_fill(~support, 0), q_logp.masked_fill(~support, 0)
-    terms = p_logp.exp() * (p_logp - q_logp)
-    return _at_least_zero(terms.masked_fill(~support, 0).sum(dim=-1))
+    """KL(p || q) in nats; infinite where q excludes what p does not."""
+    log_ratio = _log_ratio(p_logp, q_logp, where_p_is_0=0.0, where_q_is_0=torch.inf)
+    return _at_least_zero((p_logp.exp() * log_ratio).sum(dim=-1))
 
 
 def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -43,15 +46,6 @@ def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     """KL(student || teacher) in nats: the student keeps to what the teacher would do (MiniLLM, arXiv 2306.08543)."""
     return _kullback_leibler(student_logp, teacher_logp)
-
-
-def _to_mixture(p_logp: Tensor, q_logp: Tensor, p_weight: float) -> Tensor:
-    """KL(p || p_weight p + (1 - p_weight) q) in nats, through log1p so that it is exact near and at p = q."""
-    support = p_logp > -torch.inf
-    p_logp, q_logp = p_logp.masked_fill(~support, 0), q_logp.masked_fill(~support, 0)
-    log_ratio = (q_logp - p_logp).clamp(max=_LARGEST_LOG_RATIO)
-    terms = p_logp.exp() * -torch.log1p((1 - p_weight) * torch.expm1(log_ratio))
-    return _at_least_zero(terms.masked_fill(~support, 0).sum(dim=-1))
 
 
 def _check_inside(name: str, value: float, ends: str) -> None:
@@ -67,9 +61,13 @@ def jensen_shannon(student_logp: Tensor, teacher_logp: Tensor, *, teacher_weight
     not a KL divergence.
     """
     _check_inside("teacher_weight", teacher_weight, "use forward_kl or reverse_kl for the one-sided divergences")
-    return teacher_weight * _to_mixture(teacher_logp, student_logp, teacher_weight) + (
-        1 - teacher_weight
-    ) * _to_mixture(student_logp, teacher_logp, 1 - teacher_weight)
+    log_ratio = _log_ratio(student_logp, teacher_logp, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    log_ratio = log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    # log(m / teacher); log(m / student) is this less the log ratio. Exactly 0 at equality, where a log of m is not.
+    to_teacher = torch.log1p((1 - teacher_weight) * torch.expm1(log_ratio))
+    of_teacher = teacher_weight * (teacher_logp.exp() * to_teacher).sum(dim=-1)
+    of_student = (1 - teacher_weight) * (student_logp.exp() * (to_teacher - log_ratio)).sum(dim=-1)
+    return _at_least_zero(-(of_teacher + of_student))
 
 
 @dataclass(frozen=True)

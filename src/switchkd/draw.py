@@ -34,19 +34,18 @@ def keeps_proposal(
     return uniform(address, Stream.KEEP).log() < log_ratio
 
 
-def replacement(
-    proposal: Tensor, student_logp: Tensor, teacher_logp: Tensor, address: Address, *, greedy: bool
-) -> Tensor:
+def replacement(student_logp: Tensor, teacher_logp: Tensor, address: Address, *, greedy: bool) -> Tensor:
     """The teacher's token where it does not keep the proposal: a draw from the normalised excess (p_T - p_S)+.
 
-    Log-probs (N, V) and ids (N,) in, ids (N,) out. Greedy: the teacher's argmax. Where rounding leaves no excess at all, the
-    two distributions are equal but for their last bits, and the proposal stands.
+    Log-probs (N, V) in, ids (N,) out. Greedy: the teacher's argmax. Where rounding leaves no excess at all, the two
+    distributions are equal but for their last bits, and the teacher's own is drawn from.
     """
     if greedy:
         return teacher_logp.argmax(dim=-1)
     excess = (teacher_logp.exp() - student_logp.exp()).clamp_(min=0)
-    drawn = (excess.log() + gumbel(address, Stream.EXCESS, excess.shape[-1])).argmax(dim=-1)
-    return torch.where(excess.sum(dim=-1) > 0, drawn, proposal)
+    has_excess = excess.sum(dim=-1, keepdim=True) > 0
+    noise = gumbel(address, Stream.EXCESS, excess.shape[-1])
+    return (torch.where(has_excess, excess.log(), teacher_logp) + noise).argmax(dim=-1)
 
 
 def teacher_token(
@@ -55,7 +54,5 @@ def teacher_token(
     """An exact draw from the teacher, coupled to the student's proposal. Log-probs (B, V), ids (B,) in, ids (B,) out."""
     replaced = ~keeps_proposal(proposal, student_logp, teacher_logp, address, greedy=greedy)
     token = proposal.clone()
-    token[replaced] = replacement(
-        proposal[replaced], student_logp[replaced], teacher_logp[replaced], address.at(replaced), greedy=greedy
-    )
+    token[replaced] = replacement(student_logp[replaced], teacher_logp[replaced], address.at(replaced), greedy=greedy)
     return token

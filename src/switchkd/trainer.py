@@ -310,18 +310,24 @@ class SwitchTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------ the checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As in `transformers.Trainer`; True resumes from the newest checkpoint that is complete.
 
         Raises UserError where there is none: from a partial one the run would start anew with its weights.
         """
         if resume_from_checkpoint:
-            folder = Path(self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint)
-            found = last_complete_checkpoint(folder) if resume_from_checkpoint is True else folder
+            named = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            found = named or last_complete_checkpoint(str(self.args.output_dir))
             if found is None or not (found / TRAINER_STATE_NAME).is_file():
-                raise UserError(f"there is no complete checkpoint in {folder}; name another, or train without resuming")
+                place = named or self.args.output_dir
+                raise UserError(f"there is no complete checkpoint in {place}; name another, or train without resuming")
             resume_from_checkpoint = str(found)
-        return super().train(resume_from_checkpoint, **options)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -50,14 +50,17 @@ def _check(size: int, low: int, high: int) -> None:
         raise ValueError(f"size {size} is outside {low}..{high}")
 
 
-def count(rng: Random, size: int) -> tuple[str, str]:
-    """Count up in equal steps; returns the prompt and the numbers, both ends included."""
-    _check(size, 3, 74)
-    step = rng.randint(1, 9)
-    first = rng.randint(10, 999 - step * (size - 1))
-    last = first + step * (size - 1)
-    numbers = " ".join(str(n) for n in range(first, last + 1, step))
-    return f"Count from {first} to {last} by {step}.\n", numbers
+def take(rng: Random, size: int) -> tuple[str, str]:
+    """Take lettered digits from a number one by one; returns the prompt and a line for each."""
+    _check(size, 2, len(LETTERS))
+    number = 9 * size + rng.randint(10, 99)
+    digits = [(LETTERS[i], rng.randint(1, 9)) for i in range(size)]
+    asked = f"Take from {number}: {', '.join(f'{label} {digit}' for label, digit in digits)}.\n"
+    lines = []
+    for label, digit in digits:
+        lines.append(f"{label}: {number} - {digit} = {number - digit}")
+        number -= digit
+    return asked, "\n".join(lines)
 
 
 def sort(rng: Random, size: int) -> tuple[str, str]:
@@ -90,10 +93,11 @@ def spell(rng: Random, size: int) -> tuple[str, str]:
 
 def extract(rng: Random, size: int) -> tuple[str, str]:
     """Pull fields out of sentences about people; returns the prompt and a JSON list."""
-    _check(size, 1, len(NAMES))
-    keys = rng.choice((("name", "age"), ("name", "city"), ("name", "age", "city")))
+    _check(size, 1, len(CITIES))
+    keys = rng.choice((("name", "city"), ("name", "age", "city")))
     people: list[dict[str, str | int]] = [
-        {"name": name, "age": rng.randint(10, 99), "city": rng.choice(CITIES)} for name in rng.sample(NAMES, size)
+        {"name": name, "age": rng.randint(10, 99), "city": city}
+        for name, city in zip(rng.sample(NAMES, size), rng.sample(CITIES, size), strict=True)
     ]
     asked = " ".join(f"{p['name']} is {p['age']} and lives in {p['city']}." for p in people)
     answer = json.dumps([{key: person[key] for key in keys} for person in people])
@@ -118,7 +122,7 @@ def reverse(rng: Random, size: int) -> tuple[str, str]:
 
 
 TASKS: dict[str, Task] = {
-    "count": count,
+    "take": take,
     "sort": sort,
     "add": add,
     "spell": spell,

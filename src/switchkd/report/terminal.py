@@ -10,7 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -94,14 +95,16 @@ def print_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBa
         console.print(rollout_text(rollout, tokenizer, colour=colour), soft_wrap=True)
     written = sum(sum(rollout.written_by_teacher) for rollout in rollouts)
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-    console.print(legend(colour=colour), Text(f"the teacher wrote {written / tokens:.0%} of {tokens:,} tokens"))
+    console.print(
+        legend(colour=colour), Text(f" · the teacher wrote {written / tokens:.0%} of {tokens:,} tokens"), soft_wrap=True
+    )
 
 
 def run_table(events: Sequence[Mapping[str, Any]], model_folder: Path) -> Table:
     """A line for each stage of a run: its length, and measures at its first and last logged step."""
-    table = Table(title="The run", caption=Text(f"the model is in {model_folder}"), title_justify="left")
-    for heading in ("stage", "steps", "loss", "teacher share", "rollout tok/s", "train tok/s", "time"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    table = Table(box=box.SIMPLE, caption=Text(f"the model is in {model_folder}"), caption_justify="left")
+    for heading in ("stage", "steps", "loss", "teacher\nshare", "rollout\ntok/s", "train\ntok/s", "time"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     for stage in dict.fromkeys(event["stage"] for event in events):
         logged = [event for event in events if event["stage"] == stage]
         steps = [event for event in logged if "loss" in event]
@@ -132,8 +135,8 @@ def _mean(steps: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def methods_table(methods: Mapping[str, Method]) -> Table:
     """The method table, a line for each method."""
-    table = Table(caption=Text("more about one: switchkd methods NAME"))
-    for heading in ("method", "rolled out", "divergence", "cross-entropy", "what it does"):
+    table = Table(box=box.SIMPLE, caption=Text("more about one: switchkd methods NAME"), caption_justify="left")
+    for heading in ("method", "rolled\nout", "divergence", "cross-\nentropy", "what it does"):
         table.add_column(heading)
     for name, method in methods.items():
         row = (
@@ -146,7 +149,7 @@ def methods_table(methods: Mapping[str, Method]) -> Table:
     return table
 
 
-def method_details(name: str, method: Method) -> Table:
+def method_details(name: str, method: Method) -> Group:
     """A method's row in full, and the settings that act on it with the values in force where none is given."""
     from switchkd.config import SwitchConfig
 
@@ -160,19 +163,19 @@ def method_details(name: str, method: Method) -> Table:
     }
     of_the_policy = [each.name for each in fields(method.policy(config)) if each.name in declared]  # type: ignore[arg-type]
     values = {**of_the_row, **{key: getattr(config, key) for key in ("loss_temperature", *of_the_policy)}}
-    table = Table(show_header=False, box=None, pad_edge=False)
+    texts, settings = (Table(show_header=False, box=None, pad_edge=False) for _ in range(2))
     for label in ("summary", "source", "departs"):
-        table.add_row(Text(label, style="bold"), "", Text(getattr(method, label)))
+        texts.add_row(Text(label, style="bold"), Text(getattr(method, label)))
     for key, value in values.items():
         shown = "-" if value is None else str(value)
-        table.add_row(Text(key, style="cyan"), Text(shown), Text(declared[key].metadata["help"]))
-    return table
+        settings.add_row(Text(key, style="cyan"), Text(shown), Text(declared[key].metadata["help"]))
+    return Group(Text(name, style="bold"), texts, Text("\nsettings, with the values in force:"), settings)
 
 
 def comparison_table(evaluations: Mapping[str, Evaluation], set_name: str) -> Table:
     """Exact match and ROUGE-L of several evaluations of one set side by side, a line for each bucket and for all."""
-    table = Table(title=f"{set_name}, greedy: exact match and ROUGE-L, 0 to 100")
-    table.add_column("response length")
+    table = Table(box=box.SIMPLE, title=f"{set_name}, greedy: exact match (EM) and ROUGE-L, 0 to 100")
+    table.add_column("response")
     table.add_column("rows", justify="right")
     for measure in ("EM", "ROUGE-L"):
         for label in evaluations:

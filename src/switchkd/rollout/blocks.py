@@ -19,8 +19,8 @@ class BlockChooser:
         self.largest = min(self.fixed or _LARGEST, max_new_tokens)
         self._draft_seconds: float | None = None
         self._verify_seconds: dict[int, float] = {}
-        self._kept = 0.0
-        self._ended = 0.0
+        self._stood = 0.0
+        self._fell = 0.0
 
     def choose(self, room: int) -> int:
         """The size of the next block, at most `room`."""
@@ -30,21 +30,28 @@ class BlockChooser:
         for size in (4, 8):
             if size <= min(room, self.largest) and size not in self._verify_seconds:
                 return size
-        sizes = range(1, min(room, self.largest) + 1)
-        return max(sizes, key=self._kept_per_second)
+        # A block of one would say nothing of acceptance, and so never be left again.
+        largest = min(room, self.largest)
+        return max(range(min(2, largest), largest + 1), key=self._kept_per_second)
 
-    def learn(self, size: int, rows: int, written: int, draft_seconds: float, verify_seconds: float) -> None:
-        """Take in what a block of `size` for `rows` rows cost, and how many tokens were `written` in all."""
+    def learn(
+        self, size: int, rows: int, written: int, stopped: int, draft_seconds: float, verify_seconds: float
+    ) -> None:
+        """Take in what a block of `size` for `rows` rows cost.
+
+        `written` tokens were kept in all, and `stopped` rows did not get to the end of the block.
+        """
         if self.fixed is not None:
             return
         self._draft_seconds = _blend(self._draft_seconds, draft_seconds / size)
         self._verify_seconds[size] = _blend(self._verify_seconds.get(size), verify_seconds)
-        # A row that stopped short of the block's end is one proposal that did not stand.
-        self._kept = _MEMORY * self._kept + written
-        self._ended = _MEMORY * self._ended + max(0.0, rows - written / size)
+        # Each token after a row's first had its predecessor stand; a row that stopped is one that did not.
+        self._stood = _MEMORY * self._stood + written - rows
+        self._fell = _MEMORY * self._fell + stopped
 
     def _kept_per_second(self, size: int) -> float:
-        acceptance = self._kept / (self._kept + self._ended) if self._kept else 0.5
+        tried = self._stood + self._fell
+        acceptance = self._stood / tried if tried else 0.5
         kept = sum(acceptance**position for position in range(size))
         return kept / (size * (self._draft_seconds or 0.0) + self._verify_cost(size) + 1e-9)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from switchkd.divergences import jensen_shannon
 from switchkd.draw import keeps_proposal, replacement, student_proposal
 from switchkd.errors import UserError
-from switchkd.heads import Head, evaluating
+from switchkd.heads import Head, base_of, evaluating
 from switchkd.models import ModelPair
 from switchkd.noise import Address, row_keys, shaped_logp
 from switchkd.policies import Policy, Positions
@@ -101,6 +101,12 @@ class SpeculativeEngine:
         self.metrics = RolloutMetrics()
         self._fallback: ReferenceEngine | None = None
         models = {"student": pair.student} | ({} if pair.teacher is None else {"teacher": pair.teacher})
+        for role, model in models.items():
+            if getattr(base_of(model).config, "is_encoder_decoder", False):
+                raise UserError(
+                    f"the {role}, {type(base_of(model)).__name__}, is an encoder-decoder, and rollouts continue one text; "
+                    f"take a decoder-only causal language model"
+                )
         self._heads = {role: Head.of(model, pair.vocabulary_size) for role, model in models.items()}
         for role, model in models.items():
             reason = why_not_ragged(model) or _trial(CachedModel(model, self._heads[role], rows=2, slots=8))
@@ -221,11 +227,11 @@ class _Run:
                 hidden = self._teacher_hidden(draft)
                 verdict = self._decide(draft, hidden)
             with self.metrics.timing("policy"):
-                written = self._accept(verdict, hidden)
+                written, stopped = self._accept(verdict, hidden)
             self.metrics.drafted += size * len(self.rows)
             self.metrics.tokens += written
             spent = {part: self.metrics.seconds[part] - before[part] for part in before}
-            self.chooser.learn(size, len(self.rows), written, spent["student"], spent["teacher"] + spent["policy"])
+            self.chooser.learn(size, len(self.rows), written, stopped, spent["student"], spent["teacher"] + spent["policy"])
             self._release()
         self.metrics.student_forwards = self.student.forwards
         self.metrics.teacher_forwards = self.teacher.forwards if self.teacher else 0
@@ -243,25 +249,30 @@ class _Run:
         if not self.waiting or (self.rows and free < max(1, self.max_rows // 8)):
             return
         arriving = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
-        distinct = list(dict.fromkeys(row.prompt.token_ids for row in arriving if row.length))
-        for model in (self.student, self.teacher) if distinct else ():
+        for model in (self.student, self.teacher):
             if model is not None:
-                self._prefill(model, arriving, distinct)
+                self._prefill(model, arriving)
         self.rows += arriving
 
-    def _prefill(self, model: CachedModel, arriving: list[_Row], distinct: list[tuple[int, ...]]) -> None:
-        """Read each distinct prompt but its last token, once, and copy it to all rows that continue it."""
-        part = "student" if model is self.student else "teacher"
-        with self.metrics.timing(part):
-            fresh = CachedModel(model.model, model.head, len(distinct), max(map(len, distinct)))
-            width = max(len(prompt) - 1 for prompt in distinct)
-            padded = [[*prompt[:-1], *[self.pair.pad_id] * (width - len(prompt) + 1)] for prompt in distinct]
-            fresh.read(torch.tensor(padded), [0] * len(distinct))
-            model.forwards += 1
+    def _prefill(self, model: CachedModel, arriving: list[_Row]) -> None:
+        """Give each row its prompt but the last token: from a row in flight that has it, else read once for all."""
+        sources = {row.prompt.token_ids: (model.cache, place) for place, row in enumerate(self.rows)}
+        unread = list(
+            dict.fromkeys(row.prompt.token_ids for row in arriving if row.length and row.prompt.token_ids not in sources)
+        )
+        if unread:
+            with self.metrics.timing("student" if model is self.student else "teacher"):
+                width = max(map(len, unread)) - 1
+                fresh = CachedModel(model.model, model.head, len(unread), width)
+                padded = [[*prompt[:-1], *[self.pair.pad_id] * (width - len(prompt) + 1)] for prompt in unread]
+                fresh.read(torch.tensor(padded), [0] * len(unread))
+                model.forwards += 1
+            sources |= {prompt: (fresh.cache, place) for place, prompt in enumerate(unread)}
         with self.metrics.timing("cache"):
             for place, row in enumerate(arriving, start=len(self.rows)):
                 if row.length:
-                    model.cache.copy_prefix(fresh.cache, distinct.index(row.prompt.token_ids), place, row.length)
+                    source, source_row = sources[row.prompt.token_ids]
+                    model.cache.copy_prefix(source, source_row, place, row.length)
 
     def _release(self) -> None:
         """Hand in finished rows; the last row moves into each place that gets free, so that rows in use stay the first ones."""
@@ -351,22 +362,24 @@ class _Run:
             first = replaced & (replaced.cumsum(dim=1) == 1)
             token = proposal.clone()
             if bool(first.any()):
-                token[first] = replacement(
-                    proposal[first], student_logp[first], teacher_logp[first], address.at(first), greedy=greedy
-                )
+                token[first] = replacement(student_logp[first], teacher_logp[first], address.at(first), greedy=greedy)
             logps = (each.gather(-1, token[..., None])[..., 0] for each in (student_logp, teacher_logp))
             ends = first | torch.isin(token, self.eos)
             return _Verdict(token, ends, decision.by_teacher, (divergence, decision.threshold, *logps))
 
-    def _accept(self, verdict: _Verdict, hidden: Tensor | None) -> int:
-        """Write each row's block up to and with the position that ends it; returns the number of tokens written."""
+    def _accept(self, verdict: _Verdict, hidden: Tensor | None) -> tuple[int, int]:
+        """Write each row's block up to and with the position that ends it.
+
+        Returns the number of tokens written, and of rows that stopped before the last token they had room for.
+        """
         size = verdict.token.shape[1]
         upto = torch.where(verdict.ends_block.any(dim=1), verdict.ends_block.int().argmax(dim=1) + 1, size).tolist()
         tokens, by_teacher = verdict.token.tolist(), verdict.by_teacher.tolist()
         measures = torch.stack([measure.double() for measure in verdict.measures]).tolist()
-        written = 0
+        written = stopped = 0
         for place, row in enumerate(self.rows):
             count = min(upto[place], self._room(row))
+            stopped += count < min(size, self._room(row))
             log = row.log
             log.token_ids += tokens[place][:count]
             log.written_by_teacher += by_teacher[place][:count]
@@ -378,7 +391,7 @@ class _Run:
             row.length += count
             row.pending = log.token_ids[-1]
             written += count
-        return written
+        return written, stopped
 
 
 def _new_row(index: int, key: int, prompt: Prompt) -> _Row:

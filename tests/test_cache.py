@@ -1,0 +1,138 @@
+"""The ragged cache: whatever was read, overwritten and moved before, a model's states are those without a cache."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+
+from switchkd.heads import Head
+from switchkd.rollout.cache import CachedModel, why_not_ragged
+from tiny import VOCABULARY, tiny_model
+
+# Learned and rotary positions, and windows of 6 in all layers or in every second one.
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "opt": {},
+    "llama": {},
+    "llama eager": {"attn_implementation": "eager"},
+    "mistral": {"sliding_window": 6},
+    "mistral eager": {"sliding_window": 6, "attn_implementation": "eager"},
+    "gemma2 eager": {"sliding_window": 6, "attn_implementation": "eager"},
+    "gemma3": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+}
+SLOTS, LONGEST = 40, 5
+
+
+@cache
+def model_of(kind: str) -> PreTrainedModel:
+    return tiny_model(kind.split()[0], dtype=torch.float64, **KINDS[kind])
+
+
+def cached(kind: str, rows: int = 3, slots: int = SLOTS) -> CachedModel:
+    model = model_of(kind)
+    return CachedModel(model, Head.of(model), rows, slots)
+
+
+def fresh(reader: CachedModel, ids: list[int]) -> Tensor:
+    """Hidden states (T, H) of a text, without a cache."""
+    with torch.no_grad():
+        hidden: Tensor = reader.backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+    return hidden
+
+
+def read(reader: CachedModel, ids: list[list[int]], lengths: list[int]) -> Tensor:
+    with torch.no_grad():
+        return reader.read(torch.tensor(ids), lengths)
+
+
+def assert_close(hidden: Tensor, expected: Tensor) -> None:
+    # float64 roundings; transformers' eager attention takes its softmax in float32.
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(list(KINDS)), st.data())
+def test_any_order_of_reading_taking_back_and_moving(kind: str, data: st.DataObject) -> None:
+    reader, token = cached(kind), st.integers(0, VOCABULARY - 1)
+    texts: list[list[int]] = [[], []]  # what each row in use holds
+    for _ in range(data.draw(st.integers(1, 8), label="steps")):
+        new = data.draw(st.integers(1, LONGEST), label="new tokens")
+        block = [data.draw(st.lists(token, min_size=new, max_size=new), label="ids") for _ in texts]
+        hidden = read(reader, block, [len(text) for text in texts])
+        for row, text in enumerate(texts):
+            assert_close(hidden[row], fresh(reader, text + block[row])[len(text) :])
+            text += block[row][: data.draw(st.integers(0, new), label="kept")]
+        move = data.draw(st.sampled_from(["none", "copy", "drop", "add"]), label="move")
+        if move == "copy":
+            length = data.draw(st.integers(0, len(texts[-1])), label="copied")
+            reader.cache.copy_prefix(reader.cache, len(texts) - 1, 0, length)
+            texts[0] = texts[-1][:length]
+        elif move == "drop" and len(texts) > 1:
+            texts.pop()
+        elif move == "add" and len(texts) < reader.cache.rows:
+            texts.append([])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_read_elsewhere_is_continued(kind: str) -> None:
+    texts = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21, 22]]
+    prefill, reader = cached(kind, rows=2, slots=10), cached(kind)
+    read(prefill, [texts[0], texts[1] + [0] * 7], [0, 0])  # the shorter one padded
+    # Row 0 and 2 continue the long text, row 1 the short one; the target has never been read before.
+    for row, source in enumerate((0, 1, 0)):
+        reader.cache.copy_prefix(prefill.cache, source, row, len(texts[source]))
+    hidden = read(reader, [[1, 2], [3, 4], [5, 6]], [10, 3, 10])
+    for row, (text, more) in enumerate([(texts[0], [1, 2]), (texts[1], [3, 4]), (texts[0], [5, 6])]):
+        assert_close(hidden[row], fresh(reader, text + more)[-2:])
+
+
+def test_memory_is_that_of_the_rows_and_slots_asked_for() -> None:
+    reader = cached("llama", rows=3, slots=12)
+    read(reader, [[5, 6, 7]], [0])
+    read(reader, [[5, 6], [7, 8], [9, 10]], [3, 0, 0])
+    config = model_of("llama").config
+    expected = (3, config.num_key_value_heads, 12, config.hidden_size // config.num_attention_heads)
+    assert len(reader.cache.layers) == config.num_hidden_layers
+    for layer in reader.cache.layers:
+        assert layer.keys is not None
+        assert layer.values is not None
+        assert layer.keys.shape == layer.values.shape == expected
+    assert reader.forwards == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_drafts_past_the_last_known_position_change_nothing_before_it(family: str) -> None:
+    model = tiny_model(family, dtype=torch.float64, max_position_embeddings=8)
+    reader = CachedModel(model, Head.of(model), rows=2, slots=16)
+    hidden = read(reader, [[5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 5, 6]], [0, 0])
+    hidden = read(reader, [[11, 12, 13, 14], [7, 8, 9, 10]], [6, 2])
+    assert_close(hidden[0, :2], fresh(reader, [5, 6, 7, 8, 9, 10, 11, 12])[-2:])
+    assert_close(hidden[1], fresh(reader, [1, 2, 7, 8, 9, 10])[-4:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_attention_models_can_be_ragged(kind: str) -> None:
+    assert why_not_ragged(model_of(kind)) is None
+
+
+def test_models_that_cannot_take_a_token_back_say_why() -> None:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1}
+    mamba = MambaForCausalLM(MambaConfig(**sizes, state_size=4))
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    assert why_not_ragged(mamba) == "it keeps a recurrent state, which cannot take a token back"
+    assert why_not_ragged(t5) == "it is an encoder-decoder"
+    chunked = tiny_model("llama")
+    chunked.config.layer_types = ["chunked_attention", "full_attention"]
+    assert why_not_ragged(chunked) == "it has layers of kind chunked_attention"
+    flexible = tiny_model("llama")
+    flexible.config._attn_implementation = "flex_attention"
+    reason = why_not_ragged(flexible)
+    assert reason is not None
+    assert "'flex_attention'" in reason

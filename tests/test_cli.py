@@ -1,0 +1,179 @@
+"""The commands, called as people call them, on small models."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runs import save_pair, switchkd, write_rows, write_run
+from switchkd.callbacks import read_log
+from switchkd.models import ModelPair
+from switchkd.records import FinishReason, Prompt, Rollout
+from switchkd.report.terminal import print_rollouts, rollout_text, visible, writer_runs
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_pair(folder)
+    return folder
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys, switchkd.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as exit_: assert exit_.code == 0, exit_.code\n"
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert "rollout" in result.stdout
+
+
+def test_methods_lists_all_and_shows_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert switchkd("methods") == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in ("sft", "kd", "gkd", "switch"))
+    assert switchkd("methods", "gkd") == 0
+    details = " ".join(capsys.readouterr().out.split())
+    assert "arXiv 2306.13649" in details
+    assert "teacher_weight 0.1" in details
+
+
+def test_train_leaves_a_run_that_others_read(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run(models, tmp_path)
+    assert switchkd("train", path, "--set", "max_steps=2") == 0
+    out, folder = capsys.readouterr().out, tmp_path / "out"
+    first, second, *_ = out.splitlines()
+    assert first.startswith("switch: ")
+    assert "2 steps x 2 sequences" in first
+    assert str(folder) in first
+    assert second.startswith("The first step took")
+    assert {"1/2", "2/2"} <= {line.split()[0] for line in out.splitlines() if line.split()}
+    losses = [event["loss"] for event in read_log(folder / "log.jsonl") if "loss" in event]
+    assert len(losses) == 2
+    assert f"{losses[0]:.4f} → {losses[1]:.4f}" in out
+    assert json.loads((folder / "environment.json").read_text())["transformers"]
+    assert yaml.safe_load((folder / "run.yaml").read_text())["max_steps"] == 2
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
+    trained, student = (AutoModelForCausalLM.from_pretrained(place) for place in (folder, models / "student"))
+    assert not all((a == b).all() for a, b in zip(trained.parameters(), student.parameters(), strict=True))
+
+    answers = ("--sets", models / "data.jsonl", "--limit", "2", "--seeds", "1,2", "--max-new-tokens", "4")
+    assert switchkd("eval", folder, *answers) == 0
+    assert len(json.loads((folder / "eval" / "eval.json").read_text())["seeds"]) == 2
+
+
+def test_stages_run_in_turn_and_resuming_leaves_out_what_is_finished(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [{"method": "kd", "max_steps": 1}, {"method": "gkd", "max_steps": 1}]
+    path, folder = write_run(models, tmp_path, stages=stages), tmp_path / "out"
+    assert switchkd("train", path) == 0
+    stages_logged = [event["stage"] for event in read_log(folder / "log.jsonl") if "loss" in event]
+    assert stages_logged == ["1-kd", "2-gkd"]
+    start = AutoModelForCausalLM.from_pretrained(folder / "1-kd").state_dict()
+    end = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert any((start[name] != end[name]).any() for name in start)
+    capsys.readouterr()
+    assert switchkd("train", path, "--resume") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert switchkd("train", path, "--resume", "--set", "stages.1.max_steps=2") == 0
+    assert [e["step"] for e in read_log(folder / "log.jsonl") if e["stage"] == "2-gkd" and "loss" in e] == [1, 2]
+
+
+def test_an_adapter_is_merged_into_the_model_that_the_run_leaves(models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    path = write_run(models, tmp_path, max_steps=1, peft={"r": 2, "target_modules": ["q_proj", "v_proj"]})
+    assert switchkd("train", path) == 0
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in names
+    assert "adapter_config.json" not in names
+
+
+def test_rollout_writes_every_field_and_shows_who_wrote(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "rollouts.jsonl"
+    pair = ("--student", models / "student", "--teacher", models / "teacher", "--output", output)
+    arguments = ("--prompt", "one two", "--prompt", "sun", "--max-new-tokens", "8", "--threshold", "0.2")
+    assert switchkd("rollout", *pair, *arguments) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == ["one two", "sun"]
+    for record in records:
+        per_token = ("tokens", "written_by_teacher", "divergence", "threshold", "student_logp", "teacher_logp")
+        assert {len(record[name]) for name in per_token} == {len(record["token_ids"])}
+        by_rule = [d > t for d, t in zip(record["divergence"], record["threshold"], strict=True)]
+        assert by_rule == record["written_by_teacher"]
+    shown = capsys.readouterr().out
+    assert "written by the teacher" in shown
+    assert f"teacher {records[0]['teacher_share']:.0%}" in shown
+
+
+def test_a_student_alone_rolls_out_a_set_and_what_is_no_number_is_null(models: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"w{n} says"} for n in range(30, 35)])
+    output = tmp_path / "rollouts.jsonl"
+    alone = ("--student", models / "student", "--policy", "student", "--output", output, "--max-new-tokens", "3")
+    assert switchkd("rollout", *alone, "--data", rows, "--limit", "2") == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(records) == 2
+    assert set(records[0]["divergence"]) == {None}
+    assert records[0]["teacher_share"] == 0
+
+
+def test_the_demo_leaves_a_run_and_replaces_an_earlier_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A row of each length instead of 64.
+    monkeypatch.setattr("switchkd.demo.TEST_ROWS", 3)
+    folder = tmp_path / "demo"
+    for steps in ("2", "1"):
+        assert switchkd("demo", "--output", folder, "--steps", steps) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("short", "medium", "long", "before", "after", "written by the teacher"))
+    assert f"switchkd eval {folder}" in out
+    assert [event["step"] for event in read_log(folder / "log.jsonl") if "loss" in event] == [1]
+    suggested = next(line.split() for line in out.splitlines() if line.startswith("  switchkd rollout"))
+    assert switchkd(*suggested[1:], "--output", tmp_path / "rollouts.jsonl") == 0
+    assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
+
+
+def rollout_of(token_ids: tuple[int, ...], by_teacher: tuple[bool, ...], pair: ModelPair) -> Rollout:
+    nothing = (math.nan,) * len(token_ids)
+    return Rollout(
+        Prompt((7,), 0), token_ids, by_teacher, nothing, nothing, nothing, nothing, finish_reason=FinishReason.LENGTH
+    )
+
+
+def test_the_shown_text_is_the_decoded_one_in_runs_of_one_writer(llama_pair: ModelPair) -> None:
+    tokenizer = llama_pair.tokenizer
+    assert tokenizer is not None
+    rollout = rollout_of((7, 8, 9, 10), (False, True, True, False), llama_pair)
+    runs = list(writer_runs(rollout, tokenizer))
+    assert [by_teacher for _, by_teacher in runs] == [False, True, False]
+    assert "".join(run for run, _ in runs) == tokenizer.decode([7, 8, 9, 10])
+    marked = rollout_text(rollout, tokenizer, colour=False).plain
+    assert "« two three»" in marked
+
+
+def test_what_a_model_wrote_is_neither_markup_nor_control(llama_pair: ModelPair) -> None:
+    assert visible("a\x1b[31mb\x07[red]\n\t") == "a\\x1b[31mb\\x07[red]\n\t"
+
+    class Hostile:
+        def decode(self, token_ids: list[int], **_options: bool) -> str:
+            return "[bold red]x\x1b[2J[/nothing]"[: 30 if len(token_ids) > 1 else 11]
+
+    console = Console(force_terminal=True, color_system="standard", width=200, record=True)
+    with console.capture() as captured:
+        print_rollouts([rollout_of((3, 4), (True, False), llama_pair)], Hostile(), console)  # type: ignore[arg-type]
+    assert "[/nothing]" in captured.get()
+    assert "\x1b[2J" not in captured.get()

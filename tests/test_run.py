@@ -1,0 +1,173 @@
+"""What a run file says: types, unknown keys, stages, and that what is saved says the same."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from switchkd.callbacks import read_log
+from switchkd.errors import UserError
+from switchkd.report.terminal import duration
+from switchkd.run import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed
+from switchkd.run_folder import admit, record_run
+
+BASE = {"student": "a", "teacher": "b", "train_data": "dolly", "output_dir": "runs/x"}
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "night.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("learning_rate", "5e-4", 5e-4),
+        ("max_steps", "1e3", 1000),
+        ("max_steps", 12.0, 12),
+        ("threshold", 1, 1),
+        ("eval_strategy", False, "no"),
+        ("decay_rate", None, None),
+        ("report_to", ["wandb"], ["wandb"]),
+        ("decay", "linear", "linear"),
+        ("peft", {"r": 8}, {"r": 8}),
+        ("block_size", "auto", "auto"),
+        ("block_size", 4, 4),
+    ],
+)
+def test_values_take_the_type_of_their_field(key: str, value: Any, expected: Any) -> None:
+    assert typed(key, value, "in a test") == expected
+    assert type(typed(key, value, "in a test")) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("max_steps", "many", "a whole number"),
+        ("max_steps", 2.5, "a whole number"),
+        ("max_steps", True, "a whole number"),
+        ("max_steps", math.inf, "a whole number"),
+        ("threshold", "high", "a number"),
+        ("bf16", "yes", "true or false"),
+        ("student", 5, "text"),
+        ("decay", "sudden", "one of exponential, linear, constant"),
+        ("eval_strategy", "sometimes", "one of no, steps, epoch"),
+        ("peft", "r=8", "a mapping"),
+    ],
+)
+def test_a_wrong_type_names_key_value_and_type(key: str, value: Any, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        typed(key, value, "in a test")
+    assert key in str(error.value)
+    assert repr(value) in str(error.value)
+    assert expected in str(error.value)
+
+
+@given(st.sampled_from(sorted(HINTS)), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()))
+def test_any_value_is_taken_or_refused_in_words(key: str, value: Any) -> None:
+    try:
+        typed(key, value, "in a test")
+    except UserError as error:
+        assert key in str(error)  # noqa: PT017 - being taken is right too
+
+
+@pytest.mark.parametrize("text", ["thresold: 1", "stages: [{thresold: 1}]"])
+def test_an_unknown_key_names_the_nearest(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, f"student: a\ntrain_data: dolly\n{text}\n")
+    with pytest.raises(UserError, match=r"'thresold'.*did you mean 'threshold'"):
+        read_run(path)
+
+
+def test_assignments_go_over_the_file_and_reach_stages(tmp_path: Path) -> None:
+    path = write(tmp_path, yaml.safe_dump({**BASE, "max_steps": 5, "stages": [{"method": "kd"}, {"method": "switch"}]}))
+    run = read_run(path, ["max_steps=7", "stages.1.max_steps=9", "peft.r=4", "learning_rate=2e-5"])
+    assert run.training == {"max_steps": 7, "learning_rate": 2e-5}
+    assert run.stages == ({"method": "kd"}, {"method": "switch", "max_steps": 9})
+    assert run.peft == {"r": 4}
+
+
+@pytest.mark.parametrize("assignment", ["max_steps", "=3", "stages.4.max_steps=3", "student.x=3", "x=[1"])
+def test_an_assignment_that_fits_nowhere_is_refused(tmp_path: Path, assignment: str) -> None:
+    path = write(tmp_path, yaml.safe_dump(BASE))
+    with pytest.raises(UserError, match=r"--set"):
+        read_run(path, [assignment])
+
+
+def test_the_folder_is_named_after_the_file_by_default(tmp_path: Path) -> None:
+    assert read_run(write(tmp_path, "student: a\ntrain_data: dolly\n")).output_dir == "runs/night"
+
+
+def test_stages_follow_each_other() -> None:
+    changes = [{"method": "kd", "max_steps": 2}, {"method": "switch"}]
+    run = run_from_values({**BASE, "max_steps": 9, "student_drop_layers": "1", "stages": changes}, "in a test")
+    first, second = run.in_stages()
+    assert (first.name, second.name) == ("1-kd", "2-switch")
+    assert (first.config.student, second.config.student) == ("a", str(first.model_folder))
+    assert (first.config.training["max_steps"], second.config.training["max_steps"]) == (2, 9)
+    assert (first.config.student_drop_layers, second.config.student_drop_layers) == ("1", None)
+    assert second.model_folder == Path("runs/x")
+    assert {str(first.folder), str(second.folder)} == {"runs/x/1-kd", "runs/x/2-switch"}
+    assert second.tokenizer == "a"
+
+
+def test_a_stage_may_not_choose_its_folder() -> None:
+    with pytest.raises(UserError, match="stages write into"):
+        run_from_values({**BASE, "stages": [{"output_dir": "elsewhere"}]}, "in a test")
+
+
+def test_what_is_saved_is_the_same_run_and_says_every_value(tmp_path: Path) -> None:
+    stages = [{"method": "kd"}, {"threshold": "2e-1"}]
+    given_values = {**BASE, "output_dir": str(tmp_path / "x"), "learning_rate": "1e-3", "stages": stages}
+    run = run_from_values(given_values, "in a test")
+    record_run(run)
+    saved = read_run(tmp_path / "x" / "run.yaml")
+    assert saved.in_force() == run.in_force()
+    assert saved.stages == run.stages
+    assert saved.arguments().to_dict() == run.arguments().to_dict()
+    assert {"threshold", "weight_decay", "seed", *OWN_HINTS} <= run.in_force().keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, None),
+        ({"max_steps": 50}, None),
+        ({"logging_steps": 5, "save_steps": 3}, None),
+        ({"threshold": 0.2}, r"threshold is 0.2.*started with 0.3"),
+        ({"weight_decay": 0.5}, r"weight_decay is 0.5.*started with 0.0"),
+        ({"stages": [{"method": "kd"}]}, r"0 stages, this run file 1"),
+    ],
+)
+def test_a_resumed_run_may_change_its_length_but_not_its_nature(
+    tmp_path: Path, changes: dict[str, Any], refused: str | None
+) -> None:
+    def run(**changes: Any) -> RunConfig:
+        return run_from_values({**BASE, "output_dir": str(tmp_path / "x"), "max_steps": 5, **changes}, "in a test")
+
+    record_run(run())
+    if refused is None:
+        admit(run(**changes), resume=True)
+        return
+    with pytest.raises(UserError, match=refused):
+        admit(run(**changes), resume=True)
+
+
+def test_of_a_step_logged_twice_the_last_counts_and_a_cut_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    lines = ['{"stage": "", "step": 1, "loss": 3}', '{"stage": "", "step": 2, "loss": 2}']
+    path.write_text("\n".join([*lines, '{"stage": "", "step": 2, "loss": 1}', '{"stage": "", "st']))
+    assert [(event["step"], event["loss"]) for event in read_log(path)] == [(1, 3), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(4.21, "4.2 s"), (42, "42 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations_are_said_as_people_say_them(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
