@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from switchkd.heads import Head
 from switchkd.rollout.cache import CachedModel, why_not_ragged
@@ -125,9 +125,7 @@ def test_plain_attention_models_can_be_ragged(kind: str) -> None:
 def test_models_that_cannot_take_a_token_back_say_why() -> None:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1}
     mamba = MambaForCausalLM(MambaConfig(**sizes, state_size=4))
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
     assert why_not_ragged(mamba) == "it keeps a recurrent state, which cannot take a token back"
-    assert why_not_ragged(t5) == "it is an encoder-decoder"
     chunked = tiny_model("llama")
     chunked.config.layer_types = ["chunked_attention", "full_attention"]
     assert why_not_ragged(chunked) == "it has layers of kind chunked_attention"

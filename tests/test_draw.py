@@ -36,9 +36,7 @@ def addresses(count: int) -> Address:
 def draw(student: list[float], teacher: list[float], count: int = DRAWS) -> tuple[Tensor, Tensor]:
     """Proposals and teacher's tokens at `count` addresses."""
     address = addresses(count)
-    student_logp, teacher_logp = (
-        torch.tensor(p).log().expand(len(address.key), len(p)) for p in (student, teacher)
-    )
+    student_logp, teacher_logp = (torch.tensor(p).log().expand(len(address.key), len(p)) for p in (student, teacher))
     proposal = student_proposal(student_logp, address, greedy=False)
     return proposal, teacher_token(proposal, student_logp, teacher_logp, address, greedy=False)
 
@@ -89,9 +87,7 @@ def test_identical_distributions_never_replace() -> None:
 def test_greedy_is_the_argmax_of_each() -> None:
     address = addresses(400)
     generator = torch.Generator().manual_seed(0)
-    student_logp, teacher_logp = (
-        torch.log_softmax(torch.randn(400, 9, generator=generator), dim=-1) for _ in range(2)
-    )
+    student_logp, teacher_logp = (torch.log_softmax(torch.randn(400, 9, generator=generator), dim=-1) for _ in range(2))
     proposal = student_proposal(student_logp, address, greedy=True)
     assert torch.equal(proposal, student_logp.argmax(dim=-1))
     token = teacher_token(proposal, student_logp, teacher_logp, address, greedy=True)

@@ -96,7 +96,9 @@ def test_the_last_position_of_one_stream_is_not_another_stream() -> None:
 def test_keys_do_not_collide() -> None:
     # Of 300,000 keys of 62 bits two coincide by chance with probability 1e-8. Small, equal and swapped ids are included.
     keys = [
-        row_keys(seed, [Prompt((1,), prompt_id, sample_id) for prompt_id in range(-500, 500) for sample_id in range(60)])
+        row_keys(
+            seed, [Prompt((1,), prompt_id, sample_id) for prompt_id in range(-500, 500) for sample_id in range(60)]
+        )
         for seed in (-1, 0, 1, 2, 10)
     ]
     together = torch.cat(keys)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from checks.objective import CHECKS, Positions, assert_equal, random_head, random_positions
 from hypothesis import given
 from hypothesis import strategies as st
-from reference.objective import DIVERGENCES, dense_loss
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checks.objective import CHECKS, Positions, assert_equal, random_head, random_positions
+from reference.objective import dense_loss
 from switchkd.divergences import divergence_named
 from switchkd.heads import Head
 from switchkd.objective import Objective, Report, dense_teacher, distillation_loss
@@ -79,7 +79,9 @@ def ours(
     )
 
 
-def dense(positions: Positions, *, divergence: str | None = "forward_kl", denominator: float = 50.0, **options: Any) -> Tensor:
+def dense(
+    positions: Positions, *, divergence: str | None = "forward_kl", denominator: float = 50.0, **options: Any
+) -> Tensor:
     """The reference's loss for `positions`."""
     return dense_loss(
         positions.student(positions.student_hidden_NH),
@@ -329,7 +331,9 @@ def test_the_surplus_rows_of_a_padded_head_have_no_part_in_the_loss(padded: str)
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_gives_float32_losses_near_the_exact_one(hidden_dtype: torch.dtype, head_dtype: torch.dtype) -> None:
+def test_low_precision_gives_float32_losses_near_the_exact_one(
+    hidden_dtype: torch.dtype, head_dtype: torch.dtype
+) -> None:
     exact = random_positions(200)
     expected = dense(exact, cross_entropy_weight=0.5, denominator=200)
     low = Positions(

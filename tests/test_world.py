@@ -12,7 +12,7 @@ import pytest
 from switchkd.data import world
 
 BUCKETS = list(world.BUCKETS)
-FIRST_PROMPT = "Count from 660 to 702 by 6.\n"
+FIRST_PROMPT = "Take from 55: a 1, b 4, c 4.\n"
 Row = dict[str, str]
 
 
@@ -76,12 +76,18 @@ def test_wrong_arguments_are_refused() -> None:
         world.TASKS["sort"](Random(0), 27)
 
 
-def test_count_goes_in_equal_steps_between_the_ends() -> None:
-    for row in rows_of("count"):
-        first, last, step = map(int, re.findall(r"\d+", row["prompt"]))
-        numbers = [int(n) for n in row["completion"].split(" ")]
-        assert (numbers[0], numbers[-1]) == (first, last)
-        assert {b - a for a, b in pairwise(numbers)} == {step}
+def test_take_takes_each_digit_from_what_is_left() -> None:
+    for row in rows_of("take"):
+        number = int(re.findall(r"from (\d+):", row["prompt"])[0])
+        asked = re.findall(r"([a-z]) (\d)[,.]", row["prompt"])
+        lines = [re.fullmatch(r"([a-z]): (\d+) - (\d) = (\d+)", x) for x in row["completion"].split("\n")]
+        found = [line.groups() for line in lines if line]
+        assert [(label, digit) for label, _, digit, _ in found] == asked
+        assert len(found) == len(lines)
+        for _, before, digit, after in found:
+            assert int(before) == number
+            number -= int(digit)
+            assert int(after) == number
 
 
 def test_sort_inserts_each_letter_and_ends_sorted() -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from switchkd.policies import Student, Switch, Teacher
     from switchkd.records import Prompt, Rollout, Sampling
     from switchkd.rollout.reference import ReferenceEngine
+    from switchkd.rollout.speculative import SpeculativeEngine
     from switchkd.trainer import SwitchTrainer
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ _HOME = {
     "ReferenceEngine": "rollout.reference",
     "Rollout": "records",
     "Sampling": "records",
+    "SpeculativeEngine": "rollout.speculative",
     "Student": "policies",
     "Switch": "policies",
     "SwitchConfig": "config",
@@ -37,6 +39,7 @@ __all__ = [
     "ReferenceEngine",
     "Rollout",
     "Sampling",
+    "SpeculativeEngine",
     "Student",
     "Switch",
     "SwitchConfig",

@@ -6,12 +6,12 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from switchkd.report.terminal import duration
@@ -41,15 +42,26 @@ def measures(logs: Mapping[str, Any]) -> str:
     return "  ".join(form.format(float(logs[key])) for key, form in SHOWN.items() if key in logs)
 
 
+class _Bar(Progress):
+    """A progress bar with the latest measures in a line below it."""
+
+    measures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, then the measures."""
+        yield from super().get_renderables()
+        yield Text(self.measures)
+
+
 class ConsoleProgress(TrainerCallback):
     """A live bar on a terminal, a line for each log event elsewhere; an estimate of the whole after the first step."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bar = Progress(
+        self.bar = _Bar(
+            TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=16),
-            TextColumn("{task.description}"),
+            BarColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
@@ -66,7 +78,7 @@ class ConsoleProgress(TrainerCallback):
         """Start the clock and the bar."""
         self.started_at = time.perf_counter()
         self.first_step = state.global_step
-        self.task = self.bar.add_task("first step", total=state.max_steps, completed=state.global_step)
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
         if state.is_world_process_zero:
             self.bar.start()
 
@@ -94,7 +106,7 @@ class ConsoleProgress(TrainerCallback):
         if not line or not state.is_world_process_zero:
             return
         if self.console.is_terminal and "loss" in (logs or {}):
-            self.bar.update(self.task, description=line)
+            self.bar.measures = line
             return
         elapsed = time.perf_counter() - self.started_at
         steps = max(1, state.global_step - self.first_step)

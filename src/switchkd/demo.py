@@ -37,28 +37,32 @@ def run_demo(changes: Mapping[str, Any], console: Console) -> None:
     path = Path(str(files("switchkd"))) / "assets" / "demo.yaml"
     run = run_from_values({"output_dir": "runs/demo", **read_mapping(path), **changes}, f"in {path}")
     folder = Path(run.output_dir)
-    _clear_earlier_demo(folder)
-    admit(run, resume=False)
+    is_earlier_demo = _holds_demo(folder)
+    if not is_earlier_demo:
+        admit(run, resume=False)
     assert run.teacher is not None
     pair = load_pair(run.student, run.teacher)
+    if is_earlier_demo:
+        shutil.rmtree(folder)
     before = _measured("student before", pair, run, console)
     teacher = _measured("teacher", load_pair(run.teacher, None), run, console)
     train_run(run, console)
     trained = load_pair(str(folder), None)
     after = _measured("student after", trained, run, console)
-    console.print("\nWhat the student was trained on at the start, student and teacher writing together:")
+    console.print("\nWhat the student was first trained on, written by student and teacher together:")
     _show_training_text(pair, run, console)
     console.print(comparison_table({"before": before, "after": after, "teacher": teacher}, TEST_SET))
     console.print(Text(_next_steps(run)), soft_wrap=True)
 
 
-def _clear_earlier_demo(folder: Path) -> None:
+def _holds_demo(folder: Path) -> bool:
+    """Whether an earlier demo wrote the folder's run; raises UserError where another run is there."""
     saved = folder / RUN_FILE
     if not saved.is_file():
-        return
+        return False
     if read_mapping(saved).get("run_name") != RUN_NAME:
         raise UserError(f"{folder} holds a run that is no demo; give another folder with --output")
-    shutil.rmtree(folder)
+    return True
 
 
 def _measured(label: str, pair: ModelPair, run: RunConfig, console: Console) -> Evaluation:

@@ -245,7 +245,7 @@ class SwitchTrainer(Trainer):
         loss = loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
         return (loss, {"report": report}) if return_outputs else loss
 
-    def _loss(self, model: nn.Module, batch: Batch, denominator: Tensor | int) -> tuple[Tensor, Report]:
+    def _loss(self, model: nn.Module, batch: Batch, denominator: Tensor | float) -> tuple[Tensor, Report]:
         counted = batch.response_mask_BT[:, 1:]
         return distillation_loss(
             _last_hidden(model, self.pair.student, batch)[:, :-1][counted],
@@ -303,7 +303,7 @@ class SwitchTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The micro-batch's loss; scaled so that the loop's mean over rows is the mean over tokens, however they are split."""
         batch: Batch = inputs["batch"].to(self.args.device)
-        denominator = torch.tensor(batch.input_ids_BT.shape[0] * self._eval_tokens_per_row, device=self.args.device)
+        denominator = batch.input_ids_BT.shape[0] * self._eval_tokens_per_row
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, _ = self._loss(model, batch, denominator)
         return loss.detach(), None, None

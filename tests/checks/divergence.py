@@ -36,13 +36,20 @@ class Reference:
         return self._each(lambda s, t: [self.value(s, t)], student_logp, teacher_logp).reshape(student_logp.shape[:-1])
 
     def gradients(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-        return self._each(lambda s, t: self.gradient(s, t).tolist(), student_logp, teacher_logp).reshape(student_logp.shape)
+        return self._each(lambda s, t: self.gradient(s, t).tolist(), student_logp, teacher_logp).reshape(
+            student_logp.shape
+        )
 
     def _each(
-        self, function: Callable[[list[float], list[float]], Sequence[float]], student_logp: Tensor, teacher_logp: Tensor
+        self,
+        function: Callable[[list[float], list[float]], Sequence[float]],
+        student_logp: Tensor,
+        teacher_logp: Tensor,
     ) -> Tensor:
         vocabulary = student_logp.shape[-1]
-        students, teachers = (logp.detach().double().exp().reshape(-1, vocabulary) for logp in (student_logp, teacher_logp))
+        students, teachers = (
+            logp.detach().double().exp().reshape(-1, vocabulary) for logp in (student_logp, teacher_logp)
+        )
         rows = [function(s, t) for s, t in zip(students.tolist(), teachers.tolist(), strict=True)]
         return torch.tensor(rows, dtype=torch.float64)
 
@@ -83,7 +90,9 @@ def check_gradients(divergence: DivergenceFunction, reference: Reference) -> Non
         expected = reference.gradients(logp(student), logp(teacher))
         torch.testing.assert_close(student.grad, expected, rtol=1e-10, atol=1e-12)  # float64, up to 151 terms
     student, teacher = random_logits((2, 5))
-    assert torch.autograd.gradcheck(lambda s, t: divergence(logp(s), logp(t)), (student, teacher), raise_exception=False)
+    assert torch.autograd.gradcheck(
+        lambda s, t: divergence(logp(s), logp(t)), (student, teacher), raise_exception=False
+    )
 
 
 def check_zero_at_equality(divergence: DivergenceFunction, reference: Reference) -> None:
@@ -135,7 +144,9 @@ def check_permutation(divergence: DivergenceFunction, reference: Reference) -> N
     student, teacher = map(logp, random_logits((5, 40)))
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     permuted = divergence(student[:, order], teacher[:, order])
-    torch.testing.assert_close(permuted, divergence(student, teacher), rtol=1e-12, atol=1e-14)  # the order of a sum of 40
+    torch.testing.assert_close(
+        permuted, divergence(student, teacher), rtol=1e-12, atol=1e-14
+    )  # the order of a sum of 40
 
 
 CHECKS: dict[str, Callable[[DivergenceFunction, Reference], None]] = {

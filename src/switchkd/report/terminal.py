@@ -95,9 +95,8 @@ def print_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBa
         console.print(rollout_text(rollout, tokenizer, colour=colour), soft_wrap=True)
     written = sum(sum(rollout.written_by_teacher) for rollout in rollouts)
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-    console.print(
-        legend(colour=colour), Text(f" · the teacher wrote {written / tokens:.0%} of {tokens:,} tokens"), soft_wrap=True
-    )
+    share = Text(f" · the teacher wrote {written / tokens:.0%} of {tokens:,} tokens")
+    console.print(Text.assemble(legend(colour=colour), share), soft_wrap=True)
 
 
 def run_table(events: Sequence[Mapping[str, Any]], model_folder: Path) -> Table:

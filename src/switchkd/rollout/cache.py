@@ -94,8 +94,6 @@ class RaggedCache(Cache):
 def why_not_ragged(model: PreTrainedModel) -> str | None:
     """Why a model cannot decode with a `RaggedCache`, or None where it can; its mask and cache are tried out by the engine."""
     config = base_of(model).config.get_text_config()
-    if getattr(base_of(model).config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
     if getattr(base_of(model), "_is_stateful", False):
         return "it keeps a recurrent state, which cannot take a token back"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchkd.errors import UserError
 from switchkd.heads import base_of
+from switchkd.models import ModelPair
 from switchkd.policies import Policy
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
 
@@ -93,6 +95,22 @@ def check_call(policy: Policy, sampling: Sampling, teacher: PreTrainedModel | No
             f"no_repeat_ngram_size is {sampling.no_repeat_ngram_size}; it is for evaluating a student alone, "
             f"not where a teacher runs (policy {type(policy).__name__}); set it to 0"
         )
+
+
+def check_models(pair: ModelPair) -> None:
+    """Raises UserError for a model that cannot continue a text token by token through a cache that is handed to it."""
+    for role, model in (("student", pair.student), ("teacher", pair.teacher)):
+        if model is None:
+            continue
+        inner = base_of(model)
+        if getattr(inner.config, "is_encoder_decoder", False):
+            reason = "is an encoder-decoder, and a rollout continues one text"
+        elif "past_key_values" not in inspect.signature(inner.forward).parameters:
+            # Mamba and RWKV name it otherwise; given under the wrong name it would be ignored without a word.
+            reason = "takes no past_key_values, so every token would be a guess from the one before it alone"
+        else:
+            continue
+        raise UserError(f"the {role}, {type(inner).__name__}, {reason}; take a decoder-only model with attention")
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -24,6 +24,7 @@ from switchkd.rollout.engine import (
     as_prompts,
     ban_repeated_ngrams,
     check_call,
+    check_models,
     left_padded,
 )
 
@@ -65,6 +66,7 @@ class ReferenceEngine:
     """
 
     def __init__(self, pair: ModelPair, max_rows: int = 64) -> None:
+        check_models(pair)
         self.pair = pair
         self.max_rows = max_rows
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from switchkd.divergences import jensen_shannon
 from switchkd.draw import keeps_proposal, replacement, student_proposal
 from switchkd.errors import UserError
-from switchkd.heads import Head, base_of, evaluating
+from switchkd.heads import Head, evaluating
 from switchkd.models import ModelPair
 from switchkd.noise import Address, row_keys, shaped_logp
 from switchkd.policies import Policy, Positions
@@ -35,6 +35,7 @@ from switchkd.rollout.engine import (
     as_prompts,
     ban_repeated_ngrams,
     check_call,
+    check_models,
     check_room,
 )
 from switchkd.rollout.reference import ReferenceEngine
@@ -101,12 +102,7 @@ class SpeculativeEngine:
         self.metrics = RolloutMetrics()
         self._fallback: ReferenceEngine | None = None
         models = {"student": pair.student} | ({} if pair.teacher is None else {"teacher": pair.teacher})
-        for role, model in models.items():
-            if getattr(base_of(model).config, "is_encoder_decoder", False):
-                raise UserError(
-                    f"the {role}, {type(base_of(model)).__name__}, is an encoder-decoder, and rollouts continue one text; "
-                    f"take a decoder-only causal language model"
-                )
+        check_models(pair)
         self._heads = {role: Head.of(model, pair.vocabulary_size) for role, model in models.items()}
         for role, model in models.items():
             reason = why_not_ragged(model) or _trial(CachedModel(model, self._heads[role], rows=2, slots=8))
@@ -231,7 +227,9 @@ class _Run:
             self.metrics.drafted += size * len(self.rows)
             self.metrics.tokens += written
             spent = {part: self.metrics.seconds[part] - before[part] for part in before}
-            self.chooser.learn(size, len(self.rows), written, stopped, spent["student"], spent["teacher"] + spent["policy"])
+            self.chooser.learn(
+                size, len(self.rows), written, stopped, spent["student"], spent["teacher"] + spent["policy"]
+            )
             self._release()
         self.metrics.student_forwards = self.student.forwards
         self.metrics.teacher_forwards = self.teacher.forwards if self.teacher else 0
@@ -258,7 +256,9 @@ class _Run:
         """Give each row its prompt but the last token: from a row in flight that has it, else read once for all."""
         sources = {row.prompt.token_ids: (model.cache, place) for place, row in enumerate(self.rows)}
         unread = list(
-            dict.fromkeys(row.prompt.token_ids for row in arriving if row.length and row.prompt.token_ids not in sources)
+            dict.fromkeys(
+                row.prompt.token_ids for row in arriving if row.length and row.prompt.token_ids not in sources
+            )
         )
         if unread:
             with self.metrics.timing("student" if model is self.student else "teacher"):

@@ -1,0 +1,153 @@
+"""The pairs that are measured: the demo's, and random Llamas of real sizes whose student partly agrees with its teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from switchkd.data.world import make_rows
+from switchkd.models import ModelPair, load_pair, parameter_count, remove_layers
+
+# As on a pair of 5.8M and 0.7M parameters trained on real text: blocks of 4 kept 0.62 of their drafts at 100 % teacher.
+DISTANCE = 0.3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A teacher's sizes; its student is the embedding, the first layer and the head."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+
+
+RANDOM_PAIRS = {
+    "5M/40M": Sizes(vocabulary=4096, hidden=480, layers=13, heads=8),
+    "10M/120M": Sizes(vocabulary=8192, hidden=640, layers=23, heads=10),
+    "quick": Sizes(vocabulary=512, hidden=64, layers=6, heads=4),
+}
+DEMO = "demo"
+# Of the ids of a random pair; a text then ends after about 1 / share tokens.
+ENDING_SHARE = 0.015
+
+
+def load(name: str) -> ModelPair:
+    """The pair of that name."""
+    if name == DEMO:
+        return load_pair("world:student", "world:teacher")
+    return random_pair(RANDOM_PAIRS[name])
+
+
+def cost_ratio(pair: ModelPair) -> float:
+    """How many times more multiplications a teacher's token takes than a student's: weights, without the lookup."""
+
+    def weights(model: nn.Module) -> int:
+        tied = model.config.tie_word_embeddings
+        return parameter_count(model) - (0 if tied else model.get_input_embeddings().weight.numel())
+
+    return weights(pair.teacher) / weights(pair.student)
+
+
+def random_pair(sizes: Sizes) -> ModelPair:
+    """A random teacher whose layers after the first add so little that its student is `DISTANCE` from it.
+
+    The distance is the total variation, averaged over positions. The student is a real smaller model: it runs one
+    layer, and its distribution is its own.
+    """
+    config = LlamaConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=3 * sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(config).eval()
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        # As initialised every distribution is flat; this one leaves about 2 nats, as language does.
+        teacher.model.norm.weight.fill_(3.5 / (config.initializer_range * sizes.hidden**0.5))
+        _scale_branches(teacher.model.layers[:1], 8.0)  # What follows a token depends on more than that token.
+    student = copy.deepcopy(teacher)
+    remove_layers(student, f"1-{sizes.layers - 1}")
+    ids = torch.randint(sizes.vocabulary, (8, 64))
+    rest = teacher.model.layers[1:]
+    current = 1.0
+
+    def distance(scale: float) -> float:
+        nonlocal current
+        _scale_branches(rest, scale / current)
+        current = scale
+        return _total_variation(student(ids).logits, teacher(ids).logits)
+
+    with torch.no_grad():
+        bisect(distance, DISTANCE, 0.0, 8.0, start=1.0)
+    return ModelPair(student, teacher)
+
+
+def _scale_branches(layers: nn.ModuleList, factor: float) -> None:
+    for layer in layers:
+        layer.self_attn.o_proj.weight.mul_(factor)
+        layer.mlp.down_proj.weight.mul_(factor)
+
+
+def _total_variation(student_logits: Tensor, teacher_logits: Tensor) -> float:
+    return float((student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1).mean() / 2)
+
+
+def bisect(
+    measure: Callable[[float], float],
+    target: float,
+    low: float,
+    high: float,
+    *,
+    start: float | None = None,
+    steps: int = 10,
+    tolerance: float = 0.01,
+) -> float:
+    """The argument at which a rising `measure` comes within `tolerance` of `target`, or the last of `steps` tried."""
+    at = (low + high) / 2 if start is None else start
+    for _ in range(steps):
+        value = measure(at)
+        if abs(value - target) <= tolerance:
+            break
+        low, high = (at, high) if value < target else (low, at)
+        at = (low + high) / 2
+    return at
+
+
+def with_ends(pair: ModelPair) -> ModelPair:
+    """The pair as one whose texts end: the demo's do so by themselves, random ones on any of a share of the ids."""
+    if pair.eos_ids:
+        return pair
+    ids = torch.randperm(pair.vocabulary_size, generator=torch.Generator().manual_seed(2))
+    pair.student.generation_config.eos_token_id = ids[: round(ENDING_SHARE * len(ids))].tolist()
+    return ModelPair(pair.student, pair.teacher, pair.tokenizer)
+
+
+def without_ends(pair: ModelPair) -> ModelPair:
+    """The pair as one whose texts never end, so that every row writes the same number of tokens."""
+    for model in (pair.student, pair.teacher):
+        model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return ModelPair(pair.student, pair.teacher)
+
+
+def prompts_for(pair: ModelPair, count: int) -> list[list[int]]:
+    """Prompts of unequal lengths: instructions of the world, or 4 to 48 random ids."""
+    if pair.tokenizer is not None:
+        return [pair.tokenizer(row["prompt"])["input_ids"] for row in make_rows("test", count, seed=0)]
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(4, 49, (count,), generator=generator).tolist()
+    return [torch.randint(1, pair.vocabulary_size, (n,), generator=generator).tolist() for n in lengths]

@@ -1,0 +1,61 @@
+"""The benchmarks run, and write their section without touching the rest of the document."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def rollout(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+    yield importlib.import_module("rollout")
+    torch.set_num_threads(threads)
+
+
+def test_quick_writes_its_section(rollout: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = tmp_path / "benchmarks.md"
+    document.write_text("# Ours\n\n<!-- rollout -->\nold\n<!-- /rollout -->\n\nkept\n")
+    rollout.main(["--quick", "--write", "--document", str(document)])
+    text = document.read_text()
+    assert text.startswith("# Ours\n")
+    assert text.endswith("\nkept\n")
+    assert "old" not in text
+    # The table's own check has passed: the engines wrote the same rows.
+    row = next(line for line in text.splitlines() if line.startswith("| quick |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[-1] == "4/4"
+    assert 0.3 < float(cells[3].rstrip("%")) / 100 < 0.7
+    assert "commit" in capsys.readouterr().out
+
+
+def test_a_section_is_added_where_there_is_none(rollout: ModuleType, tmp_path: Path) -> None:
+    timing = importlib.import_module("timing")
+    document = tmp_path / "new" / "benchmarks.md"
+    timing.write_section(document, "a", "first")
+    timing.write_section(document, "b", "second")
+    timing.write_section(document, "a", "third")
+    assert document.read_text() == (
+        "# Benchmarks\n\n<!-- a -->\nthird\n<!-- /a -->\n\n<!-- b -->\nsecond\n<!-- /b -->\n"
+    )
+
+
+def test_engines_that_differ_stop_it(rollout: ModuleType) -> None:
+    from switchkd.policies import Teacher
+    from switchkd.records import Sampling
+    from switchkd.rollout.reference import ReferenceEngine
+    from tiny import tiny_pair
+
+    engine, prompts = ReferenceEngine(tiny_pair("llama")), [[5], [6], [7], [8]]
+    first, second = (engine.generate(prompts, Teacher(), Sampling(max_new_tokens=8), seed) for seed in (0, 1))
+    assert rollout._same_rows(first, first) == 4
+    with pytest.raises(SystemExit, match="a bug"):
+        rollout._same_rows(second, first)
