@@ -138,7 +138,7 @@ def test_a_name_has_to_be_exact_and_the_refusal_lists_the_choices(name: str) -> 
 
 @pytest.mark.parametrize("name", [name for name, row in DIVERGENCES.items() if not row.settings])
 def test_a_setting_that_a_divergence_does_not_take_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="teacher_weight is 0.3"):
+    with pytest.raises(UserError, match=r"teacher_weight is 0\.3"):
         divergence_named(name, teacher_weight=0.3)
     divergence_named(name, teacher_weight=None)
 

@@ -175,10 +175,7 @@ def evaluate(
 def _sampling(max_new_tokens: int, **settings: Any) -> Sampling:
     from switchkd.records import Sampling
 
-    try:
-        return Sampling(max_new_tokens, **settings)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return Sampling(max_new_tokens, **settings)
 
 
 def _file_name(name: str) -> str:

@@ -74,7 +74,7 @@ class SwitchConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     # The loader hands over records, not tensors: there is nothing to pin.
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin the data loader's memory."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report; as in transformers."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to report; as in transformers."})
 
     @property
     def sampling(self) -> Sampling:

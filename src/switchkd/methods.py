@@ -138,6 +138,8 @@ def plan_of(config: SwitchConfig) -> Plan:
         function = divergence_named(divergence, teacher_weight=chosen)
     elif config.teacher_weight is not None:
         raise UserError(f"teacher_weight is {config.teacher_weight}, but method {config.method!r} has no divergence")
+    if config.block_size != "auto" and (not isinstance(config.block_size, int) or config.block_size < 1):
+        raise UserError(f"block_size is {config.block_size!r}; give 1 or more tokens, or auto")
     if config.loss_temperature <= 0:
         raise UserError(f"loss_temperature is {config.loss_temperature}; it has to be positive")
     return Plan(

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from switchkd.errors import UserError
+
 
 class FinishReason(StrEnum):
     """Why a rollout ended."""
@@ -49,15 +51,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it has to be at least 1")
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it has to be at least 1")
         if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
+            raise UserError(f"temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it has to be in (0, 1], where 1 keeps every token")
+            raise UserError(f"top_p is {self.top_p}; it has to be in (0, 1], where 1 keeps every token")
         if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; use 0 to keep every token or a positive number")
+            raise UserError(f"top_k is {self.top_k}; use 0 to keep every token or a positive number")
         if self.no_repeat_ngram_size < 0:
-            raise ValueError(f"no_repeat_ngram_size is {self.no_repeat_ngram_size}; use 0 to allow repeats")
+            raise UserError(f"no_repeat_ngram_size is {self.no_repeat_ngram_size}; use 0 to allow repeats")
 
     @property
     def greedy(self) -> bool:

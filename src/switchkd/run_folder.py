@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from switchkd.atomic import write_atomically
 from switchkd.errors import UserError
 from switchkd.models import save_model
 from switchkd.run import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage, read_mapping, run_from_values
@@ -166,13 +166,3 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
             f"the trained model could not be written to {stage.model_folder} ({error}); "
             f"{f'the last checkpoint is {kept}' if kept else 'there is no checkpoint'}; make room and resume"
         ) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -125,12 +125,12 @@ class SwitchTrainer(Trainer):
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * -(-len(dataset) // rows))
         teacher = self.pair.teacher
-        learns_from = f" from {name_of(teacher)} ({parameter_count(teacher) / 1e6:.1f}M)" if teacher is not None else ""
+        learns_from = f" from {name_of(teacher)} ({parameter_count(teacher) / 1e6:.3g}M)" if teacher is not None else ""
         writes = f"{self.plan.rollout_share:.0%} rolled out" if self.plan.rollout_share else "the data set's text"
         return (
-            f"{args.method}: {name_of(self.pair.student)} ({parameter_count(self.pair.student) / 1e6:.1f}M parameters) learns"
+            f"{args.method}: {name_of(self.pair.student)} ({parameter_count(self.pair.student) / 1e6:.3g}M parameters) learns"
             f"{learns_from}: {steps:,} steps x {rows} sequences ({writes}) of up to {args.max_new_tokens} response tokens, "
-            f"at most {steps * rows * args.max_new_tokens / 1e6:.2f}M, from {len(dataset):,} rows"
+            f"at most {steps * rows * args.max_new_tokens / 1e6:.3g}M tokens, from {len(dataset):,} rows"
         )
 
     # ------------------------------------------------------------------------------------------------------- the data

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -113,10 +114,7 @@ def check_splits(loss: Loss) -> None:
     positions = random_positions(50)
     whole = positions.loss(loss, denominator=50)
     for bounds in ((0, 50), (0, 1, 50), (0, 3, 10, 47, 50), (0, 20, 20, 50)):
-        losses = [
-            positions.part(slice(start, stop)).loss(loss, denominator=50)
-            for start, stop in zip(bounds, bounds[1:], strict=False)
-        ]
+        losses = [positions.part(slice(start, stop)).loss(loss, denominator=50) for start, stop in pairwise(bounds)]
         total = torch.stack(losses).sum()
         assert_equal([total, *positions.gradients(total)], [whole, *positions.gradients(whole)])
 

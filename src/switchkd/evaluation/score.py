@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from switchkd.atomic import write_atomically
 from switchkd.data.rows import BadRow, Loaded, SourceRow, render_prompt, row_text, to_examples
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import Answer, counting_from, generate_answers, progress_bar
@@ -113,7 +114,7 @@ class Evaluation:
     def save(self, folder: Path) -> Path:
         """Write eval.json into the folder, whole or not at all, and return its path."""
         path = folder / RESULT_FILE
-        _write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
         return path
 
     def table(self) -> Table:
@@ -247,11 +248,4 @@ def _mean_scores(answers: Sequence[ScoredAnswer]) -> Scores:
 
 def _write_answers(scored: Sequence[ScoredAnswer], set_name: str, folder: Path) -> None:
     lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in scored)
-    _write_atomically(folder / f"answers_{re.sub(r'[^A-Za-z0-9.-]+', '_', set_name)}.jsonl", lines)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_atomically(folder / f"answers_{re.sub(r'[^A-Za-z0-9.-]+', '_', set_name)}.jsonl", lines)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from switchkd.atomic import write_atomically
 from switchkd.records import Rollout
 
 if TYPE_CHECKING:
@@ -43,9 +44,4 @@ def rollout_record(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict
 
 def write_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Write one line for each rollout; the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for rollout in rollouts:
-            file.write(json.dumps(rollout_record(rollout, tokenizer)) + "\n")
-    partial.replace(path)
+    write_atomically(path, "".join(json.dumps(rollout_record(rollout, tokenizer)) + "\n" for rollout in rollouts))
