@@ -1,115 +1,148 @@
-"""The method table: what a run's settings replace, what is refused, and that two settings stay two."""
+"""A method is a row of a table; every field of it that a setting replaces is the one in force."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from checks.divergence import logp, random_logits
 from switchkd.config import SwitchConfig
-from switchkd.divergences import divergence_named
+from switchkd.divergences import DIVERGENCES, divergence_named
 from switchkd.errors import UserError
 from switchkd.methods import METHODS, Plan, method_named, plan_of
 from switchkd.policies import Student, Switch
 
-DISTRIBUTIONS = tuple(map(logp, random_logits((5, 7))))
+
+def plan(**settings: Any) -> Plan:
+    return plan_of(SwitchConfig(output_dir="unused", **settings))
 
 
-@pytest.fixture
-def plan(tmp_path: Path) -> Any:
-    def make(**settings: Any) -> Plan:
-        return plan_of(SwitchConfig(output_dir=str(tmp_path), **settings))
+def divergence_in_force(settings: dict[str, Any]) -> torch.Tensor:
+    """The plan's divergence between two fixed distributions."""
+    student = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    teacher = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
+    function = plan(**settings).objective.divergence
+    assert function is not None
+    return function(student, teacher)
 
-    return make
+
+# KL(teacher || student) of these two.
+FORWARD_KL = 0.1 * math.log(0.1 / 0.5) + 0.2 * math.log(0.2 / 0.3) + 0.7 * math.log(0.7 / 0.2)
 
 
-def loss_of(plan: Plan) -> torch.Tensor:
-    assert plan.objective.divergence is not None
-    return plan.objective.divergence(*DISTRIBUTIONS)
+def test_what_each_method_is_without_settings() -> None:
+    table = {
+        name: (plan(method=name).rollout_share, plan(method=name).needs_response, type(plan(method=name).policy))
+        for name in METHODS
+    }
+    assert {name: table[name] for name in ("sft", "kd", "gkd", "switch")} == {
+        "sft": (0.0, True, Student),
+        "kd": (0.0, True, Student),
+        "gkd": (1.0, False, Student),
+        "switch": (1.0, False, Switch),
+    }
+    assert plan(method="sft").objective.divergence is None
+    assert plan(method="sft").objective.cross_entropy_weight == 1
+    for name in ("kd", "switch"):
+        assert float(divergence_in_force({"method": name})) == pytest.approx(FORWARD_KL, abs=1e-15)
+        assert plan(method=name).objective.cross_entropy_weight == 0
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_row_gives_a_plan_and_carries_its_words(name: str, plan: Any) -> None:
-    row, made = METHODS[name], plan(method=name)
-    assert made.objective.cross_entropy_weight == row.cross_entropy_weight
-    assert (made.objective.divergence is None) == (row.divergence is None)
+def test_every_row_says_what_it_is_and_makes_a_plan(name: str) -> None:
+    row = METHODS[name]
     assert row.summary
     assert row.source
     assert row.departs
+    made = plan(method=name)
+    assert (made.objective.divergence is not None) == row.needs_teacher
+    assert made.objective.divergence is not None or made.objective.cross_entropy_weight > 0
 
 
-def test_switch_is_the_default_with_its_settings(plan: Any) -> None:
-    assert plan().policy == Switch(threshold=0.3)
-    made = plan(threshold=0.2, decay="linear", decay_rate=0.01)
-    assert made.policy == Switch(threshold=0.2, decay="linear", decay_rate=0.01)
-    assert plan(final_fraction=0.5).policy == Switch(final_fraction=0.5)
-    assert torch.equal(loss_of(made), divergence_named("forward_kl")(*DISTRIBUTIONS))
+def test_the_divergence_can_be_replaced_in_every_method() -> None:
+    expected = divergence_named("reverse_kl")
+    for name in METHODS:
+        assert plan(method=name, divergence="reverse_kl").objective.divergence is expected
 
 
-def test_gkd_takes_its_share_and_its_weight(plan: Any) -> None:
-    default = plan(method="gkd")
-    assert default.policy == Student()
-    assert default.rollout_share == 1
-    assert not default.needs_response
-    assert torch.equal(loss_of(default), divergence_named("jensen_shannon", teacher_weight=0.1)(*DISTRIBUTIONS))
-    half = plan(method="gkd", student_share=0.5, teacher_weight=0.3)
-    assert half.rollout_share == 0.5
-    assert half.needs_response
-    assert torch.equal(loss_of(half), divergence_named("jensen_shannon", teacher_weight=0.3)(*DISTRIBUTIONS))
+def test_the_rows_own_weight_stays_with_the_rows_own_divergence() -> None:
+    own = divergence_in_force({"method": "gkd"})
+    assert own == divergence_in_force({"method": "gkd", "teacher_weight": 0.1})
+    assert own != divergence_in_force({"method": "gkd", "teacher_weight": 0.5})
+    assert divergence_in_force({"method": "gkd", "divergence": "forward_kl"}) == divergence_in_force({"method": "kd"})
+    # Where another method takes that divergence, the divergence's own default holds.
+    even = divergence_in_force({"method": "gkd", "teacher_weight": 0.5})
+    assert divergence_in_force({"method": "kd", "divergence": "jensen_shannon"}) == even
+    assert divergence_in_force({"method": "kd", "divergence": "jensen_shannon", "teacher_weight": 0.1}) == own
 
 
-def test_the_row_s_weight_does_not_follow_another_divergence(plan: Any) -> None:
-    assert torch.equal(
-        loss_of(plan(method="gkd", divergence="reverse_kl")), divergence_named("reverse_kl")(*DISTRIBUTIONS)
+def test_settings_of_the_loss_are_in_force() -> None:
+    objective = plan(method="switch", cross_entropy_weight=0.25, loss_temperature=2.0).objective
+    assert (objective.cross_entropy_weight, objective.loss_temperature) == (0.25, 2.0)
+    assert plan(method="kd", cross_entropy_weight=0.0).objective.cross_entropy_weight == 0
+
+
+def test_the_student_share_is_in_force() -> None:
+    made = plan(method="gkd", student_share=0.5)
+    assert made.rollout_share == 0.5
+    assert made.needs_response
+    assert not plan(method="gkd", student_share=1.0).needs_response
+    assert plan(method="gkd", student_share=0.0).rollout_share == 0
+
+
+def test_settings_of_the_policy_are_in_force() -> None:
+    assert plan(method="switch", threshold=0.2, decay="linear", decay_rate=0.01).policy == Switch(
+        0.2, decay_rate=0.01, decay="linear"
     )
-    assert torch.equal(
-        loss_of(plan(method="switch", divergence="jensen_shannon")), divergence_named("jensen_shannon")(*DISTRIBUTIONS)
-    )
-
-
-def test_sampling_and_loss_have_a_temperature_each(tmp_path: Path) -> None:
-    """One temperature that sets both is a fault seen elsewhere."""
-    cool = SwitchConfig(output_dir=str(tmp_path), temperature=0.5)
-    assert (cool.sampling.temperature, plan_of(cool).objective.loss_temperature) == (0.5, 1)
-    hot_loss = SwitchConfig(output_dir=str(tmp_path), loss_temperature=2.0)
-    assert (hot_loss.sampling.temperature, plan_of(hot_loss).objective.loss_temperature) == (1, 2)
-
-
-def test_sampling_is_what_the_configuration_says(tmp_path: Path) -> None:
-    config = SwitchConfig(output_dir=str(tmp_path), max_new_tokens=7, temperature=0.0, top_p=0.9, top_k=5)
-    sampling = config.sampling
-    assert (sampling.max_new_tokens, sampling.greedy, sampling.top_p, sampling.top_k) == (7, True, 0.9, 5)
-
-
-@pytest.mark.parametrize("name", ["", "Switch", "switch ", "gk", "sftt", "kd-forward"])
-def test_a_name_has_to_be_exact_and_the_refusal_lists_the_choices(name: str) -> None:
-    with pytest.raises(UserError) as refusal:
-        method_named(name)
-    assert repr(name) in str(refusal.value)
-    for choice in METHODS:
-        assert choice in str(refusal.value)
+    assert plan(method="switch", final_fraction=0.5).policy == Switch(0.3, final_fraction=0.5)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "gkd", "student_share": 1.5}, r"student_share is 1\.5"),
-        ({"method": "gkd", "student_share": -0.1}, r"student_share is -0\.1"),
-        ({"method": "kd", "student_share": 0.5}, "trains on data only"),
-        ({"method": "sft", "teacher_weight": 0.5}, "has no divergence"),
-        ({"method": "switch", "teacher_weight": 0.5}, "leave teacher_weight out"),
-        ({"method": "gkd", "teacher_weight": 1.0}, r"teacher_weight is 1\.0"),
-        ({"divergence": "kl"}, "no divergence named 'kl'"),
-        ({"loss_temperature": 0.0}, r"loss_temperature is 0\.0"),
-        ({"threshold": -1.0}, r"threshold is -1\.0"),
-        ({"method": "sft", "cross_entropy_weight": 0.0}, "cross_entropy_weight"),
+        ({"method": "swich"}, "no method named 'swich'; choose one of sft, kd, gkd, switch"),
+        ({"method": "Switch"}, "no method named 'Switch'"),
+        ({"divergence": "kl"}, "no divergence named 'kl'; choose one of forward_kl"),
+        ({"method": "kd", "student_share": 0.5}, "student_share is 0.5, but method 'kd' trains on data only"),
+        ({"method": "sft", "student_share": 0.0}, "student_share is 0.0, but method 'sft'"),
+        ({"method": "gkd", "student_share": 1.5}, "student_share is 1.5; .* from 0 to 1"),
+        ({"method": "gkd", "student_share": -0.1}, "student_share is -0.1"),
+        (
+            {"method": "kd", "teacher_weight": 0.5},
+            "teacher_weight is 0.5, but divergence 'forward_kl' takes no settings",
+        ),
+        ({"method": "sft", "teacher_weight": 0.5}, "teacher_weight is 0.5, but method 'sft' has no divergence"),
+        ({"method": "gkd", "teacher_weight": 0.0}, "teacher_weight is 0.0; it has to be strictly between 0 and 1"),
+        ({"method": "gkd", "teacher_weight": 1.0}, "teacher_weight is 1.0"),
+        ({"loss_temperature": 0.0}, "loss_temperature is 0.0; it has to be positive"),
+        ({"loss_temperature": -1.0}, "loss_temperature is -1.0"),
+        ({"cross_entropy_weight": -0.5}, "cross_entropy_weight is -0.5"),
+        ({"method": "sft", "cross_entropy_weight": 0.0}, "there is nothing to minimise"),
+        ({"threshold": -0.1}, "threshold is -0.1"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"decay": "sudden"}, "no decay named 'sudden'; choose one of exponential, linear, constant"),
+        ({"decay_rate": 0.1, "final_fraction": 0.1}, "two ways to say the same thing"),
+        ({"decay_rate": -0.1}, "decay_rate is -0.1"),
+        ({"final_fraction": 0.0}, "final_fraction is 0.0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_before_any_model_is_loaded(
-    settings: dict[str, Any], message: str, plan: Any
-) -> None:
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(**settings)
+
+
+def test_a_method_is_found_by_its_exact_name_only() -> None:
+    for name in METHODS:
+        assert method_named(name) is METHODS[name]
+        with pytest.raises(UserError, match="choose one of"):
+            method_named(name + " ")
+
+
+def test_the_tables_names_are_known() -> None:
+    assert SwitchConfig.method in METHODS
+    assert all(row.divergence in DIVERGENCES for row in METHODS.values() if row.needs_teacher)

@@ -69,7 +69,8 @@ def test_a_recipe_runs_from_its_first_stage_to_a_model(path: Path, tmp_path: Pat
         smaller["teacher"] = tmp_path / "teacher"
     if written.student_drop_layers is not None:
         smaller["student_drop_layers"] = "0-0"
-    smaller |= {f"stages.{number}.per_device_train_batch_size": 2 for number in range(len(written.stages))}
+    for number in range(len(written.stages)):
+        smaller |= {f"stages.{number}.per_device_train_batch_size": 2, f"stages.{number}.max_steps": 1}
     run = read_run(path, [f"{key}={value}" for key, value in smaller.items()])
     train_run(run, Console(quiet=True))
 

@@ -138,10 +138,21 @@ def plan_of(config: SwitchConfig) -> Plan:
         function = divergence_named(divergence, teacher_weight=chosen)
     elif config.teacher_weight is not None:
         raise UserError(f"teacher_weight is {config.teacher_weight}, but method {config.method!r} has no divergence")
+    if function is None and not weight:
+        raise UserError(
+            f"cross_entropy_weight is {weight}, and method {config.method!r} has no divergence, so there is nothing to "
+            f"minimise; set cross_entropy_weight or divergence"
+        )
     if config.block_size != "auto" and (not isinstance(config.block_size, int) or config.block_size < 1):
         raise UserError(f"block_size is {config.block_size!r}; give 1 or more tokens, or auto")
-    if config.loss_temperature <= 0:
+    if not weight >= 0:
+        raise UserError(f"cross_entropy_weight is {weight}; it has to be 0 or more")
+    if not config.loss_temperature > 0:
         raise UserError(f"loss_temperature is {config.loss_temperature}; it has to be positive")
+    try:
+        config.sampling  # noqa: B018 - checks its values
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return Plan(
         policy=method.policy(config),
         rollout_share=rollout_share,

@@ -25,6 +25,7 @@ from switchkd.rollout.engine import (
     ban_repeated_ngrams,
     check_call,
     check_models,
+    check_room,
     left_padded,
 )
 
@@ -99,6 +100,8 @@ class ReferenceEngine:
         teacher = None
         if pair.teacher is not None and (policy.needs_teacher or keep_teacher):
             teacher = _Decoder(pair.teacher, pair.vocabulary_size, keep_hidden=keep_teacher == "hidden")
+        running = [decoder.model for decoder in (student, teacher) if decoder is not None]
+        check_room(running, max(len(prompt.token_ids) for prompt in prompts), sampling.max_new_tokens)
         key = row_keys(seed, prompts, device)
         ids_BT, mask_BS = left_padded([prompt.token_ids for prompt in prompts], pair.pad_id, device)
         logs = [RolloutLog(prompt) for prompt in prompts]
