@@ -26,7 +26,7 @@ from switchkd.data import world
 
 SIZES = {  # width, layers, heads, mlp, steps
     "teacher": (96, 4, 6, 256, 4000),
-    "student": (64, 3, 4, 160, 1000),
+    "student": (64, 3, 4, 160, 1250),
 }
 BATCH_TOKENS = 3600
 Row = dict[str, str]
@@ -252,7 +252,7 @@ def train(role: str, args: argparse.Namespace) -> None:
         rows = world.make_rows("test", args.final, seed=args.seed + 1, bucket=bucket)
         rows.sort(key=lambda row: len(row["completion"]))
         hits = list(zip(rows, generate(model, tokenizer, rows), strict=True))
-        table[bucket] = {"all": sum(h for _, h in hits) / len(hits)}
+        table[bucket] = {"all": round(sum(h for _, h in hits) / len(hits), 3)}
         for task in world.TASKS:
             own = [h for row, h in hits if row["task"] == task]
             table[bucket][task] = round(sum(own) / len(own), 3)

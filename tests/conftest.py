@@ -9,12 +9,16 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFL
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from switchkd.models import ModelPair
 from tiny import tiny_pair, tiny_tokenizer
 
 torch.set_num_threads(1)
+# A busy machine is no failure: the time of one example is not what is tested.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -293,7 +293,7 @@ def check_call_equals_reference(call: dict[str, Any]) -> None:
     assert engine.metrics.tokens == sum(len(rollout.token_ids) for rollout in rollouts)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(calls())
 def test_any_call_equals_the_reference_engine(call: dict[str, Any]) -> None:
     check_call_equals_reference(call)

@@ -115,7 +115,7 @@ def test_every_public_name_is_there_and_listed() -> None:
 
 
 # A file fits a head: about 400 lines.
-LONGEST = 420
+LONGEST = 400
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -419,10 +419,8 @@ def test_gradient_checkpointing_changes_nothing_and_rollouts_keep_their_cache(tm
     plain.train()
     checkpointed = make_trainer(tmp_path, pair, activation_checkpointing=True)
     widths: dict[bool, list[int]] = {True: [], False: []}
-    layer = checkpointed.pair.student.get_decoder().layers[0]
-    handle = layer.register_forward_hook(
-        lambda layer, inputs, output: widths[layer.training].append(inputs[0].shape[1])
-    )
+    layer = checkpointed.pair.student.get_decoder().layers[0].mlp
+    handle = layer.register_forward_pre_hook(lambda layer, inputs: widths[layer.training].append(inputs[0].shape[1]))
     checkpointed.train()
     handle.remove()
     assert checkpointed.pair.student.is_gradient_checkpointing

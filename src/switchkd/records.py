@@ -5,6 +5,7 @@ Shape letters used in the whole package: B rows, T positions, V vocabulary, H hi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
@@ -52,7 +53,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it has to be at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it has to be in (0, 1], where 1 keeps every token")

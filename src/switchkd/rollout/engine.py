@@ -131,6 +131,16 @@ def check_room(models: Sequence[PreTrainedModel], longest_prompt: int, max_new_t
             )
 
 
+def check_numbers(student_logp: Tensor, divergence: Tensor | None) -> None:
+    """Raises UserError where what was written has no number: NaN would go on as token 0 and train nothing to see."""
+    for who, value in (("student", student_logp), ("teacher", divergence)):
+        if value is not None and bool(value.isnan().any()):
+            raise UserError(
+                f"the {who}'s probabilities are NaN: its weights have diverged or its precision does not hold; go back to an "
+                f"earlier checkpoint with a lower learning rate, or load it in float32"
+            )
+
+
 class RolloutLog:
     """What one row has written so far."""
 

@@ -25,6 +25,7 @@ from switchkd.rollout.engine import (
     ban_repeated_ngrams,
     check_call,
     check_models,
+    check_numbers,
     check_room,
     left_padded,
 )
@@ -127,6 +128,7 @@ class ReferenceEngine:
                 token = torch.where(by_teacher, coupled, proposal)
                 teacher_token_logp = teacher_logp.gather(-1, token[:, None])[:, 0]
             student_token_logp = student_logp.gather(-1, token[:, None])[:, 0]
+            check_numbers(student_token_logp, divergence if teacher is not None else None)
             for row, log in enumerate(logs):
                 if not writing[row]:
                     continue

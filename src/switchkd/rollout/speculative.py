@@ -8,11 +8,9 @@ Shape letters: A rows in flight, K positions of a block, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,48 +34,15 @@ from switchkd.rollout.engine import (
     ban_repeated_ngrams,
     check_call,
     check_models,
+    check_numbers,
     check_room,
 )
+from switchkd.rollout.metrics import RolloutMetrics
 from switchkd.rollout.reference import ReferenceEngine
 
 # Both models' distributions over a block, and a handful of tensors of that size while they are compared, exist at one
 # time for as many rows as make about this many numbers (64 MB a tensor in float32).
 _COMPARED_NUMBERS = 1 << 24
-
-
-@dataclass
-class RolloutMetrics:
-    """What one `generate` call did; times in seconds."""
-
-    tokens: int = 0
-    drafted: int = 0
-    student_forwards: int = 0
-    teacher_forwards: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("student", "teacher", "policy", "cache"), 0.0)
-    )
-
-    @property
-    def acceptance(self) -> float:
-        """Written tokens per drafted token, 0 to 1; the rest was wasted."""
-        return self.tokens / max(1, self.drafted)
-
-    @property
-    def wasted(self) -> int:
-        """Tokens that were drafted and not written."""
-        return self.drafted - self.tokens
-
-    @property
-    def tokens_per_teacher_forward(self) -> float:
-        """Written tokens, over all rows, per teacher forward."""
-        return self.tokens / max(1, self.teacher_forwards)
-
-    @contextmanager
-    def timing(self, part: str) -> Iterator[None]:
-        """Add the seconds spent inside to `part`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - started
 
 
 class SpeculativeEngine:
@@ -372,6 +337,8 @@ class _Run:
 
         Returns the number of tokens written, and of rows that stopped before the last token they had room for.
         """
+        divergence, _, student_logp, _ = verdict.measures
+        check_numbers(student_logp, divergence if self.teacher else None)
         size = verdict.token.shape[1]
         upto = torch.where(verdict.ends_block.any(dim=1), verdict.ends_block.int().argmax(dim=1) + 1, size).tolist()
         tokens, by_teacher = verdict.token.tolist(), verdict.by_teacher.tolist()
