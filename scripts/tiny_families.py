@@ -2,7 +2,7 @@
 
     SWITCHKD_DATA_DIR=data python scripts/tiny_families.py [--families gpt2,opt,llama] [--steps 60]
 
-A pair is a teacher of about 1.3M and a student of about 0.3M parameters over a byte-level BPE of 2,048 tokens, trained on
+A pair is a teacher of about 1.1M and a student of about 0.25M parameters over a byte-level BPE of 2,048 tokens, trained on
 the answers of the training set. The teacher is fine-tuned on Dolly for longer than the student; then the student learns
 from it by SWITCH. Prints a Markdown table of what was measured.
 """
