@@ -100,9 +100,10 @@ class Head:
 
     def _compare_with(self, model: nn.Module) -> None:
         token_ids = torch.arange(min(3, self.vocabulary_size), device=self.projection.weight.device)[None]
+        inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "use_cache": False}
         with evaluating(model):
-            expected = model(input_ids=token_ids, use_cache=False).logits[..., : self.vocabulary_size]
-            logits = self(backbone(model)(input_ids=token_ids, use_cache=False).last_hidden_state)
+            expected = model(**inputs).logits[..., : self.vocabulary_size]
+            logits = self(backbone(model)(**inputs).last_hidden_state)
         # The same operations on the same numbers; a few roundings are allowed for kernels that choose by shape.
         tolerance = 8 * torch.finfo(self.projection.weight.dtype).eps * expected.abs().max()
         if logits.shape != expected.shape or not bool(((logits - expected).abs() <= tolerance).all()):
