@@ -144,6 +144,18 @@ def test_bad_rows_can_be_left_out(models: Path, tmp_path: Path) -> None:
     assert switchkd("train", run) == 0
 
 
+@pytest.mark.parametrize("command", ["train", "rollout"])
+def test_bad_rows_can_be_left_out_from_the_command_line(command: str, models: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "one", "completion": "two"}, {"prompt": " "}])
+    output = tmp_path / "rollouts.jsonl"
+    commands: dict[str, list[str | Path]] = {
+        "train": ["train", write_run(models, tmp_path, train_data=str(path), max_steps=1)],
+        "rollout": ["rollout", "--policy", "student", "--data", path, "--output", output, "--max-new-tokens", "3"]
+        + ["--student", models / "student"],
+    }
+    assert switchkd(*commands[command], "--skip-bad-rows") == 0
+
+
 # -------------------------------------------------------------------------------------------------------- the models
 
 
@@ -315,7 +327,7 @@ def test_ctrl_c_outside_of_a_run(
         (["eval", "{m}/student", "--sets", "dollly"], "there is no data set 'dollly'"),
         (["eval", "{m}/student", "--sets", "{m}/data.jsonl", "--seeds", "ten"], "--seeds is 'ten'"),
         (["eval", "{m}/student", "--sets", ","], "--sets"),
-        (["eval", "{m}/student", "--sets", "{m}/data.jsonl", "--max-new-tokens", "400"], "has 512 positions"),
+        (["eval", "{m}/student", "--sets", "{m}/data.jsonl", "--max-new-tokens", "400"], "knows 512 positions"),
         (["eval", "{m}/none", "--sets", "{m}/data.jsonl"], "none"),
         (["methods", "swtich"], "there is no method named 'swtich'"),
     ],

@@ -25,6 +25,7 @@ from switchkd.models import ModelPair
 from switchkd.policies import Policy, Student, Switch, Teacher
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
 from switchkd.rollout.reference import ReferenceEngine
+from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import EOS_ID, tiny_model, tiny_pair
 
 FAMILIES = ("llama", "gpt2", "opt")
@@ -434,3 +435,13 @@ def test_more_positions_than_a_model_knows_are_refused() -> None:
     pair = tiny_pair("gpt2", max_position_embeddings=32)
     with pytest.raises(UserError, match="32"):
         ReferenceEngine(pair).generate([list(range(2, 22))], Student(), Sampling(20))
+
+
+@pytest.mark.parametrize("engine", [ReferenceEngine, SpeculativeEngine])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_weights_that_are_no_numbers_are_refused(role: str, engine: type[ReferenceEngine | SpeculativeEngine]) -> None:
+    pair = tiny_pair("llama")
+    made = engine(pair)
+    backbone(pair.models[role]).norm.weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match=f"the {role}'s probabilities are NaN"):
+        made.generate([[5, 6]], Switch(), Sampling(4))

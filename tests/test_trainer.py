@@ -234,10 +234,27 @@ def test_resuming_without_a_whole_checkpoint_says_so(tmp_path: Path) -> None:
         make_trainer(tmp_path, tiny_pair("llama"), method="sft").train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_whose_state_was_cut_off_is_no_complete_one(tmp_path: Path) -> None:
+    for step, state in ((2, "{}"), (4, '{"epoch": 1, "glo')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize(("method", "fits"), [("switch", False), ("kd", True)])
+def test_sequences_that_do_not_fit_are_refused_before_training(method: str, fits: bool, tmp_path: Path) -> None:
+    pair = tiny_pair("gpt2", max_position_embeddings=24)
+    if fits:
+        make_trainer(tmp_path, pair, method=method, max_new_tokens=40)
+    else:
+        with pytest.raises(UserError, match="knows 24 positions"):
+            make_trainer(tmp_path, pair, method=method, max_new_tokens=40)
+
+
 def test_the_newest_checkpoint_is_the_one_of_most_steps(tmp_path: Path) -> None:
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,9 +13,6 @@ from rich.text import Text
 
 from switchkd import __version__
 from switchkd.errors import Stopped, UserError
-
-if TYPE_CHECKING:
-    from switchkd.records import Sampling
 
 USER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"
@@ -40,6 +37,9 @@ MaxPromptTokens = Annotated[int, typer.Option(min=1, help="Longest prompt, in to
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Nucleus; 1 keeps every token.")]
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used; else refuse them.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first rows of each set.")]
 
 
@@ -106,6 +106,8 @@ def train(
         Path, typer.Argument(metavar="RUN.yaml", help="The run: models, data and settings, flat keys.")
     ],
     assignments: Set = [],  # noqa: B006 - typer makes a new one for each call
+    data_dir: DataDir = None,
+    skip_bad_rows: SkipBadRows = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
 ) -> None:
     """Train a student as a run file says. Ctrl-C finishes the step, saves and stops."""
@@ -113,7 +115,10 @@ def train(
     from switchkd.run import read_run
 
     _quiet()
-    train_run(read_run(run_file, assignments), _console(), resume=resume)
+    run = read_run(run_file, assignments)
+    options = {"data_dir": data_dir and str(data_dir), "skip_bad_rows": skip_bad_rows or None}
+    run = run.changed({key: value for key, value in options.items() if value is not None}, "on the command line")
+    train_run(run, _console(), resume=resume)
 
 
 @app.command("eval")
@@ -140,12 +145,12 @@ def evaluate(
     """Score a student's answers: ROUGE-L and exact match, mean and deviation over seeds."""
     from switchkd.data.sets import resolve
     from switchkd.evaluation.score import evaluate as score
-    from switchkd.launch import check_context
     from switchkd.models import load_pair
+    from switchkd.records import Sampling
     from switchkd.rollout.speculative import SpeculativeEngine
 
     _quiet()
-    sampling = _sampling(max_new_tokens, temperature=temperature, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram)
+    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram)
     seed_numbers = _whole_numbers("--seeds", seeds)
     names = [name.strip() for name in sets.split(",") if name.strip()]
     if not names:
@@ -154,7 +159,7 @@ def evaluate(
     folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{_file_name(model)}")
     pair = load_pair(model, None, dtype=dtype, trust_remote_code=trust_remote_code)
     assert pair.tokenizer is not None
-    check_context(pair, max_prompt_tokens + max_new_tokens)
+    pair.check_room(max_prompt_tokens + max_new_tokens)
     console = _console()
     evaluation = score(
         SpeculativeEngine(pair, max_rows=batch_size),
@@ -170,12 +175,6 @@ def evaluate(
     )
     console.print(evaluation.table())
     console.print(Text(f"answers and scores are in {folder}"), soft_wrap=True)
-
-
-def _sampling(max_new_tokens: int, **settings: Any) -> Sampling:
-    from switchkd.records import Sampling
-
-    return Sampling(max_new_tokens, **settings)
 
 
 def _file_name(name: str) -> str:
@@ -213,6 +212,7 @@ def rollout(
     output: Annotated[Path, typer.Option(help="The file of rollouts, one JSON object a line.")] = Path(
         "rollouts.jsonl"
     ),
+    skip_bad_rows: SkipBadRows = False,
     show: Annotated[int, typer.Option(min=0, help="Show the text of so many rollouts.")] = 10,
     dtype: Dtype = "float32",
     trust_remote_code: TrustRemoteCode = False,
@@ -220,9 +220,9 @@ def rollout(
     """Roll out prompts without training: who wrote which token, as JSON lines and in colour."""
     from switchkd.data.rows import read_rows, to_examples
     from switchkd.data.sets import resolve
-    from switchkd.launch import check_context
     from switchkd.models import load_pair
     from switchkd.policies import policy_named
+    from switchkd.records import Sampling
     from switchkd.report.terminal import print_rollouts
     from switchkd.rollout.jsonl import write_rollouts
     from switchkd.rollout.speculative import SpeculativeEngine
@@ -233,7 +233,7 @@ def rollout(
     )
     if writer.needs_teacher and teacher is None:
         raise UserError(f"--policy {policy} needs a teacher; give --teacher, or --policy student")
-    sampling = _sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
     if bool(prompt) == (data is not None):
         raise UserError("give the prompts either with --prompt or with --data")
     rows = (
@@ -248,9 +248,9 @@ def rollout(
         pair.tokenizer,
         max_prompt_tokens=max_prompt_tokens,
         max_response_tokens=max_new_tokens,
+        skip_bad_rows=skip_bad_rows,
         need_response=False,
     ).examples
-    check_context(pair, max(len(e.prompt.token_ids) for e in examples) + max_new_tokens)
     console = _console()
     with console.status("rolling out ..."):
         rollouts = SpeculativeEngine(pair).generate([e.prompt for e in examples], writer, sampling, seed=seed)

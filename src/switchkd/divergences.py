@@ -8,7 +8,6 @@ A new divergence is a function and a row of `DIVERGENCES`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,8 +82,6 @@ DIVERGENCES: dict[str, Divergence] = {
     "reverse_kl": Divergence(reverse_kl),
     "jensen_shannon": Divergence(jensen_shannon, {"teacher_weight": 0.5}),
 }
-
-LARGEST_JENSEN_SHANNON = math.log(2)
 
 
 def divergence_named(name: str, **settings: float | None) -> Callable[[Tensor, Tensor], Tensor]:

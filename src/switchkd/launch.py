@@ -16,7 +16,7 @@ from switchkd.data.rows import SourceRow, to_examples
 from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
 from switchkd.methods import Plan
-from switchkd.models import ModelPair, load_pair, load_tokenizer, name_of
+from switchkd.models import load_pair, load_tokenizer
 from switchkd.records import Example
 from switchkd.report.plots import save_curves
 from switchkd.report.terminal import run_table
@@ -35,13 +35,6 @@ class Prepared:
     peft_config: Any
     train: list[Example]
     eval: list[Example] | None
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that can come up."""
-        rolled_out = self.stage.config.arguments().max_new_tokens if self.plan.rollout_share > 0 else 0
-        examples = [*self.train, *(self.eval or ())]
-        return max(len(e.prompt.token_ids) + max(rolled_out, len(e.response_ids)) for e in examples)
 
 
 def train_run(run: RunConfig, console: Console, *, resume: bool = False) -> None:
@@ -127,17 +120,6 @@ def _peft_config(config: RunConfig) -> Any:
         raise UserError(f"peft is {config.peft!r}, which peft.LoraConfig does not take: {error}") from error
 
 
-def check_context(pair: ModelPair, tokens: int) -> None:
-    """Raise UserError where a sequence of `tokens` does not fit into the positions of a model of the pair."""
-    for model in (pair.student, pair.teacher):
-        limit = None if model is None else getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if model is not None and isinstance(limit, int) and tokens > limit:
-            raise UserError(
-                f"prompt and response come to {tokens} tokens, but {name_of(model)} has {limit} positions; lower "
-                f"max_new_tokens or max_prompt_tokens"
-            )
-
-
 def _train_stage(one: Prepared, run: RunConfig, console: Console, is_main_process: bool, resume: bool) -> None:
     stage, config = one.stage, one.stage.config
     with console.status(f"loading {config.student} ..."):
@@ -175,7 +157,6 @@ def _trainer(one: Prepared, run: RunConfig, console: Console) -> tuple[SwitchTra
         trust_remote_code=config.trust_remote_code,
         student_drop_layers=config.student_drop_layers,
     )
-    check_context(pair, one.longest)
     stopper, progress = StopCleanly(console), ConsoleProgress(console)
     trainer = SwitchTrainer(
         model=pair.student,

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from switchkd.errors import UserError
-from switchkd.heads import Head, backbone, head_rows
+from switchkd.heads import Head, backbone, base_of, head_rows
 from switchkd.sources import Source, find_source
 
 __all__ = [
@@ -57,7 +57,7 @@ class ModelPair:
             check_tokenizers_agree(self.tokenizer, self.teacher_tokenizer, self.vocabulary_size)
         if self.tokenizer is None:
             return
-        for role, model in self._models.items():
+        for role, model in self.models.items():
             if self.tokenizer.vocab_size > head_rows(model):
                 raise UserError(
                     f"the tokenizer knows {self.tokenizer.vocab_size} tokens but the {role} ({name_of(model)}) scores "
@@ -72,14 +72,25 @@ class ModelPair:
             )
 
     @property
-    def _models(self) -> dict[str, PreTrainedModel]:
+    def models(self) -> dict[str, PreTrainedModel]:
+        """The models that there are, by role: student, then teacher."""
         return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
 
     @cached_property
     def vocabulary_size(self) -> int:
         """The number of token ids that models and tokenizers all know; ids from here on are excluded everywhere."""
         tokenizers = [tokenizer for tokenizer in (self.tokenizer, self.teacher_tokenizer) if tokenizer is not None]
-        return min([*map(head_rows, self._models.values()), *map(id_count, tokenizers)])
+        return min([*map(head_rows, self.models.values()), *map(id_count, tokenizers)])
+
+    @cached_property
+    def student_head(self) -> Head:
+        """What turns the student's last hidden states into logits of the shared vocabulary; proven once, see `Head.of`."""
+        return Head.of(self.student, self.vocabulary_size)
+
+    @cached_property
+    def teacher_head(self) -> Head | None:
+        """As `student_head`, of the teacher; None where there is no teacher."""
+        return None if self.teacher is None else Head.of(self.teacher, self.vocabulary_size)
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -96,6 +107,22 @@ class ModelPair:
         candidates = [getattr(source, "pad_token_id", None) for source in (self.tokenizer, *configs)]
         usable = (token_id for token_id in (*candidates, *self.eos_ids) if isinstance(token_id, int))
         return next((token_id for token_id in usable if 0 <= token_id < self.vocabulary_size), 0)
+
+    def check_room(self, tokens: int) -> None:
+        """Raises UserError where a sequence of `tokens`, prompt and response, exceeds the positions of a model."""
+        for role, model in self.models.items():
+            limit = position_limit(model)
+            if limit is not None and tokens > limit:
+                raise UserError(
+                    f"prompt and response come to {tokens} tokens, but the {role}, {name_of(model)}, knows {limit} positions; "
+                    f"lower max_new_tokens or max_prompt_tokens"
+                )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The number of positions that a model knows, or None where its configuration names none."""
+    limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
 
 
 def id_count(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -179,6 +206,8 @@ def load_model(
     if drop_layers:
         remove_layers(model, drop_layers)
     assert isinstance(model, PreTrainedModel)
+    # For messages: a name such as world:student, not the place that it leads to.
+    model.name_or_path = name
     return model
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -44,9 +44,7 @@ class Decision:
 class Policy(Protocol):
     """Decides position by position who writes. Without `needs_teacher` the student writes alone, no teacher runs."""
 
-    @property
-    def needs_teacher(self) -> bool:
-        """False where the policy can be served by the student alone."""
+    needs_teacher: ClassVar[bool]
 
     def decide(self, positions: Positions) -> Decision:
         """The writer at each position, shapes as given."""
@@ -63,7 +61,7 @@ def _always(positions: Positions, by_teacher: bool) -> Decision:
 class Student:
     """The student writes every token: on-policy distillation (GKD, arXiv 2306.13649, with lambda = 1)."""
 
-    needs_teacher: bool = False
+    needs_teacher: ClassVar[bool] = False
 
     def decide(self, positions: Positions) -> Decision:
         """The student everywhere; the threshold is NaN."""
@@ -74,7 +72,7 @@ class Student:
 class Teacher:
     """The teacher writes every token: the text of sequence-level distillation (Kim and Rush 2016)."""
 
-    needs_teacher: bool = True
+    needs_teacher: ClassVar[bool] = True
 
     def decide(self, positions: Positions) -> Decision:
         """The teacher everywhere; the threshold is NaN."""
@@ -132,7 +130,7 @@ class Switch:
     decay_rate: float | None = None
     final_fraction: float | None = None
     decay: DecayName = "exponential"
-    needs_teacher: bool = True
+    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
@@ -179,7 +177,7 @@ def policy_named(name: str, **settings: Any) -> Policy:
     if name not in POLICIES:
         raise UserError(f"there is no policy named {name!r}; choose one of {', '.join(POLICIES)}")
     given = {key: value for key, value in settings.items() if value is not None}
-    takes = [each.name for each in fields(POLICIES[name]) if each.name != "needs_teacher"]  # type: ignore[arg-type]
+    takes = [each.name for each in fields(POLICIES[name])]  # type: ignore[arg-type]
     for key, value in given.items():
         if key not in takes:
             raise UserError(

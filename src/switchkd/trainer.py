@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from switchkd.config import SwitchConfig
 from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.data.rows import read_rows, to_examples
 from switchkd.errors import UserError
-from switchkd.heads import Head, backbone
+from switchkd.heads import backbone
 from switchkd.meters import Meters
 from switchkd.methods import plan_of
 from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
@@ -105,11 +106,9 @@ class SwitchTrainer(Trainer):
         # Our loss is divided by the whole step's count, so the trainer must not divide it again.
         self.loss_is_scaled_for_ga = True
         self.engine = engine or SpeculativeEngine(self.pair, args.block_size, max_rows=args.rollout_rows)
-        self.head = Head.of(student, self.pair.vocabulary_size)
-        self.teacher_head = None
+        self._check_room()
         if teacher is not None:
             cast(nn.Module, teacher).to(args.device).eval()
-            self.teacher_head = Head.of(teacher, self.pair.vocabulary_size)
         self._meters = Meters(
             ["teacher_share", "response_tokens", "ended", "rollout_tokens_per_second", "train_tokens_per_second"]
             + [f"divergence/{bucket}" for bucket in _bucket_names()]
@@ -162,8 +161,20 @@ class SwitchTrainer(Trainer):
             )
         return loaded.examples
 
+    def _check_room(self) -> None:
+        """Raises UserError where the longest sequence that can come up exceeds the positions of a model."""
+        parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        rolled_out = self.args.max_new_tokens if self.plan.rollout_share > 0 else 0
+        lengths = [
+            len(example.prompt.token_ids) + max(len(example.response_ids), rolled_out)
+            for part in (self.train_dataset, *parts)
+            for example in cast(Sequence[Example], part or ())
+        ]
+        self.pair.check_room(max(lengths, default=0))
+
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
-        return self._inputs(examples) | {"examples": examples}
+        """The examples as they are, since a rollout may stand in for one; the row numbers let the loops count them."""
+        return {"examples": examples, "rows": torch.arange(len(examples))}
 
     def _inputs(self, sequences: Sequence[Example | Rollout]) -> dict[str, Any]:
         """What the trainer passes on; `input_ids` is there for its own counting of tokens and operations."""
@@ -249,7 +260,7 @@ class SwitchTrainer(Trainer):
         counted = batch.response_mask_BT[:, 1:]
         return distillation_loss(
             _last_hidden(model, self.pair.student, batch)[:, :-1][counted],
-            self.head,
+            self.pair.student_head,
             batch.input_ids_BT[:, 1:][counted],
             self.plan.objective,
             teacher=self._teacher_signal(batch, counted),
@@ -259,13 +270,13 @@ class SwitchTrainer(Trainer):
     def _teacher_signal(self, batch: Batch, counted: Tensor) -> TeacherSignal | None:
         """What the teacher says at the counted positions: kept from the rollout, or else asked now."""
         teacher = self.pair.teacher
-        if self.plan.objective.divergence is None or teacher is None or self.teacher_head is None:
+        if self.plan.objective.divergence is None or teacher is None or self.pair.teacher_head is None:
             return None
         hidden_NH = batch.teacher_hidden_NH
         if hidden_NH is None:
             with torch.no_grad():
                 hidden_NH = _last_hidden(teacher, teacher, batch)[:, :-1][counted]
-        return dense_teacher(hidden_NH, self.teacher_head, self.plan.objective.loss_temperature)
+        return dense_teacher(hidden_NH, self.pair.teacher_head, self.plan.objective.loss_temperature)
 
     def _record_loss(self, batch: Batch, report: Report) -> None:
         if report.cross_entropy_N.numel():
@@ -275,9 +286,11 @@ class SwitchTrainer(Trainer):
         self._meters.add("divergence", report.divergence_N.sum(), report.divergence_N.numel())
         position = (batch.response_mask_BT.cumsum(dim=1) - 1)[:, 1:][batch.response_mask_BT[:, 1:]]
         bucket = torch.bucketize(position, torch.tensor(_BUCKET_ENDS, device=position.device), right=True)
-        for index, name in enumerate(_bucket_names()):
-            inside = bucket == index
-            self._meters.add(f"divergence/{name}", report.divergence_N[inside].sum(), inside.sum())
+        names = _bucket_names()
+        totals = torch.bincount(bucket, report.divergence_N.double(), minlength=len(names)).tolist()
+        counts = torch.bincount(bucket, minlength=len(names)).tolist()
+        for name, total, count in zip(names, totals, counts, strict=True):
+            self._meters.add(f"divergence/{name}", total, count)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `transformers.Trainer`, with the means of our own measures in training's lines."""
@@ -302,7 +315,7 @@ class SwitchTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The micro-batch's loss; scaled so that the loop's mean over rows is the mean over tokens, however they are split."""
-        batch: Batch = inputs["batch"].to(self.args.device)
+        batch = collate(inputs["examples"], self.pair.pad_id).to(self.args.device)
         denominator = batch.input_ids_BT.shape[0] * self._eval_tokens_per_row
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, _ = self._loss(model, batch, denominator)
@@ -348,8 +361,17 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
     The trainer's state is what a checkpoint is closed with: without it, the writing was cut off.
     """
-    found = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    states = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    found = [path.parent for path in states if _is_json(path)]
     return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _last_hidden(wrapped: nn.Module, model: PreTrainedModel, batch: Batch) -> Tensor:

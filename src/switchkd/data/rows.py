@@ -367,7 +367,9 @@ def _report(bad: list[BadRow], total: int, skip_bad_rows: bool) -> None:
         lines.append(f"  and {len(bad) - BAD_ROWS_SHOWN} more")
     listing = "\n".join(lines)
     if not skip_bad_rows:
-        raise UserError(f"{listing}\nCorrect them, or set skip_bad_rows to leave them out.")
+        raise UserError(
+            f"{listing}\nCorrect them, or leave them out with --skip-bad-rows (skip_bad_rows: true in a run file)."
+        )
     if len(bad) == total:
         raise UserError(f"{listing}\nNo row is left; give rows of the shape {ACCEPTED_SHAPES}.")
     logger.warning(listing)

@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from switchkd.heads import Head, backbone, base_of
-from switchkd.rollout.engine import position_limit
+from switchkd.models import position_limit
 
 
 @dataclass

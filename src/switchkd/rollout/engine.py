@@ -73,8 +73,6 @@ def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 def ban_repeated_ngrams(logits_BV: Tensor, sequences: Sequence[Sequence[int]], size: int) -> Tensor:
     """The logits with -inf where a token would repeat an n-gram of `size` that the row already holds."""
-    if size == 0:
-        return logits_BV
     logits_BV = logits_BV.clone()
     for row, ids in enumerate(sequences):
         context = tuple(ids[len(ids) - size + 1 :])
@@ -111,24 +109,6 @@ def check_models(pair: ModelPair) -> None:
         else:
             continue
         raise UserError(f"the {role}, {type(inner).__name__}, {reason}; take a decoder-only model with attention")
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """The number of positions that a model knows, or None where its configuration names none."""
-    config = base_of(model).config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else None
-
-
-def check_room(models: Sequence[PreTrainedModel], longest_prompt: int, max_new_tokens: int) -> None:
-    """Raises UserError where prompt and response together exceed the positions that a model knows."""
-    for model in models:
-        limit = position_limit(model)
-        if limit is not None and longest_prompt + max_new_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest_prompt} tokens and max_new_tokens {max_new_tokens} make {longest_prompt + max_new_tokens} "
-                f"positions, but {type(base_of(model)).__name__} knows {limit}; lower max_new_tokens or leave out long prompts"
-            )
 
 
 def check_numbers(student_logp: Tensor, divergence: Tensor | None) -> None:

@@ -26,7 +26,6 @@ from switchkd.rollout.engine import (
     check_call,
     check_models,
     check_numbers,
-    check_room,
     left_padded,
 )
 
@@ -84,6 +83,7 @@ class ReferenceEngine:
         """One rollout for each prompt, in their order; see `Engine.generate`. Raises UserError for bad prompts."""
         check_call(policy, sampling, self.pair.teacher, keep_teacher)
         records = as_prompts(prompts, self.pair.tokenizer, self.pair.vocabulary_size)
+        self.pair.check_room(max((len(record.token_ids) for record in records), default=0) + sampling.max_new_tokens)
         rollouts: list[Rollout] = []
         with evaluating(self.pair.student, self.pair.teacher):
             for start in range(0, len(records), self.max_rows):
@@ -101,16 +101,15 @@ class ReferenceEngine:
         teacher = None
         if pair.teacher is not None and (policy.needs_teacher or keep_teacher):
             teacher = _Decoder(pair.teacher, pair.vocabulary_size, keep_hidden=keep_teacher == "hidden")
-        running = [decoder.model for decoder in (student, teacher) if decoder is not None]
-        check_room(running, max(len(prompt.token_ids) for prompt in prompts), sampling.max_new_tokens)
         key = row_keys(seed, prompts, device)
         ids_BT, mask_BS = left_padded([prompt.token_ids for prompt in prompts], pair.pad_id, device)
         logs = [RolloutLog(prompt) for prompt in prompts]
         writing = [True] * len(prompts)
         for position in range(sampling.max_new_tokens):
             logits = student.step(ids_BT, mask_BS)
-            written = [[*log.prompt.token_ids, *log.token_ids] for log in logs]
-            logits = ban_repeated_ngrams(logits, written, sampling.no_repeat_ngram_size)
+            if sampling.no_repeat_ngram_size:
+                written = [[*log.prompt.token_ids, *log.token_ids] for log in logs]
+                logits = ban_repeated_ngrams(logits, written, sampling.no_repeat_ngram_size)
             student_logp = shaped_logp(logits, sampling)
             address = Address(key, torch.full_like(key, position))
             token = proposal = student_proposal(student_logp, address, greedy=sampling.greedy)

@@ -18,7 +18,7 @@ from torch import Tensor
 from switchkd.divergences import jensen_shannon
 from switchkd.draw import keeps_proposal, replacement, student_proposal
 from switchkd.errors import UserError
-from switchkd.heads import Head, evaluating
+from switchkd.heads import evaluating
 from switchkd.models import ModelPair
 from switchkd.noise import Address, row_keys, shaped_logp
 from switchkd.policies import Policy, Positions
@@ -35,7 +35,6 @@ from switchkd.rollout.engine import (
     check_call,
     check_models,
     check_numbers,
-    check_room,
 )
 from switchkd.rollout.metrics import RolloutMetrics
 from switchkd.rollout.reference import ReferenceEngine
@@ -66,11 +65,11 @@ class SpeculativeEngine:
         self.max_rows = max_rows
         self.metrics = RolloutMetrics()
         self._fallback: ReferenceEngine | None = None
-        models = {"student": pair.student} | ({} if pair.teacher is None else {"teacher": pair.teacher})
         check_models(pair)
-        self._heads = {role: Head.of(model, pair.vocabulary_size) for role, model in models.items()}
-        for role, model in models.items():
-            reason = why_not_ragged(model) or _trial(CachedModel(model, self._heads[role], rows=2, slots=8))
+        heads = (pair.student_head, pair.teacher_head)
+        for (role, model), head in zip(pair.models.items(), heads, strict=False):
+            assert head is not None
+            reason = why_not_ragged(model) or _trial(CachedModel(model, head, rows=2, slots=8))
             if reason is not None:
                 warnings.warn(
                     f"rollouts go one token at a time: the {role} cannot draft blocks, since {reason}", stacklevel=2
@@ -164,14 +163,13 @@ class _Run:
         self.max_rows = min(engine.max_rows, len(prompts))
         # An n-gram ban looks at the tokens written so far, so those have to be known one by one.
         self.chooser = BlockChooser(1 if sampling.no_repeat_ngram_size else engine.block_size, sampling.max_new_tokens)
-        models = [pair.student]
-        if pair.teacher is not None and (policy.needs_teacher or keep_teacher):
-            models.append(pair.teacher)
         longest = max(len(prompt.token_ids) for prompt in prompts)
-        check_room(models, longest, sampling.max_new_tokens)
+        pair.check_room(longest + sampling.max_new_tokens)
         slots = longest + sampling.max_new_tokens + self.chooser.largest
-        self.student = CachedModel(pair.student, engine._heads["student"], self.max_rows, slots)
-        self.teacher = CachedModel(models[1], engine._heads["teacher"], self.max_rows, slots) if models[1:] else None
+        self.student = CachedModel(pair.student, pair.student_head, self.max_rows, slots)
+        self.teacher = None
+        if pair.teacher is not None and pair.teacher_head is not None and (policy.needs_teacher or keep_teacher):
+            self.teacher = CachedModel(pair.teacher, pair.teacher_head, self.max_rows, slots)
         self.eos = torch.tensor(pair.eos_ids, dtype=torch.long, device=self.device)
 
     def finish(self) -> list[Rollout]:
