@@ -150,10 +150,10 @@ def test_bad_rows_can_be_left_out_from_the_command_line(command: str, models: Pa
     output = tmp_path / "rollouts.jsonl"
     commands: dict[str, list[str | Path]] = {
         "train": ["train", write_run(models, tmp_path, train_data=str(path), max_steps=1)],
-        "rollout": ["rollout", "--policy", "student", "--data", path, "--output", output, "--max-new-tokens", "3"]
-        + ["--student", models / "student"],
+        "rollout": ["rollout", "--student", models / "student", "--policy", "student", "--max-new-tokens", "3"],
     }
-    assert switchkd(*commands[command], "--skip-bad-rows") == 0
+    data = ["--data", path, "--output", output] if command == "rollout" else []
+    assert switchkd(*commands[command], *data, "--skip-bad-rows") == 0
 
 
 # -------------------------------------------------------------------------------------------------------- the models

@@ -212,7 +212,7 @@ def test_learned_positions_may_be_used_up_to_the_last(family: str) -> None:
         expected = ReferenceEngine(pair).generate([[3] * 7, [4]], policy, sampling)
         rollouts = SpeculativeEngine(pair, 8).generate([[3] * 7, [4]], policy, sampling)
         assert_same_rollouts(rollouts, expected, pair, policy, sampling)
-    with pytest.raises(UserError, match="28 tokens, but the student, .* knows 27 positions"):
+    with pytest.raises(UserError, match=r"28 tokens, but the student, .* knows 27 positions"):
         SpeculativeEngine(pair, 8).generate([[3] * 8], Student(), sampling)
 
 
