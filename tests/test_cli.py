@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from runs import save_pair, switchkd, write_rows, write_run
 from switchkd.callbacks import read_log
 from switchkd.models import ModelPair
+from switchkd.policies import POLICIES
 from switchkd.records import FinishReason, Prompt, Rollout
 from switchkd.report.terminal import print_rollouts, rollout_text, visible, writer_runs
 
@@ -117,6 +118,53 @@ def test_rollout_writes_every_field_and_shows_who_wrote(
     shown = capsys.readouterr().out
     assert "written by the teacher" in shown
     assert f"teacher {records[0]['teacher_share']:.0%}" in shown
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "students"),
+    [
+        ("late", ("--teacher-share", "0.5"), 3),
+        ("early", ("--teacher-share", "0"), 6),
+        ("mix", ("--teacher-share", "1"), 0),
+        # Every divergence is above 0 times the mean of those before it.
+        ("adaswitch", ("--factor", "0", "--window", "2"), 2),
+    ],
+)
+def test_a_policy_takes_its_settings_and_refuses_others(
+    models: Path,
+    tmp_path: Path,
+    policy: str,
+    settings: tuple[str, ...],
+    students: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "rollouts.jsonl"
+    pair = ("--student", models / "student", "--teacher", models / "teacher", "--output", output)
+    call = ("rollout", *pair, "--prompt", "one two", "--max-new-tokens", "6", "--policy", policy)
+    assert switchkd(*call, *settings) == 0
+    record = json.loads(output.read_text())
+    assert record["written_by_teacher"] == [at >= students for at in range(6)]
+    capsys.readouterr()
+    assert switchkd(*call, "--threshold", "0.2") == 2
+    assert f"policy '{policy}' takes" in capsys.readouterr().err
+
+
+def test_greedy_interleaving_with_the_best_token_alone_is_the_teachers_text(models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "rollouts.jsonl"
+    pair = ("--student", models / "student", "--teacher", models / "teacher", "--output", output)
+    call = ("rollout", *pair, "--prompt", "one two", "--max-new-tokens", "12", "--temperature", "0", "--policy")
+    records = []
+    for policy in (("interleave", "--teacher-top-k", "1"), ("teacher",)):
+        assert switchkd(*call, *policy) == 0
+        records.append(json.loads(output.read_text()))
+    assert records[0]["token_ids"] == records[1]["token_ids"]
+    assert any(records[0]["written_by_teacher"])
+
+
+def test_the_help_of_policy_names_every_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert switchkd("rollout", "--help") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in POLICIES)
 
 
 def test_a_student_alone_rolls_out_a_set_and_what_is_no_number_is_null(models: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reference.policies import adaswitch, is_among_best
 from switchkd.errors import UserError
-from switchkd.policies import DECAYS, Decision, Policy, Positions, Student, Switch, Teacher
+from switchkd.policies import (
+    DECAYS,
+    POLICIES,
+    AdaSwitch,
+    Decision,
+    Early,
+    Interleave,
+    Late,
+    Mix,
+    Policy,
+    Positions,
+    Student,
+    Switch,
+    Teacher,
+    policy_named,
+)
 
 FORMULAS = {
     "exponential": lambda first, rate, t: first * math.exp(-rate * t),
@@ -21,10 +39,15 @@ FORMULAS = {
 
 
 def decide(policy: Policy, position: Tensor, divergence: Tensor, max_new_tokens: int = 256) -> Decision:
+    return policy.decide(seen(position, divergence=divergence, max_new_tokens=max_new_tokens))
+
+
+def seen(position: Tensor, max_new_tokens: int = 256, **given: Tensor) -> Positions:
+    """Positions of which a test gives what its policy looks at."""
     logp = torch.log_softmax(torch.zeros(*position.shape, 3), dim=-1)
-    return policy.decide(
-        Positions(position, divergence, logp, logp, torch.zeros_like(position), max_new_tokens=max_new_tokens)
-    )
+    anything = {"student_logp": logp, "teacher_logp": logp, "proposal": torch.zeros_like(position)}
+    numbers = dict.fromkeys(("divergence", "coin"), torch.full(position.shape, 0.5))
+    return Positions(position, max_new_tokens=max_new_tokens, **{**anything, **numbers, **given})
 
 
 def test_there_is_a_formula_for_every_decay() -> None:
@@ -150,7 +173,148 @@ def test_student_and_teacher_always_write_and_compare_with_nothing(
     assert policy.needs_teacher == by_teacher
 
 
+# ------------------------------------------------------------------------------------- shares, at random and by position
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(6,), (3, 4)])
+def test_mix_gives_the_teacher_the_positions_whose_coin_is_below_the_share(
+    shape: tuple[int, ...], share: float
+) -> None:
+    coin = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    decision = Mix(share).decide(seen(torch.zeros(shape, dtype=torch.long), coin=coin))
+    assert decision.by_teacher.flatten().tolist() == [each < share for each in coin.flatten().tolist()]
+    assert decision.by_teacher.shape == decision.threshold.shape == shape
+    assert decision.threshold.isnan().all()
+
+
+@given(share=st.floats(0, 1), max_new_tokens=st.integers(1, 300))
+def test_early_and_late_give_the_teacher_the_two_ends(share: float, max_new_tokens: int) -> None:
+    count = round(share * max_new_tokens)
+    position = torch.arange(max_new_tokens)
+    early, late = (each(share).decide(seen(position, max_new_tokens)) for each in (Early, Late))
+    assert early.by_teacher.tolist() == [True] * count + [False] * (max_new_tokens - count)
+    assert late.by_teacher.tolist() == [False] * (max_new_tokens - count) + [True] * count
+    assert early.threshold.isnan().all()
+    assert late.threshold.isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------------------ interleave
+
+# Ties at the edges of the top 2 and of the top 3, ids that the teacher excludes, and fewer possible ids than top_k.
+TEACHERS = {
+    "plain": [0.1, 0.4, 0.05, 0.3, 0.15],
+    "ties": [0.2, 0.3, 0.2, 0.2, 0.1],
+    "excludes": [0.5, 0.0, 0.5, 0.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 25])
+@pytest.mark.parametrize("teacher", TEACHERS.values(), ids=TEACHERS)
+def test_interleave_keeps_a_proposal_among_the_teachers_best(teacher: list[float], top_k: int) -> None:
+    proposal = torch.arange(5)
+    teacher_logp = torch.tensor(teacher).log().expand(5, 5)
+    for shape in ((5,), (5, 1), (1, 5)):
+        positions = seen(
+            torch.zeros(shape, dtype=torch.long),
+            proposal=proposal.reshape(shape),
+            teacher_logp=teacher_logp.reshape(*shape, 5),
+        )
+        decision = Interleave(top_k).decide(positions)
+        assert decision.by_teacher.shape == decision.threshold.shape == shape
+        assert decision.by_teacher.flatten().tolist() == [not is_among_best(at, teacher, top_k) for at in range(5)]
+        assert decision.threshold.isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------------------- adaswitch
+
+
+def with_past(blocks: list[list[float]], pasts: list[list[float]], by_teacher: list[list[bool]]) -> Positions:
+    """Blocks of equal length, each after its row's own past, padded on the left as the engines do."""
+    width = max(map(len, pasts))
+    padded = [[math.nan] * (width - len(past)) + past for past in pasts]
+    writers = [[False] * (width - len(past)) + past for past in by_teacher]
+    return seen(
+        torch.tensor([[len(past) + at for at in range(len(blocks[0]))] for past in pasts]),
+        divergence=torch.tensor(blocks, dtype=torch.float64),
+        past_divergence=torch.tensor(padded, dtype=torch.float64).reshape(len(pasts), width),
+        past_by_teacher=torch.tensor(writers, dtype=torch.bool).reshape(len(pasts), width),
+    )
+
+
+@given(
+    rows=st.lists(st.lists(st.floats(0, math.log(2)), min_size=12, max_size=12), min_size=1, max_size=4),
+    factor=st.sampled_from([0.0, 0.5, 1.0, 1.5, 3.0]),
+    window=st.integers(1, 14),
+    data=st.data(),
+)
+def test_adaswitch_switches_once_where_the_divergence_jumps(
+    rows: list[list[float]], factor: float, window: int, data: st.DataObject
+) -> None:
+    """However a row is cut into its past and a block, and whatever the lengths of the other rows' pasts."""
+    policy, size = AdaSwitch(factor, window), data.draw(st.integers(1, 6))
+    expected = [adaswitch(row, factor, window) for row in rows]
+    starts = [data.draw(st.integers(0, 12 - size)) for _ in rows]
+    pasts = [row[:start] for row, start in zip(rows, starts, strict=True)]
+    wrote = [writers[:start] for (writers, _), start in zip(expected, starts, strict=True)]
+    blocks = [row[start : start + size] for row, start in zip(rows, starts, strict=True)]
+    positions = with_past(blocks, pasts, wrote)
+    decision = policy.decide(positions)
+    for row, (writers, thresholds) in enumerate(expected):
+        block = slice(starts[row], starts[row] + size)
+        # Sums of up to 14 in another order, and factor / window for one division each: a few roundings of float64.
+        assert decision.threshold[row].tolist() == pytest.approx(thresholds[block], rel=1e-14, nan_ok=True)
+        near = [abs(d - t) < 1e-14 for d, t in zip(rows[row], thresholds, strict=True)]
+        if not any(near):
+            assert decision.by_teacher[row].tolist() == writers[block]
+    if size == 1:
+        one = policy.decide(
+            dataclasses.replace(positions, position=positions.position[:, 0], divergence=positions.divergence[:, 0])
+        )
+        assert one.by_teacher.shape == one.threshold.shape == (len(rows),)
+        assert torch.equal(one.by_teacher, decision.by_teacher[:, 0])
+
+
+def test_adaswitch_by_hand() -> None:
+    """0.5 > 2 * mean(0.1, 0.3) is a jump, 0.4 is none; what comes after is the teacher's, however near the models are."""
+    jump, none = [0.1, 0.3, 0.5, 0.0], [0.1, 0.3, 0.4, 0.0]
+    decision = AdaSwitch(factor=2.0, window=2).decide(with_past([jump, none], [[], []], [[], []]))
+    assert decision.by_teacher.tolist() == [[False, False, True, True], [False] * 4]
+    expected = [[math.nan, math.nan, 0.4, math.nan], [math.nan, math.nan, 0.4, 0.7]]
+    for thresholds, wanted in zip(decision.threshold.tolist(), expected, strict=True):
+        assert thresholds == pytest.approx(wanted, nan_ok=True)
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_is_made_by_its_name_and_refuses_what_it_does_not_take(name: str) -> None:
+    assert policy_named(name) == POLICIES[name]()
+    with pytest.raises(UserError, match=f"speed is 3, but policy '{name}' takes"):
+        policy_named(name, speed=3)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        *(
+            (each, {"teacher_share": share}, f"teacher_share is {share}; .* from 0 to 1")
+            for each in (Mix, Early, Late)
+            for share in (-0.1, 1.5, math.nan)
+        ),
+        (Interleave, {"top_k": 0}, "top_k is 0; .* at least its 1 best"),
+        (AdaSwitch, {"factor": -1.0}, r"factor is -1\.0; .* 0 or more"),
+        (AdaSwitch, {"factor": math.nan}, "factor is nan"),
+        (AdaSwitch, {"factor": math.inf}, "factor is inf"),
+        (AdaSwitch, {"window": 0}, "window is 0; .* at least 1 divergence"),
+    ],
+)
+def test_policies_refuse_settings_out_of_range(
+    make: Callable[..., Policy], settings: dict[str, float], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make(**settings)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,12 +18,13 @@ from scipy import stats
 from torch import Tensor
 
 from reference.divergences import jensen_shannon
+from reference.policies import adaswitch, interleaved, mixed
 from reference.sampling import repeats_an_ngram, shaped
 from reference.sequence_law import sequence_law
 from switchkd.errors import UserError
 from switchkd.heads import backbone
 from switchkd.models import ModelPair
-from switchkd.policies import Policy, Student, Switch, Teacher
+from switchkd.policies import AdaSwitch, Interleave, Mix, Policy, Student, Switch, Teacher
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
@@ -72,6 +74,17 @@ ROLLOUTS = 4000
 SHORT = Sampling(max_new_tokens=3)
 
 
+# Who is to have written somewhere in the enumeration, where the writer is a matter of the prefix alone.
+WRITERS: dict[type[Policy], set[bool]] = {
+    Student: {False},
+    Teacher: {True},
+    Switch: {True, False},
+    AdaSwitch: {True, False},
+    Mix: set(),
+    Interleave: set(),
+}
+
+
 @pytest.fixture(scope="module")
 def five_token_pair() -> ModelPair:
     return tiny_pair("llama", vocab=5, hidden=16, layers=1, scale=8.0, noise=1.0, dtype=torch.float64)
@@ -85,14 +98,19 @@ def five_token_pair() -> ModelPair:
         (Switch(threshold=0.2, decay_rate=0.3), SHORT),
         (Switch(threshold=0.1, decay="constant"), Sampling(max_new_tokens=4, temperature=1.5, top_k=4, top_p=0.9)),
         (Teacher(), Sampling(max_new_tokens=3, temperature=0.7, top_p=0.8)),
+        (Mix(0.4), SHORT),
+        (Interleave(top_k=2), SHORT),
+        (Interleave(top_k=2), Sampling(max_new_tokens=3, temperature=1.5, top_p=0.8)),
+        (AdaSwitch(factor=1.1, window=1), Sampling(max_new_tokens=4, temperature=1.5, top_k=4)),
     ],
-    ids=["student", "teacher", "switch", "switch shaped", "teacher shaped"],
+    ids=lambda value: type(value).__name__ if isinstance(value, Policy) else f"{value.temperature} {value.top_p}",
 )
 def test_responses_follow_the_exact_law(policy: Policy, sampling: Sampling, five_token_pair: ModelPair) -> None:
     pair, prompt = five_token_pair, (2, 3)
     wrote: set[bool] = set()
 
-    def writer(response: tuple[int, ...]) -> list[float]:
+    @cache
+    def distributions(response: tuple[int, ...]) -> tuple[list[float], list[float]]:
         student, teacher = (
             shaped(
                 logits_after(model, prompt + response)[-1].tolist(),
@@ -102,16 +120,30 @@ def test_responses_follow_the_exact_law(policy: Policy, sampling: Sampling, five
             )
             for model in (pair.student, pair.teacher)
         )
-        by_teacher = isinstance(policy, Teacher)
-        if isinstance(policy, Switch):
-            rate = policy.decay_rate if policy.decay == "exponential" else 0
-            by_teacher = jensen_shannon(student, teacher) > policy.threshold * math.exp(-rate * len(response))
+        return student, teacher
+
+    def writer(response: tuple[int, ...]) -> list[float]:
+        student, teacher = distributions(response)
+        match policy:
+            case Mix():
+                return mixed(student, teacher, policy.teacher_share)
+            case Interleave():
+                return interleaved(student, teacher, policy.top_k)
+            case Switch():
+                rate = policy.decay_rate if policy.decay == "exponential" else 0
+                by_teacher = jensen_shannon(student, teacher) > policy.threshold * math.exp(-rate * len(response))
+            case AdaSwitch():
+                prefixes = [response[:length] for length in range(len(response) + 1)]
+                divergences = [jensen_shannon(*distributions(prefix)) for prefix in prefixes]
+                by_teacher = adaswitch(divergences, policy.factor, policy.window)[0][-1]
+            case _:
+                by_teacher = isinstance(policy, Teacher)
         wrote.add(by_teacher)
         return teacher if by_teacher else student
 
     law = sequence_law(writer, pair.eos_ids, sampling.max_new_tokens)
     assert sum(law.values()) == pytest.approx(1)
-    assert wrote == ({True, False} if isinstance(policy, Switch) else {isinstance(policy, Teacher)})
+    assert wrote == WRITERS[type(policy)]
     prompts = [Prompt(prompt, prompt_id=0, sample_id=sample) for sample in range(ROLLOUTS)]
     rollouts = ReferenceEngine(pair, max_rows=ROLLOUTS).generate(prompts, policy, sampling, seed=1)
     counts = dict.fromkeys(law, 0)
@@ -363,9 +395,7 @@ def test_the_mode_is_restored_after_an_error() -> None:
     pair = tiny_pair("llama")
     pair.student.train()
 
-    class Broken:
-        needs_teacher = True
-
+    class Broken(Policy):
         def decide(self, positions: Any) -> Any:
             raise RuntimeError("broken policy")
 

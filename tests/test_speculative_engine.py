@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from checks.rollouts import assert_same_rollouts, tie_margin
 from switchkd.errors import UserError
 from switchkd.heads import backbone
 from switchkd.models import ModelPair
-from switchkd.policies import Policy, Student, Switch, Teacher
+from switchkd.policies import AdaSwitch, Early, Interleave, Late, Mix, Policy, Student, Switch, Teacher
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
@@ -50,7 +51,14 @@ POLICIES: dict[str, Policy] = {
     "switch linear": Switch(threshold=0.4, decay="linear", decay_rate=0.03),
     "switch constant": Switch(threshold=0.2, decay="constant"),
     "switch above ln 2": Switch(threshold=0.7, decay="constant"),
+    "adaswitch": AdaSwitch(factor=1.3, window=4),
+    "interleave": Interleave(top_k=6),
+    "mix": Mix(0.4),
+    "late": Late(0.4),
 }
+
+# The policies whose decision looks at more than the two distributions and the position.
+RULES = ("adaswitch", "interleave", "mix")
 
 SAMPLINGS: dict[str, Sampling] = {
     "plain": Sampling(max_new_tokens=21),
@@ -116,7 +124,7 @@ def forwards_of(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
 
 
 GRID = [(kind, policy, torch.float32) for kind in KINDS for policy in POLICIES]
-GRID += [(kind, policy, torch.float64) for kind in KINDS for policy in ("student", "teacher", "switch low")]
+GRID += [(kind, policy, torch.float64) for kind in KINDS for policy in ("student", "teacher", "switch low", *RULES)]
 
 
 @pytest.mark.parametrize(("turn", "kind", "policy", "dtype"), [(turn, *each) for turn, each in enumerate(GRID)])
@@ -129,10 +137,11 @@ def test_equals_the_reference_engine(turn: int, kind: str, policy: str, dtype: t
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("policy", ["student", "teacher", "switch low"])
+@pytest.mark.parametrize("policy", ["student", "teacher", "switch low", *RULES])
 def test_block_size_changes_no_token(policy: str, sampling: str) -> None:
     pair, expected = pair_of("llama", torch.float64), oracle("llama", policy, sampling, torch.float64)
-    sizes = ("auto", *range(1, 17)) if policy == "switch low" and sampling == "plain" else ("auto", 2, 5)
+    every = policy not in ("student", "teacher") and sampling == "plain"
+    sizes = ("auto", *range(1, 17)) if every else ("auto", 2, 5)
     for block_size in sizes:
         rollouts = SpeculativeEngine(pair, block_size).generate(PROMPTS, POLICIES[policy], SAMPLINGS[sampling])
         assert_same_rollouts(rollouts, expected, pair, POLICIES[policy], SAMPLINGS[sampling])
@@ -152,9 +161,37 @@ def test_the_grid_really_switches(kind: str) -> None:
     assert any(len(set(rollout.written_by_teacher)) == 2 for rollout in rollouts)
 
 
+@pytest.mark.parametrize("policy", RULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_grid_really_mixes_writers_under_every_rule(kind: str, policy: str) -> None:
+    rollouts = oracle(kind, policy, "plain", torch.float32)
+    writers = [writer for rollout in rollouts for writer in rollout.written_by_teacher]
+    assert 0.1 < sum(writers) / len(writers) < 0.9
+    engine = SpeculativeEngine(pair_of(kind, torch.float32), block_size=4)
+    engine.generate(PROMPTS, POLICIES[policy], SAMPLINGS["plain"])
+    assert 0.3 < engine.metrics.acceptance < 1
+
+
+def test_a_teacher_that_draws_what_it_refused_does_not_end_the_block() -> None:
+    # One model twice under top_k 1: every proposal but the most probable is refused, and some are drawn again.
+    model = tiny_model("llama", dtype=torch.float64)
+    pair, policy, sampling = ModelPair(model, copy.deepcopy(model)), Interleave(top_k=1), Sampling(max_new_tokens=4)
+    engine, prompts = SpeculativeEngine(pair, 4), [Prompt((2 + at % 50,), prompt_id=at) for at in range(400)]
+    mixed, alone = (engine.generate(prompts, each, sampling) for each in (policy, Student()))
+    redrawn = [
+        ours.prompt
+        for ours, own in zip(mixed, alone, strict=True)
+        if ours.token_ids == own.token_ids and any(ours.written_by_teacher[:-1])
+    ]
+    assert redrawn
+    engine.generate(redrawn[:1], policy, sampling)
+    assert engine.metrics.teacher_forwards == 1
+
+
+@pytest.mark.parametrize("name", ["switch low", *RULES])
 @pytest.mark.parametrize("rows", [1, 2, 64])
-def test_any_number_of_rows(rows: int) -> None:
-    pair, sampling, policy = pair_of("llama", torch.float32), SAMPLINGS["plain"], POLICIES["switch low"]
+def test_any_number_of_rows(rows: int, name: str) -> None:
+    pair, sampling, policy = pair_of("llama", torch.float32), SAMPLINGS["plain"], POLICIES[name]
     prompts = [[2 + (row * 7 + at) % 60 for at in range(1 + row * 5 % 13)] for row in range(rows)]
     expected = ReferenceEngine(pair).generate(prompts, policy, sampling, seed=3)
     rollouts = SpeculativeEngine(pair, 5, max_rows=64).generate(prompts, policy, sampling, seed=3)
@@ -256,6 +293,9 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
                 decay=st.sampled_from(["exponential", "linear", "constant"]),
                 decay_rate=st.none() | st.floats(0, 0.2),
             ),
+            st.builds(AdaSwitch, factor=st.floats(0.5, 2), window=st.integers(1, 10)),
+            st.builds(Interleave, top_k=st.sampled_from([1, 2, 5, 25, 100])),
+            *(st.builds(each, teacher_share=st.floats(0, 1)) for each in (Mix, Early, Late)),
         )
     )
     sampling = Sampling(

@@ -196,12 +196,26 @@ def rollout(
     data: Annotated[str | None, typer.Option(help="Prompts of a set: NAME, NAME:SPLIT, a file or a hub name.")] = None,
     limit: Limit = None,
     data_dir: DataDir = None,
-    policy: Annotated[str, typer.Option(help="Who writes: student, teacher or switch.")] = "switch",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Who writes: student, teacher, switch, adaswitch, interleave, mix (at random), early or late."
+        ),
+    ] = "switch",
     threshold: Annotated[float | None, typer.Option(help="switch: tau_0, in nats.")] = None,
     decay: Annotated[str | None, typer.Option(help="switch: exponential, linear or constant.")] = None,
     decay_rate: Annotated[float | None, typer.Option(help="switch: the decay per token.")] = None,
     final_fraction: Annotated[
         float | None, typer.Option(help="switch: threshold at the last position / first.")
+    ] = None,
+    factor: Annotated[float | None, typer.Option(help="adaswitch: threshold / mean of the last divergences.")] = None,
+    window: Annotated[int | None, typer.Option(help="adaswitch: how many divergences that mean is over.")] = None,
+    teacher_top_k: Annotated[
+        int | None, typer.Option(help="interleave: keep the student's token if among so many best of the teacher.")
+    ] = None,
+    teacher_share: Annotated[
+        float | None,
+        typer.Option(help="mix, early, late: the teacher's share of tokens (of --max-new-tokens), 0 to 1."),
     ] = None,
     max_prompt_tokens: MaxPromptTokens = 256,
     max_new_tokens: MaxNewTokens = 256,
@@ -229,7 +243,15 @@ def rollout(
 
     _quiet()
     writer = policy_named(
-        policy, threshold=threshold, decay=decay, decay_rate=decay_rate, final_fraction=final_fraction
+        policy,
+        threshold=threshold,
+        decay=decay,
+        decay_rate=decay_rate,
+        final_fraction=final_fraction,
+        factor=factor,
+        window=window,
+        top_k=teacher_top_k,
+        teacher_share=teacher_share,
     )
     if writer.needs_teacher and teacher is None:
         raise UserError(f"--policy {policy} needs a teacher; give --teacher, or --policy student")

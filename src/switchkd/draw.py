@@ -48,6 +48,16 @@ def replacement(student_logp: Tensor, teacher_logp: Tensor, address: Address, *,
     return (torch.where(has_excess, excess.log(), teacher_logp) + noise).argmax(dim=-1)
 
 
+def independent_token(teacher_logp: Tensor, address: Address, *, greedy: bool) -> Tensor:
+    """A draw from the teacher, independent of the proposal. Log-probs (..., V) in, ids (...) out. Greedy: the argmax.
+
+    It has the noise of `replacement`: no position makes both draws.
+    """
+    if greedy:
+        return teacher_logp.argmax(dim=-1)
+    return (teacher_logp + gumbel(address, Stream.EXCESS, teacher_logp.shape[-1])).argmax(dim=-1)
+
+
 def teacher_token(
     proposal: Tensor, student_logp: Tensor, teacher_logp: Tensor, address: Address, *, greedy: bool
 ) -> Tensor:

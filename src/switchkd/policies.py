@@ -1,15 +1,16 @@
-"""Who writes the next token: the student or the teacher. A new policy is a class with `needs_teacher` and `decide`.
+"""Who writes the next token: the student or the teacher. A new policy is a `Policy` with `decide` and a row of `POLICIES`.
 
-A decision at a position may depend on the two distributions there, on the position and on the position's own addressed
-coin, so it is the same whether positions are decided one at a time or a block at a time.
+A decision at a position may depend on the two distributions there, on the position, on the position's own addressed
+coin and on the row's own past, so it is the same whether positions are decided one at a time or a block at a time.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +23,11 @@ class Positions:
     """What a policy sees. All tensors share one shape: (B,) for one position of each row, or (B, T) for a block.
 
     `position` counts generated tokens from 0; `divergence` is the Jensen-Shannon divergence in nats; `student_logp` and
-    `teacher_logp` have one more dimension, V; `proposal` is the student's token; `max_new_tokens` bounds `position`.
+    `teacher_logp` have one more dimension, V; `proposal` is the student's token; `coin` is uniform in (0, 1), independent
+    of every token; `max_new_tokens` bounds `position`.
+
+    Only a policy that `needs_history` is told what is before: `past_divergence` (float64) and `past_by_teacher`, both
+    (B, L), padded on the left with NaN and False where a row has written fewer than L tokens.
     """
 
     position: Tensor
@@ -30,7 +35,10 @@ class Positions:
     student_logp: Tensor
     teacher_logp: Tensor
     proposal: Tensor
+    coin: Tensor
     max_new_tokens: int
+    past_divergence: Tensor | None = None
+    past_by_teacher: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,42 +49,132 @@ class Decision:
     threshold: Tensor
 
 
-class Policy(Protocol):
-    """Decides position by position who writes. Without `needs_teacher` the student writes alone, no teacher runs."""
+class Policy(ABC):
+    """Decides position by position who writes.
 
-    needs_teacher: ClassVar[bool]
+    `needs_teacher`: False where the student writes alone and no teacher runs. `draws_anew`: True where the decision
+    looks at the proposal; the teacher's token then is a draw independent of the proposal, since the coupled draw is the
+    teacher's only over all proposals, not over those that a policy picked. `needs_history`: True where the decision looks
+    at the row's past. There is no other state: what a policy knows of a row is what the row's record says.
+    """
 
+    needs_teacher: ClassVar[bool] = True
+    draws_anew: ClassVar[bool] = False
+    needs_history: ClassVar[bool] = False
+
+    @abstractmethod
     def decide(self, positions: Positions) -> Decision:
-        """The writer at each position, shapes as given."""
+        """The writer at each position, shapes as given.
+
+        The earlier positions of a block are the past of the later ones: each is decided as if the block was kept so far.
+        """
 
 
-def _always(positions: Positions, by_teacher: bool) -> Decision:
-    return Decision(
-        torch.full_like(positions.position, by_teacher, dtype=torch.bool),
-        torch.full_like(positions.divergence, math.nan),
-    )
+def _without_threshold(by_teacher: Tensor) -> Decision:
+    return Decision(by_teacher, torch.full(by_teacher.shape, math.nan, device=by_teacher.device))
 
 
 @dataclass(frozen=True)
-class Student:
+class Student(Policy):
     """The student writes every token: on-policy distillation (GKD, arXiv 2306.13649, with lambda = 1)."""
 
     needs_teacher: ClassVar[bool] = False
 
     def decide(self, positions: Positions) -> Decision:
         """The student everywhere; the threshold is NaN."""
-        return _always(positions, by_teacher=False)
+        return _without_threshold(torch.zeros_like(positions.position, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Teacher(Policy):
     """The teacher writes every token: the text of sequence-level distillation (Kim and Rush 2016)."""
-
-    needs_teacher: ClassVar[bool] = True
 
     def decide(self, positions: Positions) -> Decision:
         """The teacher everywhere; the threshold is NaN."""
-        return _always(positions, by_teacher=True)
+        return _without_threshold(torch.ones_like(positions.position, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class _ByShare(Policy):
+    """The teacher writes a share of the positions, wherever the two models agree or not."""
+
+    teacher_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.teacher_share <= 1:
+            raise UserError(f"teacher_share is {self.teacher_share}; it is the teacher's share of tokens, from 0 to 1")
+
+    def _tokens(self, max_new_tokens: int) -> int:
+        return round(self.teacher_share * max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Mix(_ByShare):
+    """Each token is the teacher's with probability `teacher_share`, by a coin of its own; a control at random places too.
+
+    A token's law is teacher_share * p_T + (1 - teacher_share) * p_S exactly: MiniLLM's teacher-mixed sampling with its
+    0.2. MiniLLM's importance weights are a part of its loss, not of its text, and are not here. The share is a mean, the
+    share of one rollout varies about it.
+
+    Source: Gu et al. 2024, MiniLLM, arXiv 2306.08543, section 2.2. Raises UserError for a share outside 0 to 1.
+    """
+
+    def decide(self, positions: Positions) -> Decision:
+        """The teacher where the coin is below the share; the threshold is NaN."""
+        return _without_threshold(positions.coin < self.teacher_share)
+
+
+@dataclass(frozen=True)
+class Early(_ByShare):
+    """The teacher writes first: a control that has SWITCH's share of teacher's tokens, and no choice of their places.
+
+    `teacher_share` is of `max_new_tokens`, rounded to whole tokens: in a response that ends before the limit the teacher's
+    share is larger. The share of 0.2 is Mix's. Raises UserError for a share outside 0 to 1.
+    """
+
+    def decide(self, positions: Positions) -> Decision:
+        """The teacher at the first positions; the threshold is NaN."""
+        return _without_threshold(positions.position < self._tokens(positions.max_new_tokens))
+
+
+@dataclass(frozen=True)
+class Late(_ByShare):
+    """The teacher writes last: a control that has SWITCH's share of teacher's tokens, and no choice of their places.
+
+    `teacher_share` is of `max_new_tokens`, rounded to whole tokens: in a response that ends before the limit the teacher's
+    share is smaller, down to none. The share of 0.2 is Mix's. Raises UserError for a share outside 0 to 1.
+    """
+
+    def decide(self, positions: Positions) -> Decision:
+        """The teacher at the last of the `max_new_tokens` positions; the threshold is NaN."""
+        first = positions.max_new_tokens - self._tokens(positions.max_new_tokens)
+        return _without_threshold(positions.position >= first)
+
+
+@dataclass(frozen=True)
+class Interleave(Policy):
+    """Speculative knowledge distillation: the student's token stays if the teacher ranks it among its `top_k` best.
+
+    Else the teacher draws a token anew from its whole distribution; it may draw the refused one. Ids of equal
+    probability at the edge are all among the best; an id that the teacher excludes never is.
+
+    Source: Xu et al. 2025, SKD, arXiv 2410.11325, with its top 25. Where we depart: the teacher's ranks and its draw are of
+    the distribution after the run's temperature, top-k and top-p, which act on both models alike; and the number of
+    drafted tokens, a setting of the paper, is the engine's and changes no token. Raises UserError for top_k below 1.
+    """
+
+    top_k: int = 25
+    draws_anew: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}; the teacher has to accept at least its 1 best token")
+
+    def decide(self, positions: Positions) -> Decision:
+        """The teacher where the proposal is not among its best; the threshold is NaN."""
+        at_proposal = positions.teacher_logp.gather(-1, positions.proposal.unsqueeze(-1))
+        better = (positions.teacher_logp > at_proposal).sum(dim=-1)
+        return _without_threshold((better >= self.top_k) | at_proposal.squeeze(-1).isneginf())
 
 
 def _exponential(position: Tensor, rate: float) -> Tensor:
@@ -109,7 +207,7 @@ DecayName = Literal["exponential", "linear", "constant"]
 
 
 @dataclass(frozen=True)
-class Switch:
+class Switch(Policy):
     """SWITCH: the teacher writes where the divergence exceeds a threshold that decays with length.
 
     The teacher writes position t where JSD(teacher, student) > tau_t, in nats (0 to ln 2 = 0.693), with
@@ -130,7 +228,6 @@ class Switch:
     decay_rate: float | None = None
     final_fraction: float | None = None
     decay: DecayName = "exponential"
-    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
@@ -166,7 +263,63 @@ class Switch:
         return Decision(positions.divergence > threshold, threshold)
 
 
-POLICIES: dict[str, type[Policy]] = {"student": Student, "teacher": Teacher, "switch": Switch}
+@dataclass(frozen=True)
+class AdaSwitch(Policy):
+    """AdaSwitch: the student writes until the divergence jumps, then the teacher writes to the end: one switch.
+
+    The first position i >= window with d_i > tau_i is the teacher's, and so are all after it, where
+
+        tau_i = factor * mean(d_(i - window), ..., d_(i - 1))        in nats
+
+    Nothing is compared before `window` divergences are known: there the student writes, which is how we read the paper.
+    Where we depart: the divergence is the Jensen-Shannon divergence that every rollout records, not KL(teacher || student)
+    (the paper finds its method robust to the metric). The paper's factor K and window L could not be read at the
+    source; the defaults are ours.
+
+    Source: Peng et al. 2025, arXiv 2510.07842. Raises UserError for values out of range.
+    """
+
+    factor: float = 2.0
+    window: int = 8
+    needs_history: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.factor < math.inf:
+            raise UserError(f"factor is {self.factor}; it multiplies the mean divergence, and has to be 0 or more")
+        if self.window < 1:
+            raise UserError(f"window is {self.window}; the mean has to be over at least 1 divergence")
+
+    def decide(self, positions: Positions) -> Decision:
+        """The teacher from the switch on; the threshold is NaN before the window is full and after the switch."""
+        assert positions.past_divergence is not None
+        assert positions.past_by_teacher is not None
+        # One position of each row is a block of one. In float64, which holds a record's numbers exactly.
+        rows = len(positions.past_by_teacher)
+        block_BT = positions.divergence.double().reshape(rows, -1)
+        width = block_BT.shape[1]
+        padded = torch.nn.functional.pad(positions.past_divergence, (self.window, 0), value=math.nan)
+        series = torch.cat([padded[:, -self.window :], block_BT], dim=1)
+        # Added in order of position: a reduction may add in another order for another shape, with other roundings.
+        total = sum((series[:, at : at + width] for at in range(self.window)), start=torch.zeros_like(block_BT))
+        threshold = total * (self.factor / self.window)
+        jumps = block_BT > threshold
+        switched_before = (jumps.cumsum(dim=1) - jumps.long() > 0) | positions.past_by_teacher.any(dim=1, keepdim=True)
+        threshold = threshold.masked_fill(switched_before, math.nan)
+        return Decision(
+            (jumps | switched_before).reshape(positions.divergence.shape), threshold.reshape(positions.divergence.shape)
+        )
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "student": Student,
+    "teacher": Teacher,
+    "switch": Switch,
+    "adaswitch": AdaSwitch,
+    "interleave": Interleave,
+    "mix": Mix,
+    "early": Early,
+    "late": Late,
+}
 
 
 def policy_named(name: str, **settings: Any) -> Policy:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from switchkd.divergences import jensen_shannon
 from switchkd.draw import student_proposal
 from switchkd.models import ModelPair
 from switchkd.noise import Address, Stream, gumbel, row_keys, shaped_logp, uniform
-from switchkd.policies import Policy, Positions
+from switchkd.policies import Interleave, Policy
 from switchkd.records import Rollout, Sampling
+from switchkd.rollout.engine import RolloutLog, seen_by
 
 TIE = 1e-5  # The requirement's: below it, float32 kernels that choose by shape may decide either way.
 
@@ -68,7 +68,8 @@ def tie_margin(
     """How far the nearest decision at a position was from falling otherwise, from a fresh forward over its prefix.
 
     The decisions: which ids top-k and top-p keep, the proposal, the writer, whether the teacher keeps the proposal,
-    and what it draws instead. Scores and log-ratios in nats, top-p in probability.
+    and what it draws instead. Scores, log-ratios and the proposal's distance from the teacher's best in nats, top-p in
+    probability.
     """
     key = row_keys(seed, [rollout.prompt])
     address = Address(key, torch.full_like(key, position))
@@ -83,10 +84,20 @@ def tie_margin(
     margins += _support_margins(teacher_logits, sampling)
     teacher_logp = shaped_logp(teacher_logits, sampling)
     proposal = student_proposal(student_logp, address, greedy=sampling.greedy)
-    divergence = jensen_shannon(student_logp, teacher_logp)
-    seen = Positions(address.position, divergence, student_logp, teacher_logp, proposal, sampling.max_new_tokens)
-    gap = float((divergence - policy.decide(seen).threshold).abs())
+    log = RolloutLog(rollout.prompt)
+    log.divergence += rollout.divergence[:position]
+    log.written_by_teacher += rollout.written_by_teacher[:position]
+    seen = seen_by(policy, proposal, student_logp, teacher_logp, address, [log], sampling.max_new_tokens)
+    gap = float((seen.divergence - policy.decide(seen).threshold).abs())
     margins.append(math.inf if math.isnan(gap) else gap)
+    if isinstance(policy, Interleave):
+        # Kept where the k-th best of the other ids is not better.
+        logp = teacher_logp[0].tolist()
+        own = logp.pop(int(proposal))
+        edge = sorted(logp, reverse=True)[policy.top_k - 1 : policy.top_k]
+        margins += [abs(own - each) for each in edge if math.isfinite(own) and math.isfinite(each)]
+    if policy.draws_anew:
+        return min([*margins, _lead(_scores(teacher_logp, address, Stream.EXCESS, sampling))])
     if sampling.greedy:
         return min([*margins, _lead(teacher_logp)])
     ratio = (teacher_logp - student_logp)[0, proposal]

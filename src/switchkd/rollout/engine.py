@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from switchkd.divergences import jensen_shannon
 from switchkd.errors import UserError
 from switchkd.heads import base_of
 from switchkd.models import ModelPair
-from switchkd.policies import Policy
+from switchkd.noise import Address, Stream, uniform
+from switchkd.policies import Policy, Positions
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
 
 PromptLike = str | Sequence[int] | Prompt
@@ -151,3 +155,33 @@ class RolloutLog:
             if self.teacher_hidden
             else None,
         )
+
+
+def seen_by(
+    policy: Policy,
+    proposal: Tensor,
+    student_logp: Tensor,
+    teacher_logp: Tensor,
+    address: Address,
+    logs: Sequence[RolloutLog],
+    max_new_tokens: int,
+) -> Positions:
+    """What the policy sees at the addresses, one position or a block of them for each row of `logs`."""
+    past_divergence = past_by_teacher = None
+    if policy.needs_history:
+        device = proposal.device
+        divergences = [torch.tensor(log.divergence, dtype=torch.float64, device=device) for log in logs]
+        writers = [torch.tensor(log.written_by_teacher, dtype=torch.bool, device=device) for log in logs]
+        past_divergence = pad_sequence(divergences, batch_first=True, padding_value=math.nan, padding_side="left")
+        past_by_teacher = pad_sequence(writers, batch_first=True, padding_value=False, padding_side="left")
+    return Positions(
+        position=address.position,
+        divergence=jensen_shannon(student_logp, teacher_logp),
+        student_logp=student_logp,
+        teacher_logp=teacher_logp,
+        proposal=proposal,
+        coin=uniform(address, Stream.COIN),
+        max_new_tokens=max_new_tokens,
+        past_divergence=past_divergence,
+        past_by_teacher=past_by_teacher,
+    )

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from switchkd.divergences import jensen_shannon
-from switchkd.draw import student_proposal, teacher_token
+from switchkd.draw import independent_token, student_proposal, teacher_token
 from switchkd.heads import evaluating
 from switchkd.models import ModelPair
 from switchkd.noise import Address, row_keys, shaped_logp
-from switchkd.policies import Policy, Positions
+from switchkd.policies import Policy
 from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.engine import (
     KeepTeacher,
@@ -27,6 +26,7 @@ from switchkd.rollout.engine import (
     check_models,
     check_numbers,
     left_padded,
+    seen_by,
 )
 
 
@@ -117,14 +117,16 @@ class ReferenceEngine:
             divergence = threshold = teacher_token_logp = torch.full_like(token, math.nan, dtype=torch.float64)
             if teacher is not None:
                 teacher_logp = shaped_logp(teacher.step(ids_BT, mask_BS), sampling).to(device)
-                divergence = jensen_shannon(student_logp, teacher_logp)
-                positions = Positions(
-                    address.position, divergence, student_logp, teacher_logp, proposal, sampling.max_new_tokens
+                positions = seen_by(
+                    policy, proposal, student_logp, teacher_logp, address, logs, sampling.max_new_tokens
                 )
                 decision = policy.decide(positions)
-                by_teacher, threshold = decision.by_teacher, decision.threshold
-                coupled = teacher_token(proposal, student_logp, teacher_logp, address, greedy=sampling.greedy)
-                token = torch.where(by_teacher, coupled, proposal)
+                divergence, by_teacher, threshold = positions.divergence, decision.by_teacher, decision.threshold
+                if policy.draws_anew:
+                    drawn = independent_token(teacher_logp, address, greedy=sampling.greedy)
+                else:
+                    drawn = teacher_token(proposal, student_logp, teacher_logp, address, greedy=sampling.greedy)
+                token = torch.where(by_teacher, drawn, proposal)
                 teacher_token_logp = teacher_logp.gather(-1, token[:, None])[:, 0]
             student_token_logp = student_logp.gather(-1, token[:, None])[:, 0]
             check_numbers(student_token_logp, divergence if teacher is not None else None)

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchkd.divergences import jensen_shannon
-from switchkd.draw import keeps_proposal, replacement, student_proposal
+from switchkd.draw import independent_token, keeps_proposal, replacement, student_proposal
 from switchkd.errors import UserError
 from switchkd.heads import evaluating
 from switchkd.models import ModelPair
 from switchkd.noise import Address, row_keys, shaped_logp
-from switchkd.policies import Policy, Positions
+from switchkd.policies import Policy
 from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.blocks import BlockChooser
 from switchkd.rollout.cache import CachedModel, why_not_ragged
@@ -35,6 +34,7 @@ from switchkd.rollout.engine import (
     check_call,
     check_models,
     check_numbers,
+    seen_by,
 )
 from switchkd.rollout.metrics import RolloutMetrics
 from switchkd.rollout.reference import ReferenceEngine
@@ -313,22 +313,29 @@ class _Run:
         with self.metrics.timing("teacher"):
             teacher_logp = shaped_logp(self.teacher.head(hidden[rows]), self.sampling).to(self.device)
         with self.metrics.timing("policy"):
-            divergence = jensen_shannon(student_logp, teacher_logp)
-            decision = self.policy.decide(
-                Positions(
-                    address.position, divergence, student_logp, teacher_logp, proposal, self.sampling.max_new_tokens
-                )
+            logs = [row.log for row in self.rows[rows]]
+            seen = seen_by(
+                self.policy, proposal, student_logp, teacher_logp, address, logs, self.sampling.max_new_tokens
             )
-            kept = keeps_proposal(proposal, student_logp, teacher_logp, address, greedy=greedy)
-            replaced = decision.by_teacher & ~kept
-            # What follows a replaced proposal was drafted on another prefix: only the first one of a row is drawn.
-            first = replaced & (replaced.cumsum(dim=1) == 1)
+            decision = self.policy.decide(seen)
             token = proposal.clone()
-            if bool(first.any()):
-                token[first] = replacement(student_logp[first], teacher_logp[first], address.at(first), greedy=greedy)
+            if self.policy.draws_anew:
+                anew = decision.by_teacher
+                token[anew] = independent_token(teacher_logp[anew], address.at(anew), greedy=greedy)
+                # The teacher may draw what it refused, and then the block goes on.
+                replaced = token != proposal
+            else:
+                kept = keeps_proposal(proposal, student_logp, teacher_logp, address, greedy=greedy)
+                replaced = decision.by_teacher & ~kept
+                # What follows a replaced proposal was drafted on another prefix: only the first one of a row is drawn.
+                replaced &= replaced.cumsum(dim=1) == 1
+                if bool(replaced.any()):
+                    token[replaced] = replacement(
+                        student_logp[replaced], teacher_logp[replaced], address.at(replaced), greedy=greedy
+                    )
             logps = (each.gather(-1, token[..., None])[..., 0] for each in (student_logp, teacher_logp))
-            ends = first | torch.isin(token, self.eos)
-            return _Verdict(token, ends, decision.by_teacher, (divergence, decision.threshold, *logps))
+            ends = replaced | torch.isin(token, self.eos)
+            return _Verdict(token, ends, decision.by_teacher, (seen.divergence, decision.threshold, *logps))
 
     def _accept(self, verdict: _Verdict, hidden: Tensor | None) -> tuple[int, int]:
         """Write each row's block up to and with the position that ends it.
