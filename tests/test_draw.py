@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from switchkd.draw import student_proposal, teacher_token
+from switchkd.draw import independent_token, student_proposal, teacher_token
 from switchkd.noise import Address, row_keys
 from switchkd.records import Prompt
 
@@ -74,6 +74,17 @@ def test_proposal_and_token_follow_the_joint_law_of_the_maximal_coupling(
     assert follows(proposal * 5 + token, joint.flatten())
     agreed = int((proposal == token).sum())
     assert stats.binomtest(agreed, len(token), float(1 - distance)).pvalue > ALPHA
+
+
+@pytest.mark.parametrize(("student", "teacher"), list(PAIRS.values()), ids=list(PAIRS))
+def test_an_independent_token_follows_the_product_law_with_the_proposal(
+    student: list[float], teacher: list[float]
+) -> None:
+    proposal, _ = draw(student, teacher)
+    teacher_logp = torch.tensor(teacher).log().expand(len(proposal), 5)
+    token = independent_token(teacher_logp, addresses(DRAWS), greedy=False)
+    assert follows(proposal * 5 + token, torch.outer(torch.tensor(student), torch.tensor(teacher)).flatten())
+    assert (independent_token(teacher_logp, addresses(DRAWS), greedy=True) == teacher.index(max(teacher))).all()
 
 
 def test_identical_distributions_never_replace() -> None:

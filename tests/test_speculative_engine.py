@@ -350,11 +350,13 @@ def test_five_hundred_calls_equal_the_reference_engine(call: dict[str, Any]) -> 
 # ---------------------------------------------------------------------------------------------------------- rows come and go
 
 
+# Under adaswitch rows of unequal lengths that have not switched yet meet here alone.
+@pytest.mark.parametrize("name", ["switch low", "adaswitch"])
 @pytest.mark.parametrize("max_rows", [1, 3, 7])
-def test_waiting_prompts_take_the_place_of_finished_rows(max_rows: int) -> None:
+def test_waiting_prompts_take_the_place_of_finished_rows(max_rows: int, name: str) -> None:
     pair = pair_of("llama", torch.float64, eos_ids=(EOS_ID, 9, 17, 30, 44, 58))
     assert pair.teacher is not None
-    policy, sampling = POLICIES["switch low"], Sampling(max_new_tokens=24)
+    policy, sampling = POLICIES[name], Sampling(max_new_tokens=24)
     prompts = [[2 + row % 50, *range(3, 3 + row * 3 % 11)] for row in range(25)]
     expected = ReferenceEngine(pair).generate(prompts, policy, sampling)
     engine = SpeculativeEngine(pair, 4, max_rows)

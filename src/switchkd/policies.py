@@ -110,7 +110,7 @@ class _ByShare(Policy):
 
 @dataclass(frozen=True)
 class Mix(_ByShare):
-    """Each token is the teacher's with probability `teacher_share`, by a coin of its own; a control at random places too.
+    """Each token is the teacher's with probability `teacher_share`, by a coin of its own: also the control at random places.
 
     A token's law is teacher_share * p_T + (1 - teacher_share) * p_S exactly: MiniLLM's teacher-mixed sampling with its
     0.2. MiniLLM's importance weights are a part of its loss, not of its text, and are not here. The share is a mean, the
