@@ -28,7 +28,7 @@ from switchkd.methods import plan_of
 from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
 from switchkd.noise import Address, Stream, row_keys, uniform
 from switchkd.objective import Report, TeacherSignal, dense_teacher, distillation_loss
-from switchkd.policies import Policy, Switch
+from switchkd.policies import Switch
 from switchkd.records import Batch, Example, Prompt, Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.speculative import SpeculativeEngine
@@ -209,7 +209,8 @@ class SwitchTrainer(Trainer):
         """Each example, or the rollout that stands in for it; which one is decided by an addressed coin."""
         args = self.args
         step = self.state.global_step
-        policy = self._policy()
+        auto = self._auto_threshold
+        policy = auto.policy_at(self.state, self.engine, self.log) if auto else self.plan.policy
         prompts = [Prompt(e.prompt.token_ids, e.prompt.prompt_id, sample_id=step) for e in examples]
         key = row_keys(args.seed, prompts)
         coins = uniform(Address(key, torch.full_like(key, args.max_new_tokens)), Stream.COIN)
@@ -229,12 +230,6 @@ class SwitchTrainer(Trainer):
         for index, rollout in zip(chosen, rollouts, strict=True):
             sequences[index] = rollout
         return sequences
-
-    def _policy(self) -> Policy:
-        """Who writes at this step; where the threshold is to be found, all processes look for it together."""
-        if self._auto_threshold is None:
-            return self.plan.policy
-        return self._auto_threshold.policy_at(self.state, self.engine, self.log)
 
     def _record_rollouts(self, rollouts: list[Rollout], seconds: float) -> None:
         tokens = sum(len(rollout.token_ids) for rollout in rollouts)
