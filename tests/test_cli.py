@@ -178,6 +178,55 @@ def test_a_student_alone_rolls_out_a_set_and_what_is_no_number_is_null(models: P
     assert records[0]["teacher_share"] == 0
 
 
+def test_calibrate_says_what_to_put_in_the_run_file(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = ("--student", models / "student", "--teacher", models / "teacher", "--data", models / "data.jsonl")
+    options = ("--share", "0.4", "--decay", "linear", "--decay-rate", "0.02", "--max-new-tokens", "40")
+    assert switchkd("calibrate", *pair, *options, "--output", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert found["measured_share"] == pytest.approx(0.4, abs=found["tolerance"])
+    assert f"  threshold: {found['threshold']:.3g}\n  decay: linear\n  decay_rate: 0.02\n" in shown
+    assert "32-63" in shown
+    assert {len(values) for values in found["by_position"].values()} == {len(found["by_position"]["rows"])}
+
+
+def test_diagnose_shows_three_texts(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = ("--student", models / "student", "--teacher", models / "teacher", "--output", tmp_path)
+    short = ("--prompt", "one two", "--prompt", "sun", "--max-new-tokens", "8")
+    assert switchkd("diagnose", *pair, *short, "--threshold", "0.2") == 0
+    shown = capsys.readouterr().out
+    texts = json.loads((tmp_path / "diagnosis.json").read_text())["texts"]
+    assert list(texts) == ["student", "switch", "teacher"]
+    assert texts["switch"]["policy"]["threshold"] == 0.2
+    assert all(name in shown for name in texts)
+    assert switchkd("diagnose", *pair, *short, "--threshold", "0.2", "--share", "0.3") == 2
+    assert "give one of them" in capsys.readouterr().err
+    # The share is looked for where no threshold is given; one token more or less of a dozen is 8 %.
+    assert switchkd("diagnose", *pair, *short, "--share", "0.5") == 0
+    texts = json.loads((tmp_path / "diagnosis.json").read_text())["texts"]
+    assert texts["switch"]["teacher_share"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_measures_are_drawn_where_matplotlib_is_and_told_where_it_is_not(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    pair = ("--student", models / "student", "--teacher", models / "teacher", "--output", tmp_path)
+    options = ("--prompt", "one two", "--prompt", "sun", "--max-new-tokens", "16")
+    for command, name in (("calibrate", "calibration.png"), ("diagnose", "diagnosis.png")):
+        assert switchkd(command, *pair, *options) == 0
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        (tmp_path / name).unlink()
+        with monkeypatch.context() as without:
+            without.setattr("switchkd.report.plots.find_spec", lambda name: None)
+            capsys.readouterr()
+            assert switchkd(command, *pair, *options) == 0
+        assert "matplotlib is not installed" in " ".join(capsys.readouterr().out.split())
+        assert not (tmp_path / name).exists()
+
+
 def test_the_demo_leaves_a_run_and_replaces_an_earlier_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from switchkd.calibration import Calibration, calibrate
     from switchkd.config import SwitchConfig
     from switchkd.errors import UserError
     from switchkd.models import ModelPair, load_pair
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Calibration": "calibration",
     "ModelPair": "models",
     "Prompt": "records",
     "ReferenceEngine": "rollout.reference",
@@ -30,10 +32,12 @@ _HOME = {
     "SwitchTrainer": "trainer",
     "Teacher": "policies",
     "UserError": "errors",
+    "calibrate": "calibration",
     "load_pair": "models",
 }
 
 __all__ = [
+    "Calibration",
     "ModelPair",
     "Prompt",
     "ReferenceEngine",
@@ -46,6 +50,7 @@ __all__ = [
     "SwitchTrainer",
     "Teacher",
     "UserError",
+    "calibrate",
     "load_pair",
 ]
 

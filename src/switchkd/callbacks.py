@@ -30,6 +30,7 @@ from switchkd.report.terminal import duration
 SHOWN = {
     "loss": "loss {:.4f}",
     "eval_loss": "eval loss {:.4f}",
+    "threshold": "threshold {:.3g}",
     "teacher_share": "teacher {:.0%}",
     "response_tokens": "{:.0f} tokens",
     "rollout_tokens_per_second": "rollout {:,.0f} tok/s",
@@ -107,6 +108,12 @@ class ConsoleProgress(TrainerCallback):
             return
         if self.console.is_terminal and "loss" in (logs or {}):
             self.bar.measures = line
+            return
+        if "threshold" in (logs or {}):
+            self._print(f"{state.global_step}/{state.max_steps}  {line}")
+            if state.global_step == self.first_step:
+                # The first step tells how long all will take, and finding the threshold is no part of one.
+                self.started_at = time.perf_counter()
             return
         elapsed = time.perf_counter() - self.started_at
         steps = max(1, state.global_step - self.first_step)

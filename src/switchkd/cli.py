@@ -12,6 +12,27 @@ from rich.console import Console
 from rich.text import Text
 
 from switchkd import __version__
+from switchkd.cli_measure import calibrate, diagnose
+from switchkd.cli_options import (
+    Data,
+    DataDir,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    MaxPromptTokens,
+    PromptText,
+    Seed,
+    Set,
+    SkipBadRows,
+    Student,
+    Temperature,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+    new_console,
+    pair_and_prompts,
+    quiet_transformers,
+)
 from switchkd.errors import Stopped, UserError
 
 USER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130
@@ -24,23 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-Set = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the run file's; repeatable.")
-]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Folder of the instruction sets; else SWITCHKD_DATA_DIR or the hub.")
-]
-Dtype = Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16, ...")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")]
-MaxPromptTokens = Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Nucleus; 1 keeps every token.")]
-SkipBadRows = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used; else refuse them.")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first rows of each set.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -69,19 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _say(sentence: str) -> None:
     Console(stderr=True).print(Text(f"switchkd: {sentence}"), soft_wrap=True)
-
-
-def _console() -> Console:
-    return Console(highlight=False)
-
-
-def _quiet() -> None:
-    """Leave out what transformers tells developers; the commands say what people need."""
-    import transformers
-
-    logging: Any = transformers.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _show_version(wanted: bool) -> None:
@@ -114,11 +105,11 @@ def train(
     from switchkd.launch import train_run
     from switchkd.run import read_run
 
-    _quiet()
+    quiet_transformers()
     run = read_run(run_file, assignments)
     options = {"data_dir": data_dir and str(data_dir), "skip_bad_rows": skip_bad_rows or None}
     run = run.changed({key: value for key, value in options.items() if value is not None}, "on the command line")
-    train_run(run, _console(), resume=resume)
+    train_run(run, new_console(), resume=resume)
 
 
 @app.command("eval")
@@ -149,7 +140,7 @@ def evaluate(
     from switchkd.records import Sampling
     from switchkd.rollout.speculative import SpeculativeEngine
 
-    _quiet()
+    quiet_transformers()
     sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram)
     seed_numbers = _whole_numbers("--seeds", seeds)
     names = [name.strip() for name in sets.split(",") if name.strip()]
@@ -160,7 +151,7 @@ def evaluate(
     pair = load_pair(model, None, dtype=dtype, trust_remote_code=trust_remote_code)
     assert pair.tokenizer is not None
     pair.check_room(max_prompt_tokens + max_new_tokens)
-    console = _console()
+    console = new_console()
     evaluation = score(
         SpeculativeEngine(pair, max_rows=batch_size),
         pair.tokenizer,
@@ -190,10 +181,10 @@ def _whole_numbers(option: str, text: str) -> list[int]:
 
 @app.command()
 def rollout(
-    student: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, package:NAME or world:student.")],
+    student: Student,
     teacher: Annotated[str | None, typer.Option(help="As --student; --policy student needs none.")] = None,
-    prompt: Annotated[list[str], typer.Option(help="A prompt as it is; repeatable.")] = [],  # noqa: B006
-    data: Annotated[str | None, typer.Option(help="Prompts of a set: NAME, NAME:SPLIT, a file or a hub name.")] = None,
+    prompt: PromptText = [],  # noqa: B006
+    data: Data = None,
     limit: Limit = None,
     data_dir: DataDir = None,
     policy: Annotated[
@@ -221,8 +212,8 @@ def rollout(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Tokens kept; 0 keeps every token.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
     output: Annotated[Path, typer.Option(help="The file of rollouts, one JSON object a line.")] = Path(
         "rollouts.jsonl"
     ),
@@ -232,16 +223,13 @@ def rollout(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Roll out prompts without training: who wrote which token, as JSON lines and in colour."""
-    from switchkd.data.rows import read_rows, to_examples
-    from switchkd.data.sets import resolve
-    from switchkd.models import load_pair
     from switchkd.policies import policy_named
     from switchkd.records import Sampling
     from switchkd.report.terminal import print_rollouts
     from switchkd.rollout.jsonl import write_rollouts
     from switchkd.rollout.speculative import SpeculativeEngine
 
-    _quiet()
+    quiet_transformers()
     writer = policy_named(
         policy,
         threshold=threshold,
@@ -256,29 +244,30 @@ def rollout(
     if writer.needs_teacher and teacher is None:
         raise UserError(f"--policy {policy} needs a teacher; give --teacher, or --policy student")
     sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-    if bool(prompt) == (data is not None):
-        raise UserError("give the prompts either with --prompt or with --data")
-    rows = (
-        read_rows([{"prompt": text} for text in prompt])
-        if data is None
-        else resolve(data, data_dir=data_dir, limit=limit)
-    )
-    pair = load_pair(student, teacher, dtype=dtype, trust_remote_code=trust_remote_code)
-    assert pair.tokenizer is not None
-    examples = to_examples(
-        rows,
-        pair.tokenizer,
+    pair, prompts = pair_and_prompts(
+        student,
+        teacher,
+        prompt,
+        data,
+        limit=limit,
+        data_dir=data_dir,
         max_prompt_tokens=max_prompt_tokens,
-        max_response_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens,
         skip_bad_rows=skip_bad_rows,
-        need_response=False,
-    ).examples
-    console = _console()
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    assert pair.tokenizer is not None
+    console = new_console()
     with console.status("rolling out ..."):
-        rollouts = SpeculativeEngine(pair).generate([e.prompt for e in examples], writer, sampling, seed=seed)
+        rollouts = SpeculativeEngine(pair).generate(prompts, writer, sampling, seed=seed)
     write_rollouts(rollouts, pair.tokenizer, output)
     print_rollouts(rollouts[:show], pair.tokenizer, console)
     console.print(Text(f"{len(rollouts)} rollouts are in {output}"), soft_wrap=True)
+
+
+app.command()(calibrate)
+app.command()(diagnose)
 
 
 @app.command()
@@ -289,7 +278,7 @@ def methods(
     from switchkd.methods import METHODS, method_named
     from switchkd.report.terminal import method_details, methods_table
 
-    _console().print(methods_table(METHODS) if name is None else method_details(name, method_named(name)))
+    new_console().print(methods_table(METHODS) if name is None else method_details(name, method_named(name)))
 
 
 @app.command()
@@ -303,9 +292,9 @@ def demo(
     """Distil the embedded student with SWITCH, in minutes on two CPU cores, and compare before with after."""
     from switchkd.demo import run_demo
 
-    _quiet()
+    quiet_transformers()
     changes: dict[str, Any] = {"output_dir": str(output), "max_steps": steps, "seed": seed}
-    run_demo({key: value for key, value in changes.items() if value is not None}, _console())
+    run_demo({key: value for key, value in changes.items() if value is not None}, new_console())
 
 
 if __name__ == "__main__":

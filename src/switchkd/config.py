@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from switchkd.calibration import PAPER_SHARE
 from switchkd.policies import DecayName
 from switchkd.records import Sampling
 
@@ -39,8 +40,21 @@ class SwitchConfig(TrainingArguments):
             "help": "Share of sequences rolled out (GKD's lambda); the rest is the data set's text. 1: prompts suffice."
         },
     )
-    threshold: float = field(
-        default=0.3, metadata={"help": "SWITCH: tau_0 in nats, 0 to 0.693; the teacher writes above it."}
+    threshold: float | str = field(
+        default=0.3,
+        metadata={
+            "help": "SWITCH: tau_0 in nats, 0 to 0.693; the teacher writes above it. Or auto: target_teacher_share."
+        },
+    )
+    target_teacher_share: float = field(
+        default=PAPER_SHARE,
+        metadata={"help": "SWITCH, threshold auto: the share of tokens that the teacher is to write, inside 0..1."},
+    )
+    calibration_prompts: int = field(
+        default=64, metadata={"help": "SWITCH, threshold auto: it is found on so many training prompts, the first."}
+    )
+    recalibrate_every: int = field(
+        default=0, metadata={"help": "SWITCH, threshold auto: find it again every so many steps; 0 never."}
     )
     decay: DecayName = field(default="exponential", metadata={"help": "SWITCH: exponential, linear or constant."})
     decay_rate: float | None = field(default=None, metadata={"help": "SWITCH: the decay per token (lambda)."})

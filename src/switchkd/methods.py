@@ -17,14 +17,20 @@ from switchkd.policies import Policy, Student, Switch
 if TYPE_CHECKING:
     from switchkd.config import SwitchConfig
 
+# The threshold that a run finds itself.
+AUTO = "auto"
+
 
 def _student(config: SwitchConfig) -> Policy:
     return Student()
 
 
 def _switch(config: SwitchConfig) -> Policy:
+    if isinstance(config.threshold, str) and config.threshold != AUTO:
+        raise UserError(f"threshold is {config.threshold!r}; it has to be a number of nats, or {AUTO}")
     return Switch(
-        threshold=config.threshold,
+        # Where it is to be found, the search starts from the default.
+        threshold=Switch.threshold if isinstance(config.threshold, str) else config.threshold,
         decay_rate=config.decay_rate,
         final_fraction=config.final_fraction,
         decay=config.decay,
@@ -94,11 +100,15 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A method with the run's settings filled in: what the trainer carries out."""
+    """A method with the run's settings filled in: what the trainer carries out.
+
+    `finds_threshold`: the policy is a Switch, whose threshold is to be calibrated (auto_threshold.py).
+    """
 
     policy: Policy
     rollout_share: float
     objective: Objective
+    finds_threshold: bool = False
 
     @property
     def needs_response(self) -> bool:
@@ -153,8 +163,26 @@ def plan_of(config: SwitchConfig) -> Plan:
         config.sampling  # noqa: B018 - checks its values
     except ValueError as error:
         raise UserError(str(error)) from error
+    policy = method.policy(config)
+    _check_calibration(config)
     return Plan(
-        policy=method.policy(config),
+        policy=policy,
         rollout_share=rollout_share,
         objective=Objective(function, cross_entropy_weight=weight, loss_temperature=config.loss_temperature),
+        finds_threshold=config.threshold == AUTO and isinstance(policy, Switch),
     )
+
+
+def _check_calibration(config: SwitchConfig) -> None:
+    """Raises UserError for settings of the calibration that are out of range or act on nothing."""
+    if not 0 < config.target_teacher_share < 1:
+        raise UserError(f"target_teacher_share is {config.target_teacher_share}; it has to be above 0 and below 1")
+    if config.calibration_prompts < 1:
+        raise UserError(f"calibration_prompts is {config.calibration_prompts}; it has to be at least 1")
+    if config.recalibrate_every < 0:
+        raise UserError(f"recalibrate_every is {config.recalibrate_every}; give a number of steps, or 0 for never")
+    if config.recalibrate_every and config.threshold != AUTO:
+        raise UserError(
+            f"recalibrate_every is {config.recalibrate_every}, but threshold is {config.threshold}: there is nothing to "
+            f"find; set threshold to {AUTO}, or leave recalibrate_every out"
+        )

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from switchkd.errors import UserError
+
+if TYPE_CHECKING:
+    from switchkd.records import Sampling
+    from switchkd.rollout.engine import Engine, PromptLike
 
 
 @dataclass(frozen=True)
@@ -245,6 +249,28 @@ class Switch(Policy):
             raise UserError(f"decay_rate is {self.decay_rate}; it has to be 0 or more, per token")
         if self.final_fraction is not None and not 0 < self.final_fraction <= 1:
             raise UserError(f"final_fraction is {self.final_fraction}; it has to be above 0 and at most 1")
+
+    @classmethod
+    def calibrated(
+        cls,
+        engine: Engine,
+        prompts: Sequence[PromptLike],
+        sampling: Sampling,
+        *,
+        teacher_share: float = 0.53,
+        decay_rate: float | None = None,
+        final_fraction: float | None = None,
+        decay: DecayName = "exponential",
+        seed: int = 0,
+    ) -> Switch:
+        """The Switch of this decay under which the teacher writes `teacher_share` (0 to 1) of the tokens on `prompts`.
+
+        53 % is the paper's best. `calibrate` in calibration.py says how, what it raises, and more of what was measured.
+        """
+        from switchkd.calibration import calibrate
+
+        shape = cls(decay_rate=decay_rate, final_fraction=final_fraction, decay=decay)
+        return calibrate(engine, prompts, sampling, teacher_share=teacher_share, policy=shape, seed=seed).policy
 
     def rate(self, max_new_tokens: int) -> float:
         """The decay rate per token that is in force for responses of at most `max_new_tokens` tokens."""

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from switchkd.auto_threshold import AutoThreshold
+from switchkd.by_position import BUCKET_ENDS, BUCKET_NAMES
 from switchkd.config import SwitchConfig
 from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.data.rows import read_rows, to_examples
@@ -26,20 +28,13 @@ from switchkd.methods import plan_of
 from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
 from switchkd.noise import Address, Stream, row_keys, uniform
 from switchkd.objective import Report, TeacherSignal, dense_teacher, distillation_loss
+from switchkd.policies import Switch
 from switchkd.records import Batch, Example, Prompt, Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.speculative import SpeculativeEngine
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-# Upper ends of the position buckets that the divergence is logged by, in tokens from the start of the response.
-_BUCKET_ENDS = (32, 64, 128, 256)
-
-
-def _bucket_names() -> list[str]:
-    starts = (0, *_BUCKET_ENDS)
-    return [f"{start}-{end - 1}" for start, end in zip(starts, _BUCKET_ENDS, strict=False)] + [f"{starts[-1]}+"]
 
 
 class SwitchTrainer(Trainer):
@@ -107,11 +102,16 @@ class SwitchTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.engine = engine or SpeculativeEngine(self.pair, args.block_size, max_rows=args.rollout_rows)
         self._check_room()
+        self._auto_threshold = None
+        if self.plan.finds_threshold:
+            self._auto_threshold = AutoThreshold(
+                args, cast(Switch, self.plan.policy), cast(Any, self.train_dataset) or ()
+            )
         if teacher is not None:
             cast(nn.Module, teacher).to(args.device).eval()
         self._meters = Meters(
             ["teacher_share", "response_tokens", "ended", "rollout_tokens_per_second", "train_tokens_per_second"]
-            + [f"divergence/{bucket}" for bucket in _bucket_names()]
+            + [f"divergence/{bucket}" for bucket in BUCKET_NAMES]
             + ["divergence", "cross_entropy", "rollout_divergence"]
         )
         self._step_started = 0.0
@@ -209,6 +209,8 @@ class SwitchTrainer(Trainer):
         """Each example, or the rollout that stands in for it; which one is decided by an addressed coin."""
         args = self.args
         step = self.state.global_step
+        auto = self._auto_threshold
+        policy = auto.policy_at(self.state, self.engine, self.log) if auto else self.plan.policy
         prompts = [Prompt(e.prompt.token_ids, e.prompt.prompt_id, sample_id=step) for e in examples]
         key = row_keys(args.seed, prompts)
         coins = uniform(Address(key, torch.full_like(key, args.max_new_tokens)), Stream.COIN)
@@ -219,10 +221,10 @@ class SwitchTrainer(Trainer):
         started = time.perf_counter()
         rollouts = self.engine.generate(
             [prompts[index] for index in chosen],
-            policy=self.plan.policy,
+            policy=policy,
             sampling=args.sampling,
             seed=args.seed,
-            keep_teacher="hidden" if self.plan.policy.needs_teacher and self.plan.objective.divergence else None,
+            keep_teacher="hidden" if policy.needs_teacher and self.plan.objective.divergence else None,
         )
         self._record_rollouts(rollouts, time.perf_counter() - started)
         for index, rollout in zip(chosen, rollouts, strict=True):
@@ -285,11 +287,10 @@ class SwitchTrainer(Trainer):
             return
         self._meters.add("divergence", report.divergence_N.sum(), report.divergence_N.numel())
         position = (batch.response_mask_BT.cumsum(dim=1) - 1)[:, 1:][batch.response_mask_BT[:, 1:]]
-        bucket = torch.bucketize(position, torch.tensor(_BUCKET_ENDS, device=position.device), right=True)
-        names = _bucket_names()
-        totals = torch.bincount(bucket, report.divergence_N.double(), minlength=len(names)).tolist()
-        counts = torch.bincount(bucket, minlength=len(names)).tolist()
-        for name, total, count in zip(names, totals, counts, strict=True):
+        bucket = torch.bucketize(position, torch.tensor(BUCKET_ENDS, device=position.device), right=True)
+        totals = torch.bincount(bucket, report.divergence_N.double(), minlength=len(BUCKET_NAMES)).tolist()
+        counts = torch.bincount(bucket, minlength=len(BUCKET_NAMES)).tolist()
+        for name, total, count in zip(BUCKET_NAMES, totals, counts, strict=True):
             self._meters.add(f"divergence/{name}", total, count)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

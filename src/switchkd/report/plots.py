@@ -1,11 +1,22 @@
-"""Plots of a run, where matplotlib is installed."""
+"""Plots, where matplotlib is installed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from switchkd.by_position import ByPosition
+from switchkd.calibration import Calibration
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from switchkd.diagnosis import TextDiagnosis
+
+NO_PLOT = "no plot was drawn, since matplotlib is not installed: pip install 'switchkd[plot]'"
 
 CURVES = {"loss": "loss (nats a token)", "teacher_share": "share of tokens written by the teacher"}
 
@@ -31,5 +42,94 @@ def save_curves(events: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
         axis.set(xlabel="step", ylabel=CURVES[key])
         if axis.get_legend_handles_labels()[1]:
             axis.legend()
-    figure.savefig(path, dpi=120)
-    return path
+    return _save(figure, path)
+
+
+def save_calibration(calibration: Calibration, path: Path) -> Path | None:
+    """Draw divergence and threshold, teacher share, and rows by position into a PNG file, and return its path.
+
+    Returns None where matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        return None
+    figure, (left, middle, right) = _panels(3)
+    _draw(left, calibration.divergence, "divergence, mean", "C0")
+    left.plot(calibration.threshold, label="threshold", color="C1")
+    left.set(ylabel="nats", yscale="log", title="divergence and threshold")
+    left.legend()
+    _draw(middle, calibration.teacher_share, "by position", "C0")
+    middle.axhline(
+        calibration.wanted_share, color="C1", label=f"wanted over all tokens: {calibration.wanted_share:.0%}"
+    )
+    middle.set(ylim=(0, 1), title="share written by the teacher")
+    middle.legend()
+    _draw_rows(right, {"": calibration.divergence.rows})
+    return _save(figure, path)
+
+
+def save_diagnosis(texts: Mapping[str, TextDiagnosis], path: Path) -> Path | None:
+    """Draw perplexity, divergence, entropy and rows by position, a line a text, into a PNG file, and return its path.
+
+    Returns None where matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        return None
+    figure, axes = _panels(4)
+    for index, (name, text) in enumerate(texts.items()):
+        perplexity = ByPosition(text.perplexity, text.log_perplexity.rows)
+        for axis, curve in zip(axes, (perplexity, text.divergence, text.entropy), strict=False):
+            # Narrow lines over wide ones: SWITCH's text can be the teacher's, and both have to be seen.
+            _draw(axis, curve, name, f"C{index}", width=1 + 0.7 * (len(texts) - 1 - index))
+    titles = ("teacher's perplexity of the text so far", "divergence (nats)", "teacher's entropy (nats)")
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set(title=title)
+    axes[0].set(yscale="log")
+    for formatted in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        formatted("{x:g}")
+    axes[0].legend(title="text by")
+    _draw_rows(axes[3], {name: text.divergence.rows for name, text in texts.items()})
+    return _save(figure, path)
+
+
+# A curve is the running mean over so many positions, since a mean over some dozen rows jumps from token to token; it is
+# dotted where fewer than this share of the rows are left.
+_WINDOW = 9
+_FEW_ROWS = 0.25
+
+
+def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * count, 3.6), layout="constrained")
+    figure.supxlabel(
+        f"Curves are running means over {_WINDOW} positions; dotted where fewer than {_FEW_ROWS:.0%} of the rows are left.",
+        fontsize="small",
+    )
+    axes = figure.subplots(1, count)
+    for axis in axes:
+        axis.set(xlabel="position in the response (tokens)")
+    return figure, axes
+
+
+def _draw(axis: Axes, curve: ByPosition, label: str, colour: str, width: float = 1.5) -> None:
+    means = []
+    for position in range(len(curve.rows)):
+        near = slice(max(0, position - _WINDOW // 2), position + _WINDOW // 2 + 1)
+        total = sum(mean * rows for mean, rows in zip(curve.mean[near], curve.rows[near], strict=True))
+        means.append(total / sum(curve.rows[near]))
+    enough = sum(rows >= _FEW_ROWS * curve.rows[0] for rows in curve.rows)
+    axis.plot(means[:enough], color=colour, label=label, linewidth=width)
+    axis.plot(range(enough - 1, len(means)), means[enough - 1 :], color=colour, linestyle=":", linewidth=width)
+
+
+def _draw_rows(axis: Axes, rows: Mapping[str, Sequence[int]]) -> None:
+    for name, counts in rows.items():
+        axis.step(range(len(counts)), counts, where="mid", label=name or None)
+    axis.set(title="rows that are still there", ylim=(0, None))
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, dpi=120, format="png")
+    return partial.replace(path)

@@ -5,6 +5,7 @@ What a model wrote goes through `visible` and is never read as markup: it can ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,9 +16,13 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from switchkd.by_position import Bucket, ByPosition
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from switchkd.calibration import Calibration
+    from switchkd.diagnosis import TextDiagnosis
     from switchkd.evaluation.score import Evaluation
     from switchkd.methods import Method
     from switchkd.records import Rollout
@@ -186,3 +191,52 @@ def comparison_table(evaluations: Mapping[str, Evaluation], set_name: str) -> Ta
         rouge = [f"{summary.mean.rouge_l:.1f}" for summary in summaries]
         table.add_row(Text(name), str(summaries[0].rows), *exact, *rouge)
     return table
+
+
+_ROWS_CAPTION = "rows: how many are still there at the first and the last position; means are over those"
+
+
+def calibration_table(calibration: Calibration) -> Table:
+    """A line for each bucket of positions: divergence and threshold in nats, and the share that the teacher wrote."""
+    table = Table(box=box.SIMPLE, caption=Text(_ROWS_CAPTION), caption_justify="left")
+    for heading in ("positions", "rows", "tokens", "divergence", "threshold", "teacher\nshare"):
+        table.add_column(heading, justify="left" if heading == "positions" else "right", no_wrap=True)
+    threshold = ByPosition(calibration.threshold, calibration.divergence.rows)
+    curves = (calibration.divergence, threshold, calibration.teacher_share)
+    for divergence, limit, share in zip(*(curve.buckets() for curve in curves), strict=True):
+        means = (f"{divergence.mean:.3g}", f"{limit.mean:.3g}", f"{share.mean:.0%}")
+        table.add_row(divergence.name, _rows(divergence), f"{divergence.tokens:,}", *means)
+    table.add_section()
+    table.add_row(
+        "all", str(calibration.prompts), f"{calibration.tokens:,}", "", "", f"{calibration.measured_share:.1%}"
+    )
+    return table
+
+
+def diagnosis_table(texts: Mapping[str, TextDiagnosis]) -> Table:
+    """A line for each bucket of positions and each text: the teacher's perplexity, the divergence, its entropy."""
+    table = Table(box=box.SIMPLE, caption=Text(_ROWS_CAPTION), caption_justify="left")
+    for heading in (
+        "positions",
+        "text by",
+        "rows",
+        "perplexity\nso far",
+        "divergence\n(nats)",
+        "teacher's\nentropy (nats)",
+    ):
+        table.add_column(heading, justify="left" if heading in ("positions", "text by") else "right", no_wrap=True)
+    buckets = {
+        name: [curve.buckets() for curve in (text.log_perplexity, text.divergence, text.entropy)]
+        for name, text in texts.items()
+    }
+    for number in range(max(len(each[0]) for each in buckets.values())):
+        there = {name: [each[number] for each in found] for name, found in buckets.items() if number < len(found[0])}
+        for index, (name, (perplexity, divergence, entropy)) in enumerate(there.items()):
+            means = (f"{math.exp(perplexity.mean):.3f}", f"{divergence.mean:.4f}", f"{entropy.mean:.3f}")
+            table.add_row("" if index else perplexity.name, name, _rows(perplexity), *means)
+        table.add_section()
+    return table
+
+
+def _rows(bucket: Bucket) -> str:
+    return " → ".join(map(str, bucket.rows))
