@@ -24,7 +24,23 @@ class SwitchConfig(TrainingArguments):
     divergence: str | None = field(default=None, metadata={"help": "Replaces the method's divergence."})
     teacher_weight: float | None = field(
         default=None,
-        metadata={"help": "The teacher's weight in the mixture of a Jensen-Shannon divergence, inside 0..1."},
+        metadata={"help": "The teacher's weight in the mixture of jensen_shannon or skewed_forward_kl, inside 0..1."},
+    )
+    student_weight: float | None = field(
+        default=None, metadata={"help": "The student's weight in the mixture of skewed_reverse_kl, inside 0..1."}
+    )
+    forward_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the forward KL in symmetric_kl, inside 0..1; the reverse's is the rest."},
+    )
+    head_mass: float | None = field(
+        default=None, metadata={"help": "The teacher's probability in the head of adaptive_kl, inside 0..1."}
+    )
+    teacher_power: float | None = field(
+        default=None, metadata={"help": "The power of the teacher's probability in alpha_beta, above 0."}
+    )
+    student_power: float | None = field(
+        default=None, metadata={"help": "The power of the student's probability in alpha_beta, above 0."}
     )
     cross_entropy_weight: float | None = field(
         default=None,

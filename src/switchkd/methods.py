@@ -5,13 +5,13 @@ A new method is a row of `METHODS`. Every field of a row can be replaced by a se
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from switchkd.divergences import divergence_named
+from switchkd.divergences import DIVERGENCE_SETTINGS, divergence_named
 from switchkd.errors import UserError
-from switchkd.objective import Objective
+from switchkd.objective import DivergenceFunction, Objective
 from switchkd.policies import Policy, Student, Switch
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Method:
     """A row of the table.
 
     `policy` makes the writer of the rollouts; `rollout_share` is the share of training sequences that are rolled out, the
-    rest is the data set's text; `divergence` (None: no teacher in the loss) and `cross_entropy_weight` are the loss.
+    rest is the data set's text; `divergence` (None: no teacher in the loss), with its `divergence_settings` where they are
+    not the divergence's own defaults, and `cross_entropy_weight` are the loss.
     """
 
     summary: str
@@ -46,7 +47,7 @@ class Method:
     rollout_share: float
     divergence: str | None
     cross_entropy_weight: float = 0.0
-    teacher_weight: float | None = None
+    divergence_settings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def needs_teacher(self) -> bool:
@@ -79,7 +80,7 @@ METHODS: dict[str, Method] = {
         policy=_student,
         rollout_share=1.0,
         divergence="jensen_shannon",
-        teacher_weight=0.1,
+        divergence_settings={"teacher_weight": 0.1},
     ),
     "switch": Method(
         summary="SWITCH: the student writes, the teacher wherever the two disagree by more than a decaying threshold",
@@ -113,6 +114,18 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def _divergence_of(config: SwitchConfig, method: Method) -> DivergenceFunction | None:
+    name = config.divergence or method.divergence
+    given = {key: value for key in DIVERGENCE_SETTINGS if (value := getattr(config, key)) is not None}
+    if name is None:
+        for key, value in given.items():
+            raise UserError(f"{key} is {value}, but method {config.method!r} has no divergence; leave {key} out")
+        return None
+    # The row's own settings belong to the row's own divergence.
+    of_the_row = method.divergence_settings if name == method.divergence else {}
+    return divergence_named(name, **{**of_the_row, **given})
+
+
 def plan_of(config: SwitchConfig) -> Plan:
     """The plan of a run: its method's row, each field replaced where the configuration sets it.
 
@@ -129,15 +142,7 @@ def plan_of(config: SwitchConfig) -> Plan:
             f"student_share is {config.student_share}, but method {config.method!r} trains on data only; use gkd"
         )
     weight = method.cross_entropy_weight if config.cross_entropy_weight is None else config.cross_entropy_weight
-    divergence = config.divergence or method.divergence
-    function = None
-    if divergence is not None:
-        # The row's own weight belongs to the row's own divergence.
-        default = method.teacher_weight if divergence == method.divergence else None
-        chosen = default if config.teacher_weight is None else config.teacher_weight
-        function = divergence_named(divergence, teacher_weight=chosen)
-    elif config.teacher_weight is not None:
-        raise UserError(f"teacher_weight is {config.teacher_weight}, but method {config.method!r} has no divergence")
+    function = _divergence_of(config, method)
     if function is None and not weight:
         raise UserError(
             f"cross_entropy_weight is {weight}, and method {config.method!r} has no divergence, so there is nothing to "
