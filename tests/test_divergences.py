@@ -194,6 +194,7 @@ def test_the_head_of_adaptive_kl_is_the_smallest_set_of_that_mass_with_all_equal
     assert head([0.1, 0.6, 0.3], 0.5) == [1]
     assert head([0.1, 0.6, 0.3], 0.6) == [1]
     assert head([0.1, 0.6, 0.3], 0.7) == [1, 2]
+    assert head([0.4, 0.1, 0.5], 0.5) == [2]  # 0.5 of a float32 logarithm is 0.49999997
     assert head([0.2, 0.5, 0.1, 0.2], 0.6) == [0, 1, 3]
     assert head([0.25] * 4, 0.5) == [0, 1, 2, 3]
     assert head([0.5, 0.5, 0.0], 1 - 1e-9) == [0, 1]

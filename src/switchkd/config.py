@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from switchkd.objective import TrainOn
 from switchkd.policies import DecayName
 from switchkd.records import Sampling
 
@@ -45,6 +46,16 @@ class SwitchConfig(TrainingArguments):
     cross_entropy_weight: float | None = field(
         default=None,
         metadata={"help": "Weight of -log p_student(token), added to the divergence; replaces the method's."},
+    )
+    train_on: TrainOn = field(
+        default="all",
+        metadata={"help": "Whose tokens of a rollout are trained on: all, student, teacher. Data text always is."},
+    )
+    student_token_weight: float = field(
+        default=1.0, metadata={"help": "What the loss of a rollout's tokens that the student wrote is multiplied by."}
+    )
+    teacher_token_weight: float = field(
+        default=1.0, metadata={"help": "What the loss of a rollout's tokens that the teacher wrote is multiplied by."}
     )
     loss_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of both distributions in the loss; has no effect on sampling."}

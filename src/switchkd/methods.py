@@ -5,6 +5,7 @@ A new method is a row of `METHODS`. Every field of a row can be replaced by a se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -158,8 +159,40 @@ def plan_of(config: SwitchConfig) -> Plan:
         config.sampling  # noqa: B018 - checks its values
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Plan(
-        policy=method.policy(config),
-        rollout_share=rollout_share,
-        objective=Objective(function, cross_entropy_weight=weight, loss_temperature=config.loss_temperature),
+    policy = method.policy(config)
+    _check_token_weights(config, policy, rollout_share)
+    objective = Objective(
+        function,
+        cross_entropy_weight=weight,
+        loss_temperature=config.loss_temperature,
+        train_on=config.train_on,
+        student_token_weight=config.student_token_weight,
+        teacher_token_weight=config.teacher_token_weight,
     )
+    return Plan(policy, rollout_share, objective)
+
+
+def _check_token_weights(config: SwitchConfig, policy: Policy, rollout_share: float) -> None:
+    """Raises UserError for weights that are none, that have no effect, or that leave nothing of the rollouts."""
+    weights = {"student": config.student_token_weight, "teacher": config.teacher_token_weight}
+    if config.train_on not in ("all", *weights):
+        raise UserError(f"train_on is {config.train_on!r}; choose one of all, student, teacher")
+    for writer, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise UserError(f"{writer}_token_weight is {weight}; it has to be 0 or more")
+        if weight != 1 and config.train_on not in ("all", writer):
+            raise UserError(
+                f"{writer}_token_weight is {weight}, but train_on {config.train_on!r} leaves these tokens out"
+            )
+    if config.train_on == "all" and set(weights.values()) == {1.0}:
+        return
+    if rollout_share == 0:
+        raise UserError(
+            f"train_on and the token weights act on rollouts, but method {config.method!r} has none here; leave them out"
+        )
+    writers = ("student", "teacher") if policy.needs_teacher else ("student",)
+    if all(config.train_on not in ("all", writer) or weights[writer] == 0 for writer in writers):
+        raise UserError(
+            f"train_on {config.train_on!r} with weights of {config.student_token_weight} for the student's tokens and "
+            f"{config.teacher_token_weight} for the teacher's leaves nothing of what {' and '.join(writers)} wrote"
+        )
