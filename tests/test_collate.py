@@ -30,6 +30,7 @@ def test_examples_and_rollouts_in_one_batch():
     assert batch.input_ids_BT.tolist() == [[5, 6, 7, PAD], [8, 9, 4, 3]]
     assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch.response_mask_BT.tolist() == [[False, False, True, False], [False, True, True, True]]
+    assert batch.rolled_out_BT.tolist() == [[False] * 4, [False, True, True, True]]
     assert batch.written_by_teacher_BT.tolist() == [[False] * 4, [False, True, False, True]]
     assert batch.response_tokens == 4
     assert batch.teacher_hidden_NH is None

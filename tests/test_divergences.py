@@ -10,19 +10,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from torch import Tensor
 
 from checks.divergence import CHECKS, Reference, logp, random_logits
 from reference.divergences import VALUES
-from switchkd.divergences import DIVERGENCES, divergence_named, jensen_shannon
+from switchkd.divergences import DIVERGENCE_SETTINGS, DIVERGENCES, _is_head, divergence_named, jensen_shannon
 from switchkd.errors import UserError
 
-WEIGHTS = (0.1, 0.9)
+# Away from the default on either side; powers may exceed 1.
+OTHER_VALUES = {name: (0.5, 1.5) if name.endswith("_power") else (0.1, 0.9) for name in DIVERGENCE_SETTINGS}
 
 # Every row, at its defaults and with each setting away from them on either side.
 VARIANTS = [
     pytest.param(name, dict(zip(row.settings, values, strict=True)), id="-".join([name, *map(str, values)]))
     for name, row in DIVERGENCES.items()
-    for values in itertools.product(*((default, *WEIGHTS) for default in row.settings.values()))
+    for values in itertools.product(*({default, *OTHER_VALUES[key]} for key, default in row.settings.items()))
 ]
 
 
@@ -114,13 +116,120 @@ def test_jensen_shannon_is_continuous_in_its_weight_down_to_0_at_both_ends() -> 
         assert (value < 20 * 1e-4).all()
 
 
-@pytest.mark.parametrize("end", [0.0, 1.0, -0.1, 1.5, math.nan])
-def test_the_ends_of_the_weight_are_refused(end: float) -> None:
-    student, teacher = map(logp, random_logits((2, 3)))
-    with pytest.raises(UserError, match=r"teacher_weight is .*strictly between 0 and 1"):
-        jensen_shannon(student, teacher, teacher_weight=end)
-    with pytest.raises(UserError, match="teacher_weight"):
-        divergence_named("jensen_shannon", teacher_weight=end)
+# --------------------------------------------------------------------------------------------- limits and known values
+
+
+def two_distributions() -> tuple[Tensor, Tensor]:
+    student, teacher = map(logp, random_logits((20, 9)))
+    return student.detach(), teacher.detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "near", "limit"),
+    [
+        ("skewed_forward_kl", {"teacher_weight": 1e-7}, "forward_kl"),
+        ("skewed_reverse_kl", {"student_weight": 1e-7}, "reverse_kl"),
+        ("symmetric_kl", {"forward_weight": 1 - 1e-7}, "forward_kl"),
+        ("symmetric_kl", {"forward_weight": 1e-7}, "reverse_kl"),
+        ("alpha_beta", {"teacher_power": 1.0, "student_power": 1e-7}, "forward_kl"),
+        ("alpha_beta", {"teacher_power": 1e-7, "student_power": 1.0}, "reverse_kl"),
+        ("adaptive_kl", {"head_mass": 1 - 1e-7}, "forward_kl"),
+    ],
+)
+def test_near_the_end_of_a_setting_is_near_the_divergence_of_another_name(
+    name: str, near: dict[str, float], limit: str
+) -> None:
+    value = divergence_named(name, **near)(*two_distributions())
+    expected = divergence_named(limit)(*two_distributions())
+    # 1e-7 times probability ratios of up to e^8 = 3000, relative; expm1(x) / 1e-7 loses 7 of float64's 16 digits.
+    torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_alpha_beta_divergence_at_powers_of_1_is_half_the_squared_distance() -> None:
+    student, teacher = two_distributions()
+    value = divergence_named("alpha_beta", teacher_power=1.0, student_power=1.0)(student, teacher)
+    expected = (student.exp() - teacher.exp()).square().sum(dim=-1) / 2
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-15)  # float64, 9 terms
+
+
+def test_known_pairs_mirror_each_other() -> None:
+    """Swapping the two models, and the setting's side with them, changes nothing."""
+    student, teacher = two_distributions()
+    for one, other in (
+        (("skewed_forward_kl", {"teacher_weight": 0.3}), ("skewed_reverse_kl", {"student_weight": 0.3})),
+        (("symmetric_kl", {"forward_weight": 0.3}), ("symmetric_kl", {"forward_weight": 0.7})),
+        (("total_variation", {}), ("total_variation", {})),
+        (
+            ("alpha_beta", {"teacher_power": 0.3, "student_power": 1.2}),
+            ("alpha_beta", {"teacher_power": 1.2, "student_power": 0.3}),
+        ),
+    ):
+        value = divergence_named(one[0], **one[1])(student, teacher)
+        mirrored = divergence_named(other[0], **other[1])(teacher, student)
+        torch.testing.assert_close(value, mirrored, rtol=1e-12, atol=1e-15)  # the order of two summands
+
+
+@pytest.mark.parametrize("name", ["skewed_forward_kl", "skewed_reverse_kl"])
+@pytest.mark.parametrize("weight", [0.01, 0.1, 0.9])
+def test_a_skewed_kl_is_bounded_by_the_log_of_its_weight_and_reaches_it(name: str, weight: float) -> None:
+    (setting,) = DIVERGENCES[name].settings
+    divergence = divergence_named(name, **{setting: weight})
+    disjoint = torch.eye(2, dtype=torch.float64).log()
+    assert float(divergence(disjoint[0], disjoint[1])) == pytest.approx(-math.log(weight), rel=1e-12)
+    assert (divergence(*map(logp, random_logits((500, 7), scale=40))) <= -math.log(weight) + 1e-12).all()
+
+
+def test_total_variation_at_ties_has_a_finite_gradient_from_the_other_ids_alone() -> None:
+    student_logp = torch.tensor([0.5, 0.3, 0.2]).log().requires_grad_()
+    value = divergence_named("total_variation")(student_logp, torch.tensor([0.5, 0.2, 0.3]).log())
+    assert value.item() == pytest.approx(0.1, rel=1e-6)  # a few float32 roundings
+    value.backward()
+    torch.testing.assert_close(student_logp.grad, torch.tensor([0.0, 0.15, -0.1]))
+
+
+def test_the_head_of_adaptive_kl_is_the_smallest_set_of_that_mass_with_all_equals() -> None:
+    def head(probabilities: list[float], head_mass: float) -> list[int]:
+        return _is_head(torch.tensor(probabilities).log(), head_mass).nonzero()[:, 0].tolist()
+
+    assert head([0.1, 0.6, 0.3], 0.5) == [1]
+    assert head([0.1, 0.6, 0.3], 0.6) == [1]
+    assert head([0.1, 0.6, 0.3], 0.7) == [1, 2]
+    assert head([0.4, 0.1, 0.5], 0.5) == [2]  # 0.5 of a float32 logarithm is 0.49999997
+    assert head([0.2, 0.5, 0.1, 0.2], 0.6) == [0, 1, 3]
+    assert head([0.25] * 4, 0.5) == [0, 1, 2, 3]
+    assert head([0.5, 0.5, 0.0], 1 - 1e-9) == [0, 1]
+    assert head([0.1, 0.6, 0.3], 1e-9) == [1]
+
+
+def test_a_weight_of_0_switches_an_infinite_kl_off_in_adaptive_kl() -> None:
+    """The models agree on the head; the student excludes an id of the tail: forward KL is infinite, and weighs nothing."""
+    student_logp = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64).log().requires_grad_()
+    teacher_logp = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log()
+    value = divergence_named("adaptive_kl")(student_logp, teacher_logp)
+    torch.testing.assert_close(value, divergence_named("reverse_kl")(student_logp, teacher_logp), rtol=0, atol=0)
+    value.backward()
+    assert student_logp.grad.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------- settings that are refused
+
+SETTINGS = [(name, setting) for name, row in DIVERGENCES.items() for setting in row.settings]
+
+
+@pytest.mark.parametrize(("name", "setting"), SETTINGS)
+@pytest.mark.parametrize("value", [0.0, -0.1, math.inf, math.nan])
+def test_the_ends_of_a_setting_are_refused(name: str, setting: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"{setting} is {value}; it has to be "):
+        DIVERGENCES[name].function(*two_distributions(), **{setting: value})
+    with pytest.raises(UserError, match=setting):
+        divergence_named(name, **{setting: value})
+
+
+@pytest.mark.parametrize(("name", "setting"), [row for row in SETTINGS if not row[1].endswith("_power")])
+@pytest.mark.parametrize("value", [1.0, 1.5])
+def test_a_share_is_below_1(name: str, setting: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"{setting} is {value}; it has to be strictly between 0 and 1"):
+        divergence_named(name, **{setting: value})
 
 
 # ------------------------------------------------------------------------------------------------------------ the table

@@ -21,13 +21,13 @@ def plan(**settings: Any) -> Plan:
 
 def divergence_in_force(settings: dict[str, Any]) -> torch.Tensor:
     """The plan's divergence between two fixed distributions."""
-    student = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    teacher = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
     function = plan(**settings).objective.divergence
     assert function is not None
-    return function(student, teacher)
+    return function(STUDENT_LOGP, TEACHER_LOGP)
 
 
+STUDENT_LOGP = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+TEACHER_LOGP = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
 # KL(teacher || student) of these two.
 FORWARD_KL = 0.1 * math.log(0.1 / 0.5) + 0.2 * math.log(0.2 / 0.3) + 0.7 * math.log(0.7 / 0.2)
 
@@ -78,6 +78,19 @@ def test_the_rows_own_weight_stays_with_the_rows_own_divergence() -> None:
     assert divergence_in_force({"method": "kd", "divergence": "jensen_shannon", "teacher_weight": 0.1}) == own
 
 
+@pytest.mark.parametrize(
+    ("name", "setting"), [(name, key) for name, row in DIVERGENCES.items() for key in row.settings]
+)
+def test_every_setting_of_every_divergence_is_in_force(name: str, setting: str) -> None:
+    given = {"method": "kd", "divergence": name, setting: 0.35}
+    expected = divergence_named(name, **{setting: 0.35})
+    assert divergence_in_force(given) == expected(STUDENT_LOGP, TEACHER_LOGP)
+    # At the default of 0.5 the head of these two is the same as at 0.35.
+    assert setting == "head_mass" or divergence_in_force(given) != divergence_in_force(
+        {"method": "kd", "divergence": name}
+    )
+
+
 def test_settings_of_the_loss_are_in_force() -> None:
     objective = plan(method="switch", cross_entropy_weight=0.25, loss_temperature=2.0).objective
     assert (objective.cross_entropy_weight, objective.loss_temperature) == (0.25, 2.0)
@@ -114,6 +127,12 @@ def test_settings_of_the_policy_are_in_force() -> None:
             "teacher_weight is 0.5, but divergence 'forward_kl' takes no settings",
         ),
         ({"method": "sft", "teacher_weight": 0.5}, "teacher_weight is 0.5, but method 'sft' has no divergence"),
+        (
+            {"method": "gkd", "student_weight": 0.5},
+            "student_weight is 0.5, but divergence 'jensen_shannon' takes teacher_weight; leave student_weight out",
+        ),
+        ({"method": "sft", "head_mass": 0.5}, "head_mass is 0.5, but method 'sft' has no divergence"),
+        ({"divergence": "alpha_beta", "teacher_power": 0.0}, "teacher_power is 0.0; it has to be positive"),
         ({"method": "gkd", "teacher_weight": 0.0}, "teacher_weight is 0.0; it has to be strictly between 0 and 1"),
         ({"method": "gkd", "teacher_weight": 1.0}, "teacher_weight is 1.0"),
         ({"loss_temperature": 0.0}, "loss_temperature is 0.0; it has to be positive"),

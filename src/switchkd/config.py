@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from switchkd.calibration import PAPER_SHARE
+from switchkd.objective import TrainOn
 from switchkd.policies import DecayName
 from switchkd.records import Sampling
 
@@ -25,11 +26,37 @@ class SwitchConfig(TrainingArguments):
     divergence: str | None = field(default=None, metadata={"help": "Replaces the method's divergence."})
     teacher_weight: float | None = field(
         default=None,
-        metadata={"help": "The teacher's weight in the mixture of a Jensen-Shannon divergence, inside 0..1."},
+        metadata={"help": "The teacher's weight in the mixture of jensen_shannon or skewed_forward_kl, inside 0..1."},
+    )
+    student_weight: float | None = field(
+        default=None, metadata={"help": "The student's weight in the mixture of skewed_reverse_kl, inside 0..1."}
+    )
+    forward_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the forward KL in symmetric_kl, inside 0..1; the reverse's is the rest."},
+    )
+    head_mass: float | None = field(
+        default=None, metadata={"help": "The teacher's probability in the head of adaptive_kl, inside 0..1."}
+    )
+    teacher_power: float | None = field(
+        default=None, metadata={"help": "The power of the teacher's probability in alpha_beta, above 0."}
+    )
+    student_power: float | None = field(
+        default=None, metadata={"help": "The power of the student's probability in alpha_beta, above 0."}
     )
     cross_entropy_weight: float | None = field(
         default=None,
         metadata={"help": "Weight of -log p_student(token), added to the divergence; replaces the method's."},
+    )
+    train_on: TrainOn = field(
+        default="all",
+        metadata={"help": "Whose tokens of a rollout are trained on: all, student, teacher. Data text always is."},
+    )
+    student_token_weight: float = field(
+        default=1.0, metadata={"help": "What the loss of a rollout's tokens that the student wrote is multiplied by."}
+    )
+    teacher_token_weight: float = field(
+        default=1.0, metadata={"help": "What the loss of a rollout's tokens that the teacher wrote is multiplied by."}
     )
     loss_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of both distributions in the loss; has no effect on sampling."}

@@ -1,6 +1,6 @@
 """What turns a model's last hidden state into logits, apart from the model, so that logits can be made in chunks.
 
-Shape letters: T positions, V vocabulary, H hidden, N any number of leading positions.
+Shape letters: B rows, T positions, V vocabulary, H hidden, N any number of leading positions.
 """
 
 from __future__ import annotations
@@ -38,6 +38,20 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 def backbone(model: nn.Module) -> nn.Module:
     """The module whose output has the `last_hidden_state` that the head projects: all of a causal LM but its head."""
     return cast(nn.Module, base_of(model).get_decoder())
+
+
+def last_hidden(wrapped: nn.Module, model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """The last hidden states (B, T, H) of `model`, through the forward of its wrapper, whose hooks data parallelism needs.
+
+    `wrapped` is the model itself where there is none. The model's own head runs on one position only.
+    """
+    captured: list[Tensor] = []
+    handle = backbone(model).register_forward_hook(lambda *call: captured.append(call[-1].last_hidden_state))
+    try:
+        wrapped(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return captured[0]
 
 
 def head_rows(model: nn.Module) -> int:

@@ -5,13 +5,14 @@ A new method is a row of `METHODS`. Every field of a row can be replaced by a se
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from switchkd.divergences import divergence_named
+from switchkd.divergences import DIVERGENCE_SETTINGS, divergence_named
 from switchkd.errors import UserError
-from switchkd.objective import Objective
+from switchkd.objective import DivergenceFunction, Objective
 from switchkd.policies import Policy, Student, Switch
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Method:
     """A row of the table.
 
     `policy` makes the writer of the rollouts; `rollout_share` is the share of training sequences that are rolled out, the
-    rest is the data set's text; `divergence` (None: no teacher in the loss) and `cross_entropy_weight` are the loss.
+    rest is the data set's text; `divergence` (None: no teacher in the loss), with its `divergence_settings` where they are
+    not the divergence's own defaults, and `cross_entropy_weight` are the loss.
     """
 
     summary: str
@@ -52,7 +54,7 @@ class Method:
     rollout_share: float
     divergence: str | None
     cross_entropy_weight: float = 0.0
-    teacher_weight: float | None = None
+    divergence_settings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def needs_teacher(self) -> bool:
@@ -85,7 +87,7 @@ METHODS: dict[str, Method] = {
         policy=_student,
         rollout_share=1.0,
         divergence="jensen_shannon",
-        teacher_weight=0.1,
+        divergence_settings={"teacher_weight": 0.1},
     ),
     "switch": Method(
         summary="SWITCH: the student writes, the teacher wherever the two disagree by more than a decaying threshold",
@@ -123,6 +125,18 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def _divergence_of(config: SwitchConfig, method: Method) -> DivergenceFunction | None:
+    name = config.divergence or method.divergence
+    given = {key: value for key in DIVERGENCE_SETTINGS if (value := getattr(config, key)) is not None}
+    if name is None:
+        for key, value in given.items():
+            raise UserError(f"{key} is {value}, but method {config.method!r} has no divergence; leave {key} out")
+        return None
+    # The row's own settings belong to the row's own divergence.
+    of_the_row = method.divergence_settings if name == method.divergence else {}
+    return divergence_named(name, **{**of_the_row, **given})
+
+
 def plan_of(config: SwitchConfig) -> Plan:
     """The plan of a run: its method's row, each field replaced where the configuration sets it.
 
@@ -139,15 +153,7 @@ def plan_of(config: SwitchConfig) -> Plan:
             f"student_share is {config.student_share}, but method {config.method!r} trains on data only; use gkd"
         )
     weight = method.cross_entropy_weight if config.cross_entropy_weight is None else config.cross_entropy_weight
-    divergence = config.divergence or method.divergence
-    function = None
-    if divergence is not None:
-        # The row's own weight belongs to the row's own divergence.
-        default = method.teacher_weight if divergence == method.divergence else None
-        chosen = default if config.teacher_weight is None else config.teacher_weight
-        function = divergence_named(divergence, teacher_weight=chosen)
-    elif config.teacher_weight is not None:
-        raise UserError(f"teacher_weight is {config.teacher_weight}, but method {config.method!r} has no divergence")
+    function = _divergence_of(config, method)
     if function is None and not weight:
         raise UserError(
             f"cross_entropy_weight is {weight}, and method {config.method!r} has no divergence, so there is nothing to "
@@ -165,10 +171,19 @@ def plan_of(config: SwitchConfig) -> Plan:
         raise UserError(str(error)) from error
     policy = method.policy(config)
     _check_calibration(config)
+    _check_token_weights(config, policy, rollout_share)
+    objective = Objective(
+        function,
+        cross_entropy_weight=weight,
+        loss_temperature=config.loss_temperature,
+        train_on=config.train_on,
+        student_token_weight=config.student_token_weight,
+        teacher_token_weight=config.teacher_token_weight,
+    )
     return Plan(
         policy=policy,
         rollout_share=rollout_share,
-        objective=Objective(function, cross_entropy_weight=weight, loss_temperature=config.loss_temperature),
+        objective=objective,
         finds_threshold=config.threshold == AUTO and isinstance(policy, Switch),
     )
 
@@ -185,4 +200,30 @@ def _check_calibration(config: SwitchConfig) -> None:
         raise UserError(
             f"recalibrate_every is {config.recalibrate_every}, but threshold is {config.threshold}: there is nothing to "
             f"find; set threshold to {AUTO}, or leave recalibrate_every out"
+        )
+
+
+def _check_token_weights(config: SwitchConfig, policy: Policy, rollout_share: float) -> None:
+    """Raises UserError for weights that are none, that have no effect, or that leave nothing of the rollouts."""
+    weights = {"student": config.student_token_weight, "teacher": config.teacher_token_weight}
+    if config.train_on not in ("all", *weights):
+        raise UserError(f"train_on is {config.train_on!r}; choose one of all, student, teacher")
+    for writer, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise UserError(f"{writer}_token_weight is {weight}; it has to be 0 or more")
+        if weight != 1 and config.train_on not in ("all", writer):
+            raise UserError(
+                f"{writer}_token_weight is {weight}, but train_on {config.train_on!r} leaves these tokens out"
+            )
+    if config.train_on == "all" and set(weights.values()) == {1.0}:
+        return
+    if rollout_share == 0:
+        raise UserError(
+            f"train_on and the token weights act on rollouts, but method {config.method!r} has none here; leave them out"
+        )
+    writers = ("student", "teacher") if policy.needs_teacher else ("student",)
+    if all(config.train_on not in ("all", writer) or weights[writer] == 0 for writer in writers):
+        raise UserError(
+            f"train_on {config.train_on!r} with weights of {config.student_token_weight} for the student's tokens and "
+            f"{config.teacher_token_weight} for the teacher's leaves nothing of what {' and '.join(writers)} wrote"
         )

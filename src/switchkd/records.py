@@ -110,13 +110,15 @@ class Batch:
 
     `input_ids_BT` (long); `attention_mask_BT` (long, 1 where there is a token); `response_mask_BT` (bool) is True at
     the response tokens, the end-of-text token included: these N positions are counted, and the token at t is predicted
-    at t - 1; `written_by_teacher_BT` (bool) is True where a rollout says so. `teacher_hidden_NH` is the teacher's last
-    hidden state that predicted each counted token, row after row, where every sequence brought it.
+    at t - 1; `rolled_out_BT` (bool) is True at those of rollouts, not of a data set's text, and `written_by_teacher_BT` (bool)
+    where a rollout says so. `teacher_hidden_NH` is the teacher's last hidden state that predicted each counted token,
+    row after row, where every sequence brought it.
     """
 
     input_ids_BT: torch.Tensor
     attention_mask_BT: torch.Tensor
     response_mask_BT: torch.Tensor
+    rolled_out_BT: torch.Tensor
     written_by_teacher_BT: torch.Tensor
     teacher_hidden_NH: torch.Tensor | None = None
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +21,7 @@ from switchkd.config import SwitchConfig
 from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.data.rows import read_rows, to_examples
 from switchkd.errors import UserError
-from switchkd.heads import backbone
+from switchkd.heads import last_hidden
 from switchkd.meters import Meters
 from switchkd.methods import plan_of
 from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
@@ -46,7 +45,7 @@ class SwitchTrainer(Trainer):
 
     All prompts of an optimiser step are rolled out in one call before its first forward, each with its row's number as
     prompt id and the step as sample id: what is rolled out depends on neither the batch split nor the processes. The
-    loss is summed over response tokens and divided by their count over the whole step and all processes.
+    loss is summed over the trained response tokens and divided by their count over the whole step and all processes.
 
     Raises UserError, before the first forward, for settings, models or data that do not fit.
     """
@@ -184,7 +183,7 @@ class SwitchTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of one optimiser step, rolled out, and the count of their response tokens over all processes."""
+        """The micro-batches of one optimiser step, rolled out, and the count of their trained tokens over all processes."""
         self._measure_step()
         loaded, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not loaded:
@@ -198,7 +197,9 @@ class SwitchTrainer(Trainer):
         batches = [self._inputs([sequences[index] for index in group]) for group in groups]
         self._step_tokens = sum(len(response_ids(sequence)) for sequence in sequences)
         self._step_started = time.perf_counter()
-        return batches, self.accelerator.gather(torch.tensor([self._step_tokens], device=device)).sum()
+        counted = sum(self._counted(inputs["batch"]) for inputs in batches)
+        # Where the policy left nothing to train on, the loss is 0 and not 0 / 0.
+        return batches, self.accelerator.gather(torch.tensor([counted], device=device)).sum().clamp(min=1)
 
     def _measure_step(self) -> None:
         if self._step_tokens:
@@ -249,9 +250,9 @@ class SwitchTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective's sum over this micro-batch / the response tokens of the whole step, in nats a token."""
+        """The objective's sum over this micro-batch / the trained tokens of the whole step, in nats a token."""
         batch: Batch = inputs["batch"].to(self.args.device)
-        denominator = batch.response_tokens if num_items_in_batch is None else num_items_in_batch
+        denominator = max(1, self._counted(batch)) if num_items_in_batch is None else num_items_in_batch
         loss, report = self._loss(model, batch, denominator)
         self._record_loss(batch, report)
         # Data parallelism takes the mean of the processes' gradients; ours are parts of one sum.
@@ -261,13 +262,22 @@ class SwitchTrainer(Trainer):
     def _loss(self, model: nn.Module, batch: Batch, denominator: Tensor | float) -> tuple[Tensor, Report]:
         counted = batch.response_mask_BT[:, 1:]
         return distillation_loss(
-            _last_hidden(model, self.pair.student, batch)[:, :-1][counted],
+            last_hidden(model, self.pair.student, batch.input_ids_BT, batch.attention_mask_BT)[:, :-1][counted],
             self.pair.student_head,
             batch.input_ids_BT[:, 1:][counted],
             self.plan.objective,
             teacher=self._teacher_signal(batch, counted),
             denominator=denominator,
+            weight_N=self._weights(batch),
         )
+
+    def _weights(self, batch: Batch) -> Tensor:
+        mask = batch.response_mask_BT
+        return self.plan.objective.weights(batch.written_by_teacher_BT[mask], batch.rolled_out_BT[mask])
+
+    def _counted(self, batch: Batch) -> int:
+        """The number of response tokens that are trained on: those of a weight other than 0."""
+        return int(self._weights(batch).count_nonzero())
 
     def _teacher_signal(self, batch: Batch, counted: Tensor) -> TeacherSignal | None:
         """What the teacher says at the counted positions: kept from the rollout, or else asked now."""
@@ -277,7 +287,8 @@ class SwitchTrainer(Trainer):
         hidden_NH = batch.teacher_hidden_NH
         if hidden_NH is None:
             with torch.no_grad():
-                hidden_NH = _last_hidden(teacher, teacher, batch)[:, :-1][counted]
+                hidden_BTH = last_hidden(teacher, teacher, batch.input_ids_BT, batch.attention_mask_BT)
+                hidden_NH = hidden_BTH[:, :-1][counted]
         return dense_teacher(hidden_NH, self.pair.teacher_head, self.plan.objective.loss_temperature)
 
     def _record_loss(self, batch: Batch, report: Report) -> None:
@@ -373,23 +384,3 @@ def _is_json(path: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _last_hidden(wrapped: nn.Module, model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The last hidden states (B, T, H), through the wrapped model's own forward, whose hooks data parallelism needs.
-
-    The model's head runs on one position only; ours projects the counted ones.
-    """
-    with _hidden_captured(backbone(model)) as captured:
-        wrapped(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False, logits_to_keep=1)
-    return captured[0]
-
-
-@contextmanager
-def _hidden_captured(module: nn.Module) -> Iterator[list[Tensor]]:
-    captured: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: captured.append(output.last_hidden_state))
-    try:
-        yield captured
-    finally:
-        handle.remove()

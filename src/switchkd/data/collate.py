@@ -29,6 +29,7 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int, *, pad_to_multi
     input_ids_BT = torch.full(shape, pad_id)
     attention_mask_BT = torch.zeros(shape, dtype=torch.long)
     response_mask_BT = torch.zeros(shape, dtype=torch.bool)
+    rolled_out_BT = torch.zeros(shape, dtype=torch.bool)
     written_by_teacher_BT = torch.zeros(shape, dtype=torch.bool)
     for row, (sequence, prompt, response) in enumerate(zip(sequences, prompts, responses, strict=True)):
         start, end = len(prompt), len(prompt) + len(response)
@@ -36,9 +37,15 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int, *, pad_to_multi
         attention_mask_BT[row, :end] = 1
         response_mask_BT[row, start:end] = True
         if isinstance(sequence, Rollout):
+            rolled_out_BT[row, start:end] = True
             written_by_teacher_BT[row, start:end] = torch.tensor(sequence.written_by_teacher, dtype=torch.bool)
     return Batch(
-        input_ids_BT, attention_mask_BT, response_mask_BT, written_by_teacher_BT, _packed_teacher_hidden(sequences)
+        input_ids_BT,
+        attention_mask_BT,
+        response_mask_BT,
+        rolled_out_BT,
+        written_by_teacher_BT,
+        _packed_teacher_hidden(sequences),
     )
 
 

@@ -156,12 +156,14 @@ def methods_table(methods: Mapping[str, Method]) -> Table:
 def method_details(name: str, method: Method) -> Group:
     """A method's row in full, and the settings that act on it with the values in force where none is given."""
     from switchkd.config import SwitchConfig
+    from switchkd.divergences import DIVERGENCES
 
     config = SwitchConfig(output_dir="unused", method=name)
     declared = {each.name: each for each in fields(SwitchConfig)}
     of_the_row = {
         "divergence": method.divergence,
-        "teacher_weight": method.teacher_weight,
+        **(DIVERGENCES[method.divergence].settings if method.divergence else {}),
+        **method.divergence_settings,
         "cross_entropy_weight": method.cross_entropy_weight,
         "student_share": method.rollout_share,
     }
