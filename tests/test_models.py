@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import switchkd.heads
 from switchkd.errors import UserError
+from switchkd.layers import remove_layers
 from switchkd.models import (
     Head,
     ModelPair,
@@ -27,7 +28,6 @@ from switchkd.models import (
     load_pair,
     load_tokenizer,
     parameter_count,
-    remove_layers,
     save_model,
 )
 from tiny import EOS_ID, FAMILIES, PAD_ID, WORDS, noisy_copy, tiny_model, tiny_pair, tiny_tokenizer

@@ -58,6 +58,7 @@ def make_trainer(
     eval_dataset: Any = None,
     engine: Any = None,
     peft_config: Any = None,
+    teacher_model: Any = None,
     **options: Any,
 ) -> SwitchTrainer:
     """A trainer over a copy of the pair's student; `split` is rows a micro-batch, and micro-batches an optimiser step."""
@@ -65,7 +66,7 @@ def make_trainer(
     quiet: dict[str, Any] = {"save_strategy": "no", "disable_tqdm": True, "max_new_tokens": NEW_TOKENS, "max_steps": 3}
     return SwitchTrainer(
         model=copy.deepcopy(pair.student),
-        teacher_model=pair.teacher,
+        teacher_model=pair.teacher if teacher_model is None else teacher_model,
         processing_class=pair.tokenizer,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -640,7 +641,9 @@ def test_the_student_share_is_a_coin_for_each_sequence(tmp_path: Path) -> None:
 
 def test_a_step_logs_what_was_written_and_learned(tmp_path: Path) -> None:
     pair = tiny_pair("llama")
-    trainer = make_trainer(tmp_path, pair, split=(2, 2), max_steps=2, max_new_tokens=80)
+    trainer = make_trainer(
+        tmp_path, pair, split=(2, 2), max_steps=2, max_new_tokens=80, threshold=0.01, measure_every=2
+    )
     engine = RecordingEngine(trainer)
     trainer.train()
     for line, rollouts in zip(trainer.state.log_history, engine.calls, strict=False):
@@ -659,10 +662,16 @@ def test_a_step_logs_what_was_written_and_learned(tmp_path: Path) -> None:
             for name, start, end in (("0-31", 0, 32), ("32-63", 32, 64), ("64-127", 64, 128), ("128-255", 128, 256))
         }
         buckets = {name: line[f"divergence/{name}"] for name, count in counts.items() if count}
-        assert {f"divergence/{name}" for name in buckets} == {key for key in line if key.startswith("divergence/")}
+        writers = {"divergence/student_tokens", "divergence/teacher_tokens"}
+        logged = {key for key in line if key.startswith("divergence/")}
+        assert {f"divergence/{name}" for name in buckets} | writers == logged
+        by_writer = line["divergence/teacher_tokens"] * written + line["divergence/student_tokens"] * (tokens - written)
+        assert by_writer / tokens == pytest.approx(line["divergence"], rel=1e-5)
         mean = sum(value * counts[name] for name, value in buckets.items()) / tokens
         assert mean == pytest.approx(line["divergence"], rel=1e-5)
     assert any("divergence/64-127" in line for line in trainer.state.log_history)
+    measured = ["student_entropy" in line for line in trainer.state.log_history if "loss" in line]
+    assert measured == [True, False]
 
 
 def test_sft_logs_cross_entropy_and_no_divergence(tmp_path: Path) -> None:

@@ -107,6 +107,14 @@ class SwitchConfig(TrainingArguments):
         default=4,
         metadata={"help": "Tokens drafted before the teacher is asked; auto is chosen by speed. Changes no token."},
     )
+    measure_every: int = field(
+        default=10,
+        metadata={"help": "Steps between measurements of both models' entropies and their agreement; 0 is never."},
+    )
+    teacher_offload: str = field(
+        default="none",
+        metadata={"help": "Where the teacher's weights are between rollouts: none (they stay), cpu or disk."},
+    )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Leave bad rows out, and say which, instead of stopping."}
     )

@@ -13,11 +13,20 @@ from torch import Tensor
 from switchkd.noise import Address, Stream, gumbel, uniform
 
 
-def student_proposal(student_logp: Tensor, address: Address, *, greedy: bool) -> Tensor:
-    """The student's token at each address: argmax, or a Gumbel-max draw. Log-probs (..., V) in, ids (...) out."""
+def proposal_noise(address: Address, vocabulary_size: int) -> Tensor:
+    """The noise of the student's draws, the address's shape + (V,): it can be made before the positions are reached."""
+    return gumbel(address, Stream.PROPOSAL, vocabulary_size)
+
+
+def student_proposal(student_logp: Tensor, address: Address, *, greedy: bool, noise: Tensor | None = None) -> Tensor:
+    """The student's token at each address: argmax, or a Gumbel-max draw. Log-probs (..., V) in, ids (...) out.
+
+    `noise` is that of `proposal_noise` at these addresses, where it has been made before.
+    """
     if greedy:
         return student_logp.argmax(dim=-1)
-    return (student_logp + gumbel(address, Stream.PROPOSAL, student_logp.shape[-1])).argmax(dim=-1)
+    noise = proposal_noise(address, student_logp.shape[-1]) if noise is None else noise
+    return (student_logp + noise).argmax(dim=-1)
 
 
 def keeps_proposal(

@@ -37,7 +37,8 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The module whose output has the `last_hidden_state` that the head projects: all of a causal LM but its head."""
-    return cast(nn.Module, base_of(model).get_decoder())
+    # A PEFT wrapper passes this on; a teacher that is its student without the adapter has an answer of its own.
+    return cast(nn.Module, cast(PreTrainedModel, model).get_decoder())
 
 
 def last_hidden(wrapped: nn.Module, model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def head_rows(model: nn.Module) -> int:
 
 
 def _projection_of(model: nn.Module) -> nn.Linear:
-    projection = base_of(model).get_output_embeddings()
+    projection = cast(PreTrainedModel, model).get_output_embeddings()
     # PEFT's modules_to_save trains a copy and keeps it in a wrapper.
     if (copies := getattr(projection, "modules_to_save", None)) is not None:
         projection = copies[projection.active_adapter]

@@ -23,6 +23,7 @@ from switchkd.report.terminal import run_table
 from switchkd.run import RunConfig, Stage, plan_needs_teacher
 from switchkd.run_folder import LOG_FILE, RUN_FILE, admit, is_finished, record_run, save_final
 from switchkd.sources import find_source
+from switchkd.teachers import SELF
 from switchkd.trainer import SwitchTrainer, last_complete_checkpoint
 
 
@@ -80,8 +81,8 @@ def _prepare(to_do: Sequence[tuple[Stage, Plan]]) -> list[Prepared]:
         train = resolve(config.train_data, "train", data_dir=config.data_dir)
         held_out = resolve(config.eval_data, "eval", data_dir=config.data_dir) if config.eval_data else None
         find_source(stage.tokenizer)
-        if config.teacher is not None and plan_needs_teacher(plan):
-            find_source(config.teacher)
+        if config.teacher not in (None, SELF) and plan_needs_teacher(plan):
+            find_source(str(config.teacher))
         sources.append((stage, plan, _peft_config(config), train, held_out))
     prepared = []
     for stage, plan, peft_config, train, held_out in sources:
@@ -151,16 +152,17 @@ def _trainer(one: Prepared, run: RunConfig, console: Console) -> tuple[SwitchTra
     config = one.stage.config
     pair = load_pair(
         config.student,
-        config.teacher if plan_needs_teacher(one.plan) else None,
+        config.teacher if plan_needs_teacher(one.plan) and config.teacher != SELF else None,
         dtype=config.dtype,
         teacher_dtype=config.teacher_dtype,
+        teacher_quantization=config.teacher_quantization,
         trust_remote_code=config.trust_remote_code,
         student_drop_layers=config.student_drop_layers,
     )
     stopper, progress = StopCleanly(console), ConsoleProgress(console)
     trainer = SwitchTrainer(
         model=pair.student,
-        teacher_model=pair.teacher,
+        teacher_model=SELF if config.teacher == SELF else pair.teacher,
         args=config.arguments(),
         train_dataset=one.train,
         eval_dataset=one.eval,

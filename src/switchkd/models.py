@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
@@ -16,10 +16,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from switchkd.errors import UserError
 from switchkd.heads import Head, backbone, base_of, head_rows
+from switchkd.layers import remove_layers
 from switchkd.sources import Source, find_source
 
 __all__ = [
@@ -177,13 +184,18 @@ def check_tokenizers_agree(student: PreTrainedTokenizerBase, teacher: PreTrained
 
 
 def load_model(
-    name: str, *, dtype: str = "float32", trust_remote_code: bool = False, drop_layers: str | None = None
+    name: str,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    drop_layers: str | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A causal LM in evaluation mode, from safetensors or from a GGUF file that is unpacked to plain weights.
 
     `name` takes the forms of `find_source`; `dtype` is a torch floating-point type by name, or "auto"; `drop_layers`
-    ("10-19", "0,2,4-6") removes decoder layers, see `remove_layers`. Raises UserError where the model cannot be loaded
-    in full.
+    ("10-19", "0,2,4-6") removes decoder layers, see `remove_layers`; `quantization` "8bit" or "4bit" packs the weights with
+    bitsandbytes, for a teacher. Raises UserError where the model cannot be loaded in full.
     """
     source = find_source(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -192,6 +204,8 @@ def load_model(
 
         # Left packed, the model would count as quantised: it could be neither saved nor trained.
         options |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    if quantization is not None:
+        options["quantization_config"] = _quantisation(quantization, dtype)
     with _explained("model", name, source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.place, dtype=_torch_dtype(dtype), use_safetensors=True, output_loading_info=True, **options
@@ -229,6 +243,7 @@ def load_pair(
     *,
     dtype: str = "float32",
     teacher_dtype: str | None = None,
+    teacher_quantization: str | None = None,
     trust_remote_code: bool = False,
     student_drop_layers: str | None = None,
 ) -> ModelPair:
@@ -246,7 +261,12 @@ def load_pair(
     )
     teacher_model = None
     if teacher is not None:
-        teacher_model = load_model(teacher, dtype=teacher_dtype or dtype, trust_remote_code=trust_remote_code)
+        teacher_model = load_model(
+            teacher,
+            dtype=teacher_dtype or dtype,
+            trust_remote_code=trust_remote_code,
+            quantization=teacher_quantization,
+        )
     return ModelPair(student_model, teacher_model, tokenizer, teacher_tokenizer)
 
 
@@ -261,6 +281,16 @@ def _explained(what: str, name: str, source: Source) -> Iterator[None]:
             # transformers adds advice and long lists over many lines; the cause comes first.
             reason = shorten(str(error), 500, placeholder=" ...") or type(error).__name__
         raise UserError(f"the {what} of {name!r} cannot be loaded: {reason}") from error
+
+
+def _quantisation(name: str, dtype: str) -> BitsAndBytesConfig:
+    if name not in ("8bit", "4bit"):
+        raise UserError(f"quantization is {name!r}; choose 8bit or 4bit")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"{name} weights need bitsandbytes, which is not installed: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_8bit=name == "8bit", load_in_4bit=name == "4bit", bnb_4bit_compute_dtype=_torch_dtype(dtype)
+    )
 
 
 def _torch_dtype(name: str) -> torch.dtype | str:
@@ -289,57 +319,6 @@ def _mend_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, file: Path) -> None
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     if tokenizer.chat_template is None and {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
         tokenizer.chat_template = CHATML
-
-
-def remove_layers(model: PreTrainedModel, layers: str) -> None:
-    """Remove decoder layers in place, so that the rest saves and reloads equal.
-
-    `layers` is numbers and ranges, both ends included: "10-19", "0,2,4-6". Raises UserError where they cannot be
-    read, name a layer that is not there, or leave none.
-    """
-    decoder: Any = backbone(model)
-    config = decoder.config
-    count = config.num_hidden_layers
-    dropped = _parse_ranges(layers)
-    if not dropped < set(range(count)):
-        raise UserError(
-            f"drop_layers {layers!r} does not fit a model of {count} layers: name layers from 0 to {count - 1} "
-            f"and leave at least one"
-        )
-    stacks = [
-        name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
-    # GPT-2 can scale attention by the layer's number; moved layers would then reload with another scale.
-    if len(stacks) != 1 or getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise UserError(
-            f"drop_layers does not know how {type(model).__name__} is built of layers; leave drop_layers out"
-        )
-    kept = [index for index in range(count) if index not in dropped]
-    stack = nn.ModuleList(getattr(decoder, stacks[0])[index] for index in kept)
-    setattr(decoder, stacks[0], stack)
-    module: Any
-    for index, layer in enumerate(stack):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
-    config.num_hidden_layers = len(kept)
-    for attribute in ("layer_types", "mlp_layer_types", "no_rope_layers"):
-        if (per_layer := getattr(config, attribute, None)) is not None:
-            setattr(config, attribute, [per_layer[index] for index in kept])
-
-
-def _parse_ranges(text: str) -> set[int]:
-    compact = text.replace(" ", "")
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", compact):
-        raise UserError(
-            f"drop_layers {text!r} cannot be read; write layer numbers and ranges, such as 10-19 or 0,2,4-6"
-        )
-    parts = [[int(end) for end in part.split("-")] for part in compact.split(",")]
-    if any(part[0] > part[-1] for part in parts):
-        raise UserError(
-            f"drop_layers {text!r} holds a range that ends before it starts; write the smaller number first"
-        )
-    return {index for part in parts for index in range(part[0], part[-1] + 1)}
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:

@@ -28,7 +28,7 @@ class RunConfig:
     student: str = field(metadata={"help": "Hub id, folder, .gguf file, package:NAME or world:student."})
     train_data: str = field(metadata={"help": "A set's name, a file or a hub name, with :SPLIT where needed."})
     output_dir: str = field(metadata={"help": "The run's folder; by default runs/ and the run file's name."})
-    teacher: str | None = field(default=None, metadata={"help": "As student; methods without a divergence need none."})
+    teacher: str | None = field(default=None, metadata={"help": "As student; self: the student without its adapter."})
     eval_data: str | None = field(default=None, metadata={"help": "As train_data; see eval_strategy and eval_steps."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder that holds the instruction sets as files."})
     student_drop_layers: str | None = field(
@@ -36,6 +36,9 @@ class RunConfig:
     )
     dtype: str = field(default="float32", metadata={"help": "Precision of the student's weights."})
     teacher_dtype: str | None = field(default=None, metadata={"help": "Precision of the teacher's; as dtype if unset."})
+    teacher_quantization: str | None = field(
+        default=None, metadata={"help": "8bit or 4bit weights of the teacher, by bitsandbytes."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
     peft: dict[str, Any] | None = field(
         default=None, metadata={"help": "Settings of peft.LoraConfig; the run then trains an adapter and merges it."}

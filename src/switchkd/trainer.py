@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,12 +17,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from switchkd.auto_threshold import AutoThreshold
-from switchkd.by_position import BUCKET_ENDS, BUCKET_NAMES
 from switchkd.config import SwitchConfig
 from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.data.rows import read_rows, to_examples
 from switchkd.errors import UserError
-from switchkd.heads import last_hidden
+from switchkd.heads import backbone, last_hidden
+from switchkd.loss_measures import MEASURE_NAMES, sums_of
 from switchkd.meters import Meters
 from switchkd.methods import plan_of
 from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
@@ -31,15 +32,21 @@ from switchkd.policies import Switch
 from switchkd.records import Batch, Example, Prompt, Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.speculative import SpeculativeEngine
+from switchkd.teachers import SELF, TeacherPlace, self_teacher
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+_ROLLOUT_MEASURES = (
+    "teacher_share", "response_tokens", "ended", "rollout_divergence", "rollout_tokens_per_second", "train_tokens_per_second"
+)  # fmt: skip
 
 
 class SwitchTrainer(Trainer):
     """Trains a student on text that student and teacher write together; the call is that of `transformers.Trainer`.
 
-    `model` and `teacher_model` are names or models (no teacher is needed for method "sft"); `processing_class` is the
+    `model` and `teacher_model` are names or models (no teacher is needed for method "sft"; "self" is the student without
+    its adapter); `processing_class` is the
     tokenizer of both (loaded from the student's name where it is left out); `train_dataset` and `eval_dataset` hold rows as
     data/rows.py reads them, or `Example` records; `peft_config` makes the student an adapter. `engine` replaces the rollout engine.
 
@@ -72,13 +79,15 @@ class SwitchTrainer(Trainer):
         # A model that was made on the spot has no name, and needs no tokenizer for data that is token ids.
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
         tokenizer = load_tokenizer(name) if processing_class is None and name else processing_class
-        teacher_tokenizer = load_tokenizer(teacher_model) if isinstance(teacher_model, str) else None
+        named = isinstance(teacher_model, str) and teacher_model != SELF
+        teacher_tokenizer = load_tokenizer(cast(str, teacher_model)) if named else None
         student = load_model(model) if isinstance(model, str) else model
-        teacher = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
         if peft_config is not None:
             from peft import get_peft_model
 
             student = cast(PreTrainedModel, get_peft_model(student, peft_config))
+        teacher = self_teacher(student) if teacher_model == SELF else teacher_model
+        teacher = load_model(teacher) if isinstance(teacher, str) else teacher
         if teacher is not None:
             teacher.requires_grad_(False)
         self.pair = ModelPair(student, teacher, tokenizer, teacher_tokenizer)
@@ -106,13 +115,10 @@ class SwitchTrainer(Trainer):
             self._auto_threshold = AutoThreshold(
                 args, cast(Switch, self.plan.policy), cast(Any, self.train_dataset) or ()
             )
+        self._place = None
         if teacher is not None:
-            cast(nn.Module, teacher).to(args.device).eval()
-        self._meters = Meters(
-            ["teacher_share", "response_tokens", "ended", "rollout_tokens_per_second", "train_tokens_per_second"]
-            + [f"divergence/{bucket}" for bucket in BUCKET_NAMES]
-            + ["divergence", "cross_entropy", "rollout_divergence"]
-        )
+            self._place = TeacherPlace(teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
+        self._meters = Meters([*_ROLLOUT_MEASURES, *MEASURE_NAMES])
         self._step_started = 0.0
         self._step_tokens = 0
 
@@ -188,7 +194,8 @@ class SwitchTrainer(Trainer):
         loaded, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not loaded:
             return loaded, None
-        sequences = self._roll_out([example for inputs in loaded for example in inputs["examples"]])
+        with self._teacher_at_work():
+            sequences = self._roll_out([example for inputs in loaded for example in inputs["examples"]])
         # Rows of one length go together; the number of micro-batches stays the loader's.
         groups = micro_batches(
             [len(s.prompt.token_ids) + len(response_ids(s)) for s in sequences],
@@ -253,13 +260,18 @@ class SwitchTrainer(Trainer):
         """The objective's sum over this micro-batch / the trained tokens of the whole step, in nats a token."""
         batch: Batch = inputs["batch"].to(self.args.device)
         denominator = max(1, self._counted(batch)) if num_items_in_batch is None else num_items_in_batch
-        loss, report = self._loss(model, batch, denominator)
-        self._record_loss(batch, report)
+        every = self.args.measure_every
+        measure = every > 0 and self.state.global_step % every == 0
+        loss, report = self._loss(model, batch, denominator, measure=measure)
+        for name, total, count in sums_of(report, batch):
+            self._meters.add(name, total, count)
         # Data parallelism takes the mean of the processes' gradients; ours are parts of one sum.
         loss = loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
         return (loss, {"report": report}) if return_outputs else loss
 
-    def _loss(self, model: nn.Module, batch: Batch, denominator: Tensor | float) -> tuple[Tensor, Report]:
+    def _loss(
+        self, model: nn.Module, batch: Batch, denominator: Tensor | float, *, measure: bool = False
+    ) -> tuple[Tensor, Report]:
         counted = batch.response_mask_BT[:, 1:]
         return distillation_loss(
             last_hidden(model, self.pair.student, batch.input_ids_BT, batch.attention_mask_BT)[:, :-1][counted],
@@ -269,6 +281,7 @@ class SwitchTrainer(Trainer):
             teacher=self._teacher_signal(batch, counted),
             denominator=denominator,
             weight_N=self._weights(batch),
+            measure=measure,
         )
 
     def _weights(self, batch: Batch) -> Tensor:
@@ -279,6 +292,9 @@ class SwitchTrainer(Trainer):
         """The number of response tokens that are trained on: those of a weight other than 0."""
         return int(self._weights(batch).count_nonzero())
 
+    def _teacher_at_work(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._place is None else self._place.at_work()
+
     def _teacher_signal(self, batch: Batch, counted: Tensor) -> TeacherSignal | None:
         """What the teacher says at the counted positions: kept from the rollout, or else asked now."""
         teacher = self.pair.teacher
@@ -286,23 +302,12 @@ class SwitchTrainer(Trainer):
             return None
         hidden_NH = batch.teacher_hidden_NH
         if hidden_NH is None:
-            with torch.no_grad():
-                hidden_BTH = last_hidden(teacher, teacher, batch.input_ids_BT, batch.attention_mask_BT)
-                hidden_NH = hidden_BTH[:, :-1][counted]
+            with torch.no_grad(), self._teacher_at_work():
+                output = backbone(teacher)(
+                    input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
+                )
+                hidden_NH = output.last_hidden_state[:, :-1][counted]
         return dense_teacher(hidden_NH, self.pair.teacher_head, self.plan.objective.loss_temperature)
-
-    def _record_loss(self, batch: Batch, report: Report) -> None:
-        if report.cross_entropy_N.numel():
-            self._meters.add("cross_entropy", report.cross_entropy_N.sum(), report.cross_entropy_N.numel())
-        if not report.divergence_N.numel():
-            return
-        self._meters.add("divergence", report.divergence_N.sum(), report.divergence_N.numel())
-        position = (batch.response_mask_BT.cumsum(dim=1) - 1)[:, 1:][batch.response_mask_BT[:, 1:]]
-        bucket = torch.bucketize(position, torch.tensor(BUCKET_ENDS, device=position.device), right=True)
-        totals = torch.bincount(bucket, report.divergence_N.double(), minlength=len(BUCKET_NAMES)).tolist()
-        counts = torch.bincount(bucket, minlength=len(BUCKET_NAMES)).tolist()
-        for name, total, count in zip(BUCKET_NAMES, totals, counts, strict=True):
-            self._meters.add(f"divergence/{name}", total, count)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `transformers.Trainer`, with the means of our own measures in training's lines."""
@@ -317,7 +322,8 @@ class SwitchTrainer(Trainer):
         """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token."""
         examples: Sequence[Example] = dataloader.dataset
         self._eval_tokens_per_row = sum(len(example.response_ids) for example in examples) / max(1, len(examples))
-        return super().evaluation_loop(dataloader, *positional, **named)
+        with self._teacher_at_work():
+            return super().evaluation_loop(dataloader, *positional, **named)
 
     def prediction_step(
         self,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchkd.draw import independent_token, keeps_proposal, replacement, student_proposal
+from switchkd.draw import independent_token, keeps_proposal, proposal_noise, replacement, student_proposal
 from switchkd.errors import UserError
 from switchkd.heads import evaluating
 from switchkd.models import ModelPair
@@ -263,6 +263,14 @@ class _Run:
         position = torch.tensor([len(row.log.token_ids) for row in self.rows], device=self.device)
         lengths = [row.length for row in self.rows]
         token = torch.tensor([row.pending for row in self.rows], device=self.device)
+        block = torch.arange(size, device=self.device)
+        address = Address(key[:, None].expand(-1, size), position[:, None] + block)
+        greedy, vocabulary = self.sampling.greedy, self.pair.vocabulary_size
+        noise: Sequence[Tensor | None] = [None] * size
+        if not greedy and address.position.numel() * vocabulary <= _COMPARED_NUMBERS:
+            # It depends on no token, so a small model's is cheaper made for all of the block at once.
+            with self.metrics.timing("student"):
+                noise = proposal_noise(address, vocabulary).unbind(dim=1)
         proposals, logps = [], []
         for step in range(size):
             with self.metrics.timing("student"):
@@ -272,10 +280,8 @@ class _Run:
                     so_far = [[*row.prompt.token_ids, *row.log.token_ids] for row in self.rows]
                     logits = ban_repeated_ngrams(logits, so_far, self.sampling.no_repeat_ngram_size)
                 logps.append(shaped_logp(logits, self.sampling))
-                token = student_proposal(logps[-1], Address(key, position + step), greedy=self.sampling.greedy)
+                token = student_proposal(logps[-1], address.at((slice(None), step)), greedy=greedy, noise=noise[step])
                 proposals.append(token)
-        block = torch.arange(size, device=self.device)
-        address = Address(key[:, None].expand(-1, size), position[:, None] + block)
         return _Draft(torch.stack(proposals, dim=1), torch.stack(logps, dim=1), address)
 
     def _alone(self, draft: _Draft) -> _Verdict:

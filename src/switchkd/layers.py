@@ -1,0 +1,63 @@
+"""A smaller student out of a larger model: decoder layers taken out by number."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from switchkd.errors import UserError
+from switchkd.heads import backbone
+
+
+def remove_layers(model: PreTrainedModel, layers: str) -> None:
+    """Remove decoder layers in place, so that the rest saves and reloads equal.
+
+    `layers` is numbers and ranges, both ends included: "10-19", "0,2,4-6". Raises UserError where they cannot be
+    read, name a layer that is not there, or leave none.
+    """
+    decoder: Any = backbone(model)
+    config = decoder.config
+    count = config.num_hidden_layers
+    dropped = _parse_ranges(layers)
+    if not dropped < set(range(count)):
+        raise UserError(
+            f"drop_layers {layers!r} does not fit a model of {count} layers: name layers from 0 to {count - 1} "
+            f"and leave at least one"
+        )
+    stacks = [
+        name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    # GPT-2 can scale attention by the layer's number; moved layers would then reload with another scale.
+    if len(stacks) != 1 or getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UserError(
+            f"drop_layers does not know how {type(model).__name__} is built of layers; leave drop_layers out"
+        )
+    kept = [index for index in range(count) if index not in dropped]
+    stack = nn.ModuleList(getattr(decoder, stacks[0])[index] for index in kept)
+    setattr(decoder, stacks[0], stack)
+    module: Any
+    for index, layer in enumerate(stack):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    config.num_hidden_layers = len(kept)
+    for attribute in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+        if (per_layer := getattr(config, attribute, None)) is not None:
+            setattr(config, attribute, [per_layer[index] for index in kept])
+
+
+def _parse_ranges(text: str) -> set[int]:
+    compact = text.replace(" ", "")
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", compact):
+        raise UserError(
+            f"drop_layers {text!r} cannot be read; write layer numbers and ranges, such as 10-19 or 0,2,4-6"
+        )
+    parts = [[int(end) for end in part.split("-")] for part in compact.split(",")]
+    if any(part[0] > part[-1] for part in parts):
+        raise UserError(
+            f"drop_layers {text!r} holds a range that ends before it starts; write the smaller number first"
+        )
+    return {index for part in parts for index in range(part[0], part[-1] + 1)}

@@ -1,0 +1,41 @@
+"""What a loss's report says, summed for the log: over all counted tokens, by who wrote them, and by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+import torch
+
+from switchkd.by_position import BUCKET_ENDS, BUCKET_NAMES
+from switchkd.objective import Report
+from switchkd.records import Batch
+
+_MEASURES = tuple(each.name.removesuffix("_N") for each in fields(Report))
+_WRITERS = ("student_tokens", "teacher_tokens", "data_tokens")
+
+MEASURE_NAMES = tuple(
+    name for measure in _MEASURES for name in (measure, *(f"{measure}/{part}" for part in (*_WRITERS, *BUCKET_NAMES)))
+)
+
+
+def sums_of(report: Report, batch: Batch) -> Iterator[tuple[str, float, float]]:
+    """Name, sum and number of tokens for each measure that the report has: in all, by writer, by position bucket.
+
+    Names are those of `MEASURE_NAMES`: "divergence", "divergence/teacher_tokens", "divergence/0-31", ...; the data set's
+    text has no writer, and is apart. Units are the report's: nats, and shares for the agreement.
+    """
+    counted = batch.response_mask_BT
+    position = (counted.cumsum(dim=1) - 1)[counted]
+    by_teacher, rolled_out = batch.written_by_teacher_BT[counted], batch.rolled_out_BT[counted]
+    writer = torch.where(rolled_out, by_teacher.long(), 2)
+    bucket = torch.bucketize(position, torch.tensor(BUCKET_ENDS, device=position.device), right=True)
+    for measure in _MEASURES:
+        values = getattr(report, f"{measure}_N").double()
+        if not values.numel():
+            continue
+        yield measure, float(values.sum()), values.numel()
+        for names, index in ((_WRITERS, writer), (BUCKET_NAMES, bucket)):
+            totals = torch.bincount(index, values, minlength=len(names)).tolist()
+            counts = torch.bincount(index, minlength=len(names)).tolist()
+            yield from ((f"{measure}/{name}", t, c) for name, t, c in zip(names, totals, counts, strict=True))
