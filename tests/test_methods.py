@@ -97,6 +97,14 @@ def test_settings_of_the_loss_are_in_force() -> None:
     assert plan(method="kd", cross_entropy_weight=0.0).objective.cross_entropy_weight == 0
 
 
+def test_the_writers_weights_are_in_force() -> None:
+    settings = {"train_on": "teacher", "student_token_weight": 1.0, "teacher_token_weight": 2.0}
+    objective = plan(method="switch", **settings).objective
+    assert {name: getattr(objective, name) for name in settings} == settings
+    assert plan(method="gkd", train_on="student").objective.train_on == "student"
+    assert plan(method="gkd", student_share=0.5, student_token_weight=0.5).objective.student_token_weight == 0.5
+
+
 def test_the_student_share_is_in_force() -> None:
     made = plan(method="gkd", student_share=0.5)
     assert made.rollout_share == 0.5
@@ -139,6 +147,22 @@ def test_settings_of_the_policy_are_in_force() -> None:
         ({"loss_temperature": -1.0}, "loss_temperature is -1.0"),
         ({"cross_entropy_weight": -0.5}, "cross_entropy_weight is -0.5"),
         ({"method": "sft", "cross_entropy_weight": 0.0}, "there is nothing to minimise"),
+        ({"train_on": "both"}, "train_on is 'both'; choose one of all, student, teacher"),
+        ({"student_token_weight": -1.0}, "student_token_weight is -1.0; it has to be 0 or more"),
+        ({"teacher_token_weight": math.nan}, "teacher_token_weight is nan; it has to be 0 or more"),
+        ({"teacher_token_weight": math.inf}, "teacher_token_weight is inf; it has to be 0 or more"),
+        (
+            {"train_on": "student", "teacher_token_weight": 0.5},
+            "teacher_token_weight is 0.5, but train_on 'student' leaves these tokens out",
+        ),
+        ({"method": "kd", "train_on": "student"}, "act on rollouts, but method 'kd' has none"),
+        ({"method": "gkd", "student_share": 0.0, "student_token_weight": 0.5}, "but method 'gkd' has none"),
+        ({"method": "gkd", "train_on": "teacher"}, "train_on 'teacher' .* leaves nothing of what student wrote"),
+        ({"method": "gkd", "student_token_weight": 0.0}, "leaves nothing of what student wrote"),
+        (
+            {"student_token_weight": 0.0, "teacher_token_weight": 0.0},
+            "leaves nothing of what student and teacher wrote",
+        ),
         ({"threshold": -0.1}, "threshold is -0.1"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"threshold": "high"}, "threshold is 'high'.*a number of nats, or auto"),

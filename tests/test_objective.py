@@ -20,7 +20,7 @@ from checks.objective import CHECKS, Positions, assert_equal, random_head, rando
 from reference.objective import dense_loss
 from switchkd.divergences import divergence_named
 from switchkd.heads import Head
-from switchkd.objective import Objective, Report, dense_teacher, distillation_loss
+from switchkd.objective import Objective, Report, TrainOn, dense_teacher, distillation_loss, token_weights
 
 
 def unchanged(logits: Tensor) -> Tensor:
@@ -264,6 +264,25 @@ def test_a_weight_multiplies_each_position_s_loss() -> None:
     unweighted, plain = ours(positions, cross_entropy_weight=0.5)
     assert unweighted != value
     torch.testing.assert_close(report.divergence_N, plain.divergence_N, rtol=1e-12, atol=1e-14)  # chunks of a product
+
+
+def test_a_token_weighs_what_its_writer_does() -> None:
+    written_by_teacher = torch.tensor([False, True, True, False])
+    assert token_weights(written_by_teacher).tolist() == [1, 1, 1, 1]
+    assert token_weights(written_by_teacher, "student").tolist() == [1, 0, 0, 1]
+    assert token_weights(written_by_teacher, "teacher").tolist() == [0, 1, 1, 0]
+    weigh = {"student_token_weight": 0.5, "teacher_token_weight": 3.0}
+    assert token_weights(written_by_teacher, **weigh).tolist() == [0.5, 3, 3, 0.5]
+    assert token_weights(written_by_teacher, "student", **weigh).tolist() == [0.5, 0, 0, 0.5]
+    assert token_weights(written_by_teacher[None], "teacher", **weigh).tolist() == [[0, 3, 3, 0]]
+
+
+@pytest.mark.parametrize("train_on", ["all", "student", "teacher"])
+def test_text_that_no_model_wrote_always_weighs_1(train_on: TrainOn) -> None:
+    objective = Objective(None, 1.0, train_on=train_on, student_token_weight=0.5, teacher_token_weight=3.0)
+    written_by_teacher_N, rolled_out_N = torch.tensor([[False, True, False, False], [True, True, False, True]])
+    student, teacher = {"all": (0.5, 3), "student": (0.5, 0), "teacher": (0, 3)}[train_on]
+    assert objective.weights(written_by_teacher_N, rolled_out_N).tolist() == [student, teacher, 1, student]
 
 
 def test_the_report_holds_each_position_in_order() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,12 @@ def dense_cross_entropy(student: Tensor, teacher: Tensor, token_ids: Tensor) -> 
 
 
 def dense_loss(pair: ModelPair, examples: Sequence[Example], position_loss: Callable[..., Tensor]) -> Tensor:
-    """The mean over response tokens, one row at a time, without padding, masks or chunks: logits at t - 1 predict t."""
+    """The mean over response tokens."""
+    return dense_losses(pair, examples, position_loss).mean()
+
+
+def dense_losses(pair: ModelPair, examples: Sequence[Example], position_loss: Callable[..., Tensor]) -> Tensor:
+    """Each response token's, one row at a time, without padding, masks or chunks: logits at t - 1 predict t."""
     parts = []
     for example in examples:
         ids = torch.tensor([[*example.prompt.token_ids, *example.response_ids]])
@@ -146,7 +152,7 @@ def dense_loss(pair: ModelPair, examples: Sequence[Example], position_loss: Call
         for position in range(len(example.prompt.token_ids), ids.shape[1]):
             student, teacher = (logp[position - 1 : position] for logp in both)
             parts.append(position_loss(student, teacher, ids[0, position : position + 1])[0])
-    return torch.stack(parts).mean()
+    return torch.stack(parts)
 
 
 def loss_on(trainer: SwitchTrainer, batch: Any) -> Tensor:
@@ -290,8 +296,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(
 
 @pytest.mark.parametrize(
     "method",
-    [{"method": "sft"}, {"method": "switch"}, {"method": "gkd", "student_share": 0.5, "cross_entropy_weight": 0.3}],
-    ids=lambda method: method["method"],
+    [
+        {"method": "sft"},
+        {"method": "switch"},
+        {"method": "gkd", "student_share": 0.5, "cross_entropy_weight": 0.3},
+        {"method": "switch", "student_share": 0.5, "train_on": "student", "student_token_weight": 0.5},
+    ],
+    ids=lambda method: method.get("train_on", method["method"]),
 )
 def test_the_gradient_does_not_depend_on_how_the_step_is_split(method: dict[str, Any], tmp_path: Path) -> None:
     pair = tiny_pair("llama", dtype=torch.float64)
@@ -347,6 +358,62 @@ def test_the_first_training_loss_is_that_of_the_rollouts_at_the_step(tmp_path: P
         expected = float(dense_loss(pair, written, dense_forward_kl))
     # transformers adds the losses of a step up in float32.
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "weight_of"),
+    [
+        ({"train_on": "student"}, {False: 1, True: 0}),
+        ({"train_on": "teacher"}, {False: 0, True: 1}),
+        ({"train_on": "teacher", "teacher_token_weight": 0.5}, {False: 0, True: 0.5}),
+        ({"student_token_weight": 0.25, "teacher_token_weight": 2.0}, {False: 0.25, True: 2}),
+    ],
+)
+@pytest.mark.parametrize("student_share", [0.5, 1.0])
+def test_the_loss_is_over_the_writers_that_train_and_over_all_data_text(
+    options: dict[str, Any], weight_of: dict[bool, float], student_share: float, tmp_path: Path
+) -> None:
+    pair = tiny_pair("llama", dtype=torch.float64)
+    trainer = make_trainer(tmp_path, pair, split=(4, 2), max_steps=1, student_share=student_share, **options)
+    engine = RecordingEngine(trainer)
+    trainer.train()
+    rolled_out_ids = {rollout.prompt.prompt_id: rollout for rollout in engine.calls[0]}
+    assert {True, False} == {by for rollout in rolled_out_ids.values() for by in rollout.written_by_teacher}
+    assert (len(rolled_out_ids) < 8) == (student_share < 1)
+    summed, counted = torch.zeros(()), 0
+    for example in EXAMPLES:
+        rollout = rolled_out_ids.get(example.prompt.prompt_id)
+        text = example if rollout is None else Example(rollout.prompt, rollout.token_ids)
+        of_each = (
+            [1.0] * len(text.response_ids) if rollout is None else [weight_of[by] for by in rollout.written_by_teacher]
+        )
+        with torch.no_grad():
+            losses = dense_losses(pair, [text], dense_forward_kl)
+        summed = summed + (losses * torch.tensor(of_each, dtype=torch.float64)).sum()
+        counted += sum(weight != 0 for weight in of_each)
+    # transformers adds the losses of a step up in float32.
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(summed) / counted, rel=1e-6)
+
+
+def test_a_step_in_which_nothing_trains_is_a_loss_of_0_and_changes_nothing(tmp_path: Path) -> None:
+    """At ln 2 nats the teacher never writes."""
+    pair = tiny_pair("llama")
+    trainer = make_trainer(tmp_path, pair, train_on="teacher", threshold=math.log(2), decay="constant", max_steps=2)
+    before = copy.deepcopy(weights(trainer))
+    trainer.train()
+    losses = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["loss"] for line in losses] == [0, 0]
+    assert all(line["teacher_share"] == 0 for line in losses)
+    assert_same_weights(weights(trainer), before)
+
+
+def test_evaluation_is_over_all_responses_whoever_trains(tmp_path: Path) -> None:
+    pair, examples = tiny_pair("llama", dtype=torch.float64), make_examples(5, seed=3)
+    values = [
+        make_trainer(tmp_path, pair, eval_dataset=examples, **options).evaluate()["eval_loss"]
+        for options in ({}, {"train_on": "student"}, {"train_on": "teacher", "teacher_token_weight": 0.5})
+    ]
+    assert values[0] == values[1] == values[2] > 0.1
 
 
 @pytest.fixture(scope="module")
