@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,18 +91,15 @@ class TeacherPlace:
             )
         # transformers refuses to move quantised weights: they were loaded in place.
         (teacher if quantised else cast(nn.Module, teacher).to(device)).eval()
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._file: Path | None = None
         if offload == "disk" and self._moved:
             folder.mkdir(parents=True, exist_ok=True)
-            self._folder = tempfile.TemporaryDirectory(prefix="teacher-", dir=folder)
+            place = tempfile.mkdtemp(prefix="teacher-", dir=folder)
+            weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+            self._file = Path(place) / "weights.safetensors"
             # Weights that share memory are one parameter here, and so one entry of the file.
             save_file({name: each.data.contiguous() for name, each in self._moved.items()}, self._file)
         self._leave()
-
-    @property
-    def _file(self) -> Path:
-        assert self._folder is not None
-        return Path(self._folder.name) / "weights.safetensors"
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -119,7 +118,7 @@ class TeacherPlace:
         if self.offload == "cpu":
             for parameter in self._moved.values():
                 parameter.data = parameter.data.to(self.device, non_blocking=True)
-        elif self._folder is not None:
+        elif self._file is not None:
             with safe_open(self._file, framework="pt", device=str(self.device)) as weights:
                 for name, parameter in self._moved.items():
                     parameter.data = weights.get_tensor(name)
@@ -128,6 +127,6 @@ class TeacherPlace:
         if self.offload == "cpu":
             for parameter in self._moved.values():
                 parameter.data = parameter.data.to("cpu")
-        elif self._folder is not None:
+        elif self._file is not None:
             for parameter in self._moved.values():
                 parameter.data = parameter.data.new_empty(0)
