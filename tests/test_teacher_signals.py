@@ -120,6 +120,7 @@ def test_all_ids_kept_is_the_dense_teacher(divergence: str) -> None:
     student, teacher = logits_of_both()
     expected = value_and_gradient(student, logp_teacher(logp(teacher)), divergence=divergence)
     assert_equal(value_and_gradient(student, top_k(logp(teacher), 11), divergence=divergence), expected)
+    assert top_k(logp(teacher), 11)(logp(student), WHOLE)[1].shape == (20, 11)
     single = [each.float() for each in (student.detach(), teacher)]
     value = divergence_named(divergence)(*top_k(logp(single[1]), 11)(logp(single[0]), WHOLE)).sum()
     torch.testing.assert_close(value.double(), expected[0], rtol=1e-6, atol=0)  # a few float32 roundings of 6e-8
@@ -146,6 +147,15 @@ def test_value_and_gradient_are_the_definition_s_over_k_ids_and_the_rest(diverge
     p = student.detach().softmax(dim=-1) * ~is_kept
     shared = of_events[:, -1:] * p / p.sum(dim=-1, keepdim=True)
     torch.testing.assert_close(gradient, shared.scatter(-1, kept.indices, of_events[:, :-1]), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_rest", [True, False])
+def test_any_chunk_size_gives_a_few_ids_one_value_and_gradient(with_rest: bool) -> None:
+    student, teacher = logits_of_both()
+    signal = top_k(logp(teacher), 3, with_rest=with_rest)
+    expected = value_and_gradient(student, signal, chunk_positions=20)
+    for chunk in (1, 7, 19, None):
+        assert_equal(value_and_gradient(student, signal, chunk_positions=chunk), expected)
 
 
 @pytest.mark.parametrize("divergence", F_DIVERGENCES)
