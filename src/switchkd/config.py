@@ -44,6 +44,16 @@ class SwitchConfig(TrainingArguments):
     student_power: float | None = field(
         default=None, metadata={"help": "The power of the student's probability in alpha_beta, above 0."}
     )
+    teacher_text_divergence: str | None = field(
+        default=None,
+        metadata={"help": "The divergence at tokens of rollouts that the teacher wrote, where it is another one."},
+    )
+    long_term_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of MiniLLM's policy-gradient term for what a token does to the later ones; 0 is none."
+        },
+    )
     cross_entropy_weight: float | None = field(
         default=None,
         metadata={"help": "Weight of -log p_student(token), added to the divergence; replaces the method's."},
@@ -66,6 +76,40 @@ class SwitchConfig(TrainingArguments):
         metadata={
             "help": "Share of sequences rolled out (GKD's lambda); the rest is the data set's text. 1: prompts suffice."
         },
+    )
+    share_rise: float | None = field(
+        default=None,
+        metadata={
+            "help": "DistiLLM: student_share rises by this where the evaluation loss worsens by 0.1; 0 is never."
+        },
+    )
+    teacher_text_share: float | None = field(
+        default=None, metadata={"help": "Of the sequences rolled out, the share that the teacher writes alone."}
+    )
+    teacher_text: str | None = field(
+        default=None,
+        metadata={"help": "seqkd: the file of the teacher's text; by default teacher_text.jsonl in output_dir."},
+    )
+    replay_capacity: int | None = field(
+        default=None, metadata={"help": "Rollouts kept to be trained on again, the oldest leave first; 0 is none."}
+    )
+    replay_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the student's sequences that are drawn from the kept ones, once these are complete."
+        },
+    )
+    teacher_share: float | None = field(
+        default=None, metadata={"help": "minillm, random, early, late: the share of tokens that the teacher writes."}
+    )
+    keep_top_k: int | None = field(
+        default=None, metadata={"help": "skd: the student's token stays if it is among the teacher's best so many."}
+    )
+    factor: float | None = field(
+        default=None, metadata={"help": "adaswitch: the teacher takes over above this multiple of the mean divergence."}
+    )
+    window: int | None = field(
+        default=None, metadata={"help": "adaswitch: the mean is over so many divergences before the token."}
     )
     threshold: float | str = field(
         default=0.3,

@@ -15,12 +15,12 @@ from switchkd.callbacks import ConsoleProgress, LogFile, StopCleanly, read_log
 from switchkd.data.rows import SourceRow, to_examples
 from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
-from switchkd.methods import Plan
 from switchkd.models import load_pair, load_tokenizer
+from switchkd.plan import Plan
 from switchkd.records import Example
 from switchkd.report.plots import save_curves
 from switchkd.report.terminal import run_table
-from switchkd.run import RunConfig, Stage, plan_needs_teacher
+from switchkd.run import RunConfig, Stage
 from switchkd.run_folder import LOG_FILE, RUN_FILE, admit, is_finished, record_run, save_final
 from switchkd.sources import find_source
 from switchkd.teachers import SELF
@@ -81,7 +81,7 @@ def _prepare(to_do: Sequence[tuple[Stage, Plan]]) -> list[Prepared]:
         train = resolve(config.train_data, "train", data_dir=config.data_dir)
         held_out = resolve(config.eval_data, "eval", data_dir=config.data_dir) if config.eval_data else None
         find_source(stage.tokenizer)
-        if config.teacher not in (None, SELF) and plan_needs_teacher(plan):
+        if config.teacher not in (None, SELF) and plan.needs_teacher:
             find_source(str(config.teacher))
         sources.append((stage, plan, _peft_config(config), train, held_out))
     prepared = []
@@ -152,7 +152,7 @@ def _trainer(one: Prepared, run: RunConfig, console: Console) -> tuple[SwitchTra
     config = one.stage.config
     pair = load_pair(
         config.student,
-        config.teacher if plan_needs_teacher(one.plan) and config.teacher != SELF else None,
+        config.teacher if one.plan.needs_teacher and config.teacher != SELF else None,
         dtype=config.dtype,
         teacher_dtype=config.teacher_dtype,
         teacher_quantization=config.teacher_quantization,

@@ -1,65 +1,66 @@
 """A method is data: who writes the training text, what is compared, and how much of the text comes from where.
 
-A new method is a row of `METHODS`. Every field of a row can be replaced by a setting of the run.
+A new method is a row of `METHODS`. Every field of a row can be replaced by a setting of the run; `plan_of` in plan.py does it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from switchkd.divergences import DIVERGENCE_SETTINGS, divergence_named
 from switchkd.errors import UserError
-from switchkd.objective import DivergenceFunction, Objective
-from switchkd.policies import Policy, Student, Switch
+from switchkd.policies import AdaSwitch, Early, Interleave, Late, Mix, Policy, Student, Switch
 
-if TYPE_CHECKING:
-    from switchkd.config import SwitchConfig
-
-# The threshold that a run finds itself.
-AUTO = "auto"
-
-
-def _student(config: SwitchConfig) -> Policy:
-    return Student()
-
-
-def _switch(config: SwitchConfig) -> Policy:
-    if isinstance(config.threshold, str) and config.threshold != AUTO:
-        raise UserError(f"threshold is {config.threshold!r}; it has to be a number of nats, or {AUTO}")
-    return Switch(
-        # Where it is to be found, the search starts from the default.
-        threshold=Switch.threshold if isinstance(config.threshold, str) else config.threshold,
-        decay_rate=config.decay_rate,
-        final_fraction=config.final_fraction,
-        decay=config.decay,
-    )
+# Settings of a run that replace a value of its method's row, with the value where neither says anything.
+ROW_SETTINGS: dict[str, Any] = {
+    "teacher_text_share": 0.0,
+    "teacher_text_divergence": None,
+    "share_rise": 0.0,
+    "replay_capacity": 0,
+    "replay_share": 0.5,
+    "long_term_weight": 0.0,
+}
+# A policy's field and the run's setting have one name, but for this one: top_k is the sampling's.
+_SETTING_OF = {"top_k": "keep_top_k"}
 
 
 @dataclass(frozen=True)
 class Method:
     """A row of the table.
 
-    `policy` makes the writer of the rollouts; `rollout_share` is the share of training sequences that are rolled out, the
-    rest is the data set's text; `divergence` (None: no teacher in the loss), with its `divergence_settings` where they are
-    not the divergence's own defaults, and `cross_entropy_weight` are the loss.
+    `policy` writes the rollouts; `rollout_share` is the share of training sequences that are rolled out, the rest is the data
+    set's text, or the teacher's, written once, where `teacher_writes_data`; `divergence` (None: no teacher in the loss), with
+    its `divergence_settings` where they are not the divergence's own defaults, and `cross_entropy_weight` are the loss;
+    `settings` are the row's values of `ROW_SETTINGS` and of the policy's settings. `start` says from which student the
+    source starts, base or sft: a run does it in a stage before, as in recipes/.
     """
 
     summary: str
     source: str
     departs: str
-    policy: Callable[[SwitchConfig], Policy]
     rollout_share: float
     divergence: str | None
+    policy: type[Policy] = Student
     cross_entropy_weight: float = 0.0
     divergence_settings: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    teacher_writes_data: bool = False
+    start: str = "sft"
+
+    def value_of(self, setting: str) -> Any:
+        """The row's value of one of `ROW_SETTINGS`."""
+        return self.settings.get(setting, ROW_SETTINGS[setting])
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether a run needs a teacher at all."""
-        return self.divergence is not None
+    def policy_settings(self) -> dict[str, str]:
+        """The run's settings that the policy takes, and the policy's name of each."""
+        return settings_of_policy(self.policy)
+
+
+def settings_of_policy(policy: type[Policy]) -> dict[str, str]:
+    """The run's settings that a policy takes, and the policy's own name of each."""
+    return {_SETTING_OF.get(each.name, each.name): each.name for each in fields(policy)}  # type: ignore[arg-type]
 
 
 METHODS: dict[str, Method] = {
@@ -67,24 +68,23 @@ METHODS: dict[str, Method] = {
         summary="supervised fine-tuning: cross-entropy on the data set's responses",
         source="-",
         departs="-",
-        policy=_student,
         rollout_share=0.0,
         divergence=None,
         cross_entropy_weight=1.0,
+        start="base",
     ),
     "kd": Method(
         summary="word-level distillation: forward KL to the teacher on the data set's responses",
         source="Hinton et al. 2015, arXiv 1503.02531; Sanh et al. 2019, arXiv 1910.01108",
         departs="no cross-entropy mixed in; MiniLLM's baseline mixes 0.5 (set cross_entropy_weight)",
-        policy=_student,
         rollout_share=0.0,
         divergence="forward_kl",
+        start="base",
     ),
     "gkd": Method(
         summary="on-policy distillation: the student writes student_share of the sequences, the data set the rest",
         source="Agarwal et al. 2024, arXiv 2306.13649",
         departs="who writes is decided for each sequence, not for each batch; on-policy (student_share 1) by default",
-        policy=_student,
         rollout_share=1.0,
         divergence="jensen_shannon",
         divergence_settings={"teacher_weight": 0.1},
@@ -93,29 +93,98 @@ METHODS: dict[str, Method] = {
         summary="SWITCH: the student writes, the teacher wherever the two disagree by more than a decaying threshold",
         source="Koo et al. 2025, arXiv 2410.19503",
         departs="the paper's loss could not be read at the source: forward KL here (set divergence)",
-        policy=_switch,
+        policy=Switch,
         rollout_share=1.0,
         divergence="forward_kl",
     ),
+    "seqkd": Method(
+        summary="sequence-level distillation: cross-entropy on responses that the teacher writes once, before the first step",
+        source="Kim and Rush 2016, arXiv 1606.07947",
+        departs="the teacher's text is sampled with the run's temperature, not the mode of a beam search",
+        rollout_share=0.0,
+        divergence=None,
+        cross_entropy_weight=1.0,
+        teacher_writes_data=True,
+        start="base",
+    ),
+    "imitkd": Method(
+        summary="imitation learning: forward KL to the teacher on text that the student writes",
+        source="Lin et al. 2020, arXiv 2009.07253",
+        departs="every sequence is the student's from the first step on: no schedule that mixes in the data set's text",
+        rollout_share=1.0,
+        divergence="forward_kl",
+    ),
+    "skd": Method(
+        summary="speculative distillation: the student's token stays where the teacher ranks it among its keep_top_k best",
+        source="Xu et al. 2025, arXiv 2410.11325",
+        departs="the teacher's ranks are of the distribution after the run's temperature, top-k and top-p",
+        policy=Interleave,
+        rollout_share=1.0,
+        divergence="forward_kl",
+    ),
+    "adaswitch": Method(
+        summary="AdaSwitch: the student writes until the divergence jumps, the teacher from there to the end",
+        source="Peng et al. 2025, arXiv 2510.07842",
+        departs="the divergence compared is Jensen-Shannon's; factor and window could not be read at the source: ours",
+        policy=AdaSwitch,
+        rollout_share=1.0,
+        divergence="forward_kl",
+    ),
+    "random": Method(
+        summary="control: each token is the teacher's with probability teacher_share, wherever the two disagree or not",
+        source="a control of SWITCH's choice of places; its share is the best of arXiv 2410.19503",
+        departs="-",
+        policy=Mix,
+        rollout_share=1.0,
+        divergence="forward_kl",
+        settings={"teacher_share": 0.53},
+    ),
+    "early": Method(
+        summary="control: the teacher writes first, teacher_share of max_new_tokens, then the student",
+        source="a control of SWITCH's choice of places; its share is the best of arXiv 2410.19503",
+        departs="-",
+        policy=Early,
+        rollout_share=1.0,
+        divergence="forward_kl",
+        settings={"teacher_share": 0.53},
+    ),
+    "late": Method(
+        summary="control: the student writes first, the teacher the last teacher_share of max_new_tokens",
+        source="a control of SWITCH's choice of places; its share is the best of arXiv 2410.19503",
+        departs="-",
+        policy=Late,
+        rollout_share=1.0,
+        divergence="forward_kl",
+        settings={"teacher_share": 0.53},
+    ),
+    "distillm": Method(
+        summary="DistiLLM: skewed forward KL; the student's share rises when the dev loss worsens; old rollouts are replayed",
+        source="Ko et al. 2024, arXiv 2402.03898",
+        departs="who writes is decided for each sequence; the replayed share is constant, not rising over the run",
+        rollout_share=0.0,
+        divergence="skewed_forward_kl",
+        settings={"share_rise": 0.1, "replay_capacity": 1000},
+    ),
+    "distillm2": Method(
+        summary="DistiLLM-2: skewed forward KL on the teacher's own text, skewed reverse KL on the student's, half each",
+        source="Ko et al. 2025, arXiv 2503.07067",
+        departs="a prompt gets one of the two texts at a step, not both; written at each step, not once an epoch; no "
+        "curriculum on the skew",
+        rollout_share=1.0,
+        divergence="skewed_reverse_kl",
+        settings={"teacher_text_share": 0.5, "teacher_text_divergence": "skewed_forward_kl"},
+    ),
+    "minillm": Method(
+        summary="MiniLLM: reverse KL of whole sequences by policy gradient, on text in which the teacher writes some tokens",
+        source="Gu et al. 2024, arXiv 2306.08543, equations 5 to 8",
+        departs="single-step term, length-normalised long-term term and per-token importance weights are in; the clipping "
+        "is not, since each rollout is used for one step, nor the loss on pre-training text; mean over tokens",
+        policy=Mix,
+        rollout_share=1.0,
+        divergence="reverse_kl",
+        settings={"teacher_share": 0.2, "long_term_weight": 1.0},
+    ),
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A method with the run's settings filled in: what the trainer carries out.
-
-    `finds_threshold`: the policy is a Switch, whose threshold is to be calibrated (auto_threshold.py).
-    """
-
-    policy: Policy
-    rollout_share: float
-    objective: Objective
-    finds_threshold: bool = False
-
-    @property
-    def needs_response(self) -> bool:
-        """Whether the data set has to give responses: where its text is trained on."""
-        return self.rollout_share < 1
 
 
 def method_named(name: str) -> Method:
@@ -123,107 +192,3 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         raise UserError(f"there is no method named {name!r}; choose one of {', '.join(METHODS)}")
     return METHODS[name]
-
-
-def _divergence_of(config: SwitchConfig, method: Method) -> DivergenceFunction | None:
-    name = config.divergence or method.divergence
-    given = {key: value for key in DIVERGENCE_SETTINGS if (value := getattr(config, key)) is not None}
-    if name is None:
-        for key, value in given.items():
-            raise UserError(f"{key} is {value}, but method {config.method!r} has no divergence; leave {key} out")
-        return None
-    # The row's own settings belong to the row's own divergence.
-    of_the_row = method.divergence_settings if name == method.divergence else {}
-    return divergence_named(name, **{**of_the_row, **given})
-
-
-def plan_of(config: SwitchConfig) -> Plan:
-    """The plan of a run: its method's row, each field replaced where the configuration sets it.
-
-    Raises UserError for an unknown method or divergence and for settings out of range, before any model is loaded.
-    """
-    method = method_named(config.method)
-    rollout_share = method.rollout_share if config.student_share is None else config.student_share
-    if not 0 <= rollout_share <= 1:
-        raise UserError(
-            f"student_share is {config.student_share}; it is the share of sequences rolled out, from 0 to 1"
-        )
-    if config.student_share is not None and method.rollout_share == 0:
-        raise UserError(
-            f"student_share is {config.student_share}, but method {config.method!r} trains on data only; use gkd"
-        )
-    weight = method.cross_entropy_weight if config.cross_entropy_weight is None else config.cross_entropy_weight
-    function = _divergence_of(config, method)
-    if function is None and not weight:
-        raise UserError(
-            f"cross_entropy_weight is {weight}, and method {config.method!r} has no divergence, so there is nothing to "
-            f"minimise; set cross_entropy_weight or divergence"
-        )
-    if config.block_size != "auto" and (not isinstance(config.block_size, int) or config.block_size < 1):
-        raise UserError(f"block_size is {config.block_size!r}; give 1 or more tokens, or auto")
-    if not weight >= 0:
-        raise UserError(f"cross_entropy_weight is {weight}; it has to be 0 or more")
-    if not config.loss_temperature > 0:
-        raise UserError(f"loss_temperature is {config.loss_temperature}; it has to be positive")
-    try:
-        config.sampling  # noqa: B018 - checks its values
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    policy = method.policy(config)
-    _check_calibration(config)
-    _check_token_weights(config, policy, rollout_share)
-    objective = Objective(
-        function,
-        cross_entropy_weight=weight,
-        loss_temperature=config.loss_temperature,
-        train_on=config.train_on,
-        student_token_weight=config.student_token_weight,
-        teacher_token_weight=config.teacher_token_weight,
-    )
-    return Plan(
-        policy=policy,
-        rollout_share=rollout_share,
-        objective=objective,
-        finds_threshold=config.threshold == AUTO and isinstance(policy, Switch),
-    )
-
-
-def _check_calibration(config: SwitchConfig) -> None:
-    """Raises UserError for settings of the calibration that are out of range or act on nothing."""
-    if not 0 < config.target_teacher_share < 1:
-        raise UserError(f"target_teacher_share is {config.target_teacher_share}; it has to be above 0 and below 1")
-    if config.calibration_prompts < 1:
-        raise UserError(f"calibration_prompts is {config.calibration_prompts}; it has to be at least 1")
-    if config.recalibrate_every < 0:
-        raise UserError(f"recalibrate_every is {config.recalibrate_every}; give a number of steps, or 0 for never")
-    if config.recalibrate_every and config.threshold != AUTO:
-        raise UserError(
-            f"recalibrate_every is {config.recalibrate_every}, but threshold is {config.threshold}: there is nothing to "
-            f"find; set threshold to {AUTO}, or leave recalibrate_every out"
-        )
-
-
-def _check_token_weights(config: SwitchConfig, policy: Policy, rollout_share: float) -> None:
-    """Raises UserError for weights that are none, that have no effect, or that leave nothing of the rollouts."""
-    weights = {"student": config.student_token_weight, "teacher": config.teacher_token_weight}
-    if config.train_on not in ("all", *weights):
-        raise UserError(f"train_on is {config.train_on!r}; choose one of all, student, teacher")
-    for writer, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise UserError(f"{writer}_token_weight is {weight}; it has to be 0 or more")
-        if weight != 1 and config.train_on not in ("all", writer):
-            raise UserError(
-                f"{writer}_token_weight is {weight}, but train_on {config.train_on!r} leaves these tokens out"
-            )
-    if config.train_on == "all" and set(weights.values()) == {1.0}:
-        return
-    if rollout_share == 0:
-        raise UserError(
-            f"train_on and the token weights act on rollouts, but method {config.method!r} has none here; leave them out"
-        )
-    writers = ("student", "teacher") if policy.needs_teacher else ("student",)
-    if all(config.train_on not in ("all", writer) or weights[writer] == 0 for writer in writers):
-        raise UserError(
-            f"train_on {config.train_on!r} with weights of {config.student_token_weight} for the student's tokens and "
-            f"{config.teacher_token_weight} for the teacher's leaves nothing of what {' and '.join(writers)} wrote"
-        )

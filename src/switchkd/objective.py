@@ -33,6 +33,10 @@ class Objective:
     divergence(student, teacher) at `loss_temperature` + cross_entropy_weight * -log p_student(token). Without a
     `divergence` no teacher is asked. The loss temperature is not the sampling temperature, and has no effect on it;
     gradients are not rescaled by its square. The tokens of rollouts weigh what `token_weights` gives their writer.
+
+    `teacher_text_divergence` takes the divergence's place at tokens that the teacher wrote (DistiLLM-2, arXiv 2503.07067).
+    `long_term_weight` * return * -log p_student(token) is added where returns are given: their policy gradient
+    (policy_gradient.py).
     """
 
     divergence: DivergenceFunction | None
@@ -41,6 +45,19 @@ class Objective:
     train_on: TrainOn = "all"
     student_token_weight: float = 1.0
     teacher_token_weight: float = 1.0
+    teacher_text_divergence: DivergenceFunction | None = None
+    long_term_weight: float = 0.0
+
+    def divergence_by_writer(self, student_logp: Tensor, teacher_logp: Tensor, by_teacher: Tensor | None) -> Tensor:
+        """The divergence at each position, by who wrote its token (bool; None: nobody says, as in a data set's text)."""
+        assert self.divergence is not None
+        if self.teacher_text_divergence is None or by_teacher is None:
+            return self.divergence(student_logp, teacher_logp)
+        loss = student_logp.new_zeros(by_teacher.shape)
+        # Each is asked at its own positions alone: elsewhere it may be infinite, and its gradient then NaN.
+        for function, mask in ((self.divergence, ~by_teacher), (self.teacher_text_divergence, by_teacher)):
+            loss = loss.masked_scatter(mask, function(student_logp[mask], teacher_logp[mask]))
+        return loss
 
     def weights(self, written_by_teacher_N: Tensor, rolled_out_N: Tensor) -> Tensor:
         """What multiplies each position's loss (N,); 1 at the data set's text, which neither model wrote, whatever is set."""
@@ -231,6 +248,8 @@ def distillation_loss(
     teacher: TeacherSignal | None,
     denominator: Tensor | float,
     weight_N: Tensor | None = None,
+    written_by_teacher_N: Tensor | None = None,
+    return_N: Tensor | None = None,
     measure: bool = False,
     chunk_positions: int | None = None,
 ) -> tuple[Tensor, Report]:
@@ -240,6 +259,7 @@ def distillation_loss(
     at the same positions, at the objective's loss temperature. `denominator` is the number of counted positions (with a
     weight other than 0) of the whole optimiser step over all processes, so that no split into micro-batches or processes
     changes the gradient; with N = 0 the loss is exactly 0. `weight_N` multiplies each position's loss, not its report.
+    `written_by_teacher_N` (bool) selects the divergence where there are two; `return_N` is the long-term term's return in nats.
     `measure` adds entropies and agreement to the report, at the cost of a few passes over each chunk.
 
     Memory beyond the inputs: one gradient of the hidden states, one of the head where it trains, and a few tensors of
@@ -255,17 +275,19 @@ def distillation_loss(
             if teacher is None:
                 raise ValueError("this objective has a divergence, so it needs a teacher signal")
             student_logp, teacher_logp = teacher(_logp(logits_CV, objective.loss_temperature), chunk)
-            loss_C = objective.divergence(student_logp, teacher_logp)
+            by_teacher_C = None if written_by_teacher_N is None else written_by_teacher_N[chunk]
+            loss_C = objective.divergence_by_writer(student_logp, teacher_logp, by_teacher_C)
             measured["divergence_N"].append(loss_C.detach())
             if measure:
                 measured["student_entropy_N"].append(_entropy(student_logp.detach()))
                 measured["teacher_entropy_N"].append(_entropy(teacher_logp))
                 measured["agreement_N"].append(student_logp.argmax(dim=-1) == teacher_logp.argmax(dim=-1))
-        if objective.cross_entropy_weight:
+        if objective.cross_entropy_weight or return_N is not None:
             log_probs = _logp(logits_CV, 1.0)
             cross_entropy_C = -log_probs.gather(-1, token_ids_N[chunk, None])[:, 0]
             measured["cross_entropy_N"].append(cross_entropy_C.detach())
-            loss_C = loss_C + objective.cross_entropy_weight * cross_entropy_C
+            long_term_C = 0.0 if return_N is None else objective.long_term_weight * return_N[chunk].to(cross_entropy_C)
+            loss_C = loss_C + (objective.cross_entropy_weight + long_term_C) * cross_entropy_C
         return loss_C if weight_N is None else loss_C * weight_N[chunk]
 
     # Inside the function gradients are always off, and a parameter asks for one even where the caller wants none.

@@ -73,6 +73,14 @@ class Policy(ABC):
         The earlier positions of a block are the past of the later ones: each is decided as if the block was kept so far.
         """
 
+    def written_logp(self, student_logp: Tensor, teacher_logp: Tensor, by_teacher: Tensor) -> Tensor:
+        """The log-probability, given what is before it, with which a token was written: its writer's, in nats.
+
+        From the two models' log-probabilities of the token and its writer, all of one shape. It holds where the prefix alone
+        decides who writes; a policy that `draws_anew` has none.
+        """
+        return torch.where(by_teacher, teacher_logp, student_logp)
+
 
 def _without_threshold(by_teacher: Tensor) -> Decision:
     return Decision(by_teacher, torch.full(by_teacher.shape, math.nan, device=by_teacher.device))
@@ -117,8 +125,8 @@ class Mix(_ByShare):
     """Each token is the teacher's with probability `teacher_share`, by a coin of its own: also the control at random places.
 
     A token's law is teacher_share * p_T + (1 - teacher_share) * p_S exactly: MiniLLM's teacher-mixed sampling with its
-    0.2. MiniLLM's importance weights are a part of its loss, not of its text, and are not here. The share is a mean, the
-    share of one rollout varies about it.
+    0.2. MiniLLM's importance weights are a part of its loss (policy_gradient.py). The share is a mean, the share of one
+    rollout varies about it.
 
     Source: Gu et al. 2024, MiniLLM, arXiv 2306.08543, section 2.2. Raises UserError for a share outside 0 to 1.
     """
@@ -126,6 +134,11 @@ class Mix(_ByShare):
     def decide(self, positions: Positions) -> Decision:
         """The teacher where the coin is below the share; the threshold is NaN."""
         return _without_threshold(positions.coin < self.teacher_share)
+
+    def written_logp(self, student_logp: Tensor, teacher_logp: Tensor, by_teacher: Tensor) -> Tensor:
+        """The mixture's log-probability, whoever wrote the token."""
+        share = student_logp.new_tensor(self.teacher_share)
+        return torch.logaddexp(share.log() + teacher_logp, (1 - share).log() + student_logp)
 
 
 @dataclass(frozen=True)

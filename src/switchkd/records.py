@@ -111,8 +111,9 @@ class Batch:
     `input_ids_BT` (long); `attention_mask_BT` (long, 1 where there is a token); `response_mask_BT` (bool) is True at
     the response tokens, the end-of-text token included: these N positions are counted, and the token at t is predicted
     at t - 1; `rolled_out_BT` (bool) is True at those of rollouts, not of a data set's text, and `written_by_teacher_BT` (bool)
-    where a rollout says so. `teacher_hidden_NH` is the teacher's last hidden state that predicted each counted token,
-    row after row, where every sequence brought it.
+    where a rollout says so; `student_logp_BT` and `teacher_logp_BT` (float64, nats) are each model's log-probability of the
+    token when it was written, 0 where there is no rollout. `teacher_hidden_NH` is the teacher's last hidden state that
+    predicted each counted token, row after row, where every sequence brought it.
     """
 
     input_ids_BT: torch.Tensor
@@ -121,6 +122,8 @@ class Batch:
     rolled_out_BT: torch.Tensor
     written_by_teacher_BT: torch.Tensor
     teacher_hidden_NH: torch.Tensor | None = None
+    student_logp_BT: torch.Tensor | None = None
+    teacher_logp_BT: torch.Tensor | None = None
 
     @property
     def response_tokens(self) -> int:

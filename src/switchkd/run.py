@@ -15,7 +15,7 @@ import yaml
 
 from switchkd.config import SwitchConfig
 from switchkd.errors import UserError
-from switchkd.methods import Plan, plan_of
+from switchkd.plan import Plan, check_evaluation, plan_of
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,10 @@ class Stage:
         """What the trainer carries out; raises UserError for settings that do not fit, and for a missing teacher."""
         arguments = self.config.arguments()
         plan = plan_of(arguments)
-        if self.config.teacher is None and plan_needs_teacher(plan):
+        if self.config.teacher is None and plan.needs_teacher:
             raise UserError(f"method {arguments.method!r} needs a teacher; set teacher in the run file")
+        check_evaluation(plan, arguments, has_data=self.config.eval_data is not None)
         return plan
-
-
-def plan_needs_teacher(plan: Plan) -> bool:
-    """Whether a teacher has to be loaded, for the rollouts or for the loss."""
-    return plan.objective.divergence is not None or (plan.rollout_share > 0 and plan.policy.needs_teacher)
 
 
 # ------------------------------------------------------------------------------------------------------ known settings

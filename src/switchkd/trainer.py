@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from switchkd.auto_threshold import AutoThreshold
 from switchkd.config import SwitchConfig
 from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.data.rows import read_rows, to_examples
@@ -24,22 +23,19 @@ from switchkd.errors import UserError
 from switchkd.heads import backbone, last_hidden
 from switchkd.loss_measures import MEASURE_NAMES, sums_of
 from switchkd.meters import Meters
-from switchkd.methods import plan_of
 from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
-from switchkd.noise import Address, Stream, row_keys, uniform
 from switchkd.objective import Report, TeacherSignal, dense_teacher, distillation_loss
-from switchkd.policies import Switch
-from switchkd.records import Batch, Example, Prompt, Rollout
+from switchkd.plan import check_evaluation, plan_of
+from switchkd.policy_gradient import importance_and_returns
+from switchkd.records import Batch, Example, Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.speculative import SpeculativeEngine
+from switchkd.step_text import TEXT_MEASURES, StepText
+from switchkd.teacher_text import manifest_of, teacher_text
 from switchkd.teachers import SELF, TeacherPlace, self_teacher
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-_ROLLOUT_MEASURES = (
-    "teacher_share", "response_tokens", "ended", "rollout_divergence", "rollout_tokens_per_second", "train_tokens_per_second"
-)  # fmt: skip
 
 
 class SwitchTrainer(Trainer):
@@ -74,7 +70,8 @@ class SwitchTrainer(Trainer):
     ) -> None:
         args = args or SwitchConfig(output_dir="runs/switchkd")
         self.plan = plan_of(args)
-        if self.plan.objective.divergence is not None and teacher_model is None:
+        check_evaluation(self.plan, args, has_data=eval_dataset is not None)
+        if self.plan.needs_teacher and teacher_model is None:
             raise UserError(f"method {args.method!r} learns from a teacher, but none was given; set teacher_model")
         # A model that was made on the spot has no name, and needs no tokenizer for data that is token ids.
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
@@ -101,7 +98,7 @@ class SwitchTrainer(Trainer):
             callbacks=callbacks,
             **trainer_options,
         )
-        if self.plan.rollout_share > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.plan.rolls_out and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise UserError(
                 "rollouts need whole weights on every process, which FSDP and DeepSpeed take apart; run this method with "
                 "plain data parallelism (accelerate launch --multi_gpu), or train on data (sft, kd)"
@@ -110,15 +107,13 @@ class SwitchTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.engine = engine or SpeculativeEngine(self.pair, args.block_size, max_rows=args.rollout_rows)
         self._check_room()
-        self._auto_threshold = None
-        if self.plan.finds_threshold:
-            self._auto_threshold = AutoThreshold(
-                args, cast(Switch, self.plan.policy), cast(Any, self.train_dataset) or ()
-            )
         self._place = None
         if teacher is not None:
             self._place = TeacherPlace(teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
-        self._meters = Meters([*_ROLLOUT_MEASURES, *MEASURE_NAMES])
+        self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
+        self._text = StepText(self.plan, args, self.pair, self._meters, cast(Any, self.train_dataset) or ())
+        if self._text.share:
+            self.add_callback(self._text.share)
         self._step_started = 0.0
         self._step_tokens = 0
 
@@ -169,7 +164,7 @@ class SwitchTrainer(Trainer):
     def _check_room(self) -> None:
         """Raises UserError where the longest sequence that can come up exceeds the positions of a model."""
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        rolled_out = self.args.max_new_tokens if self.plan.rollout_share > 0 else 0
+        rolled_out = self.args.max_new_tokens if self.plan.rolls_out or self.plan.teacher_text else 0
         lengths = [
             len(example.prompt.token_ids) + max(len(example.response_ids), rolled_out)
             for part in (self.train_dataset, *parts)
@@ -195,7 +190,8 @@ class SwitchTrainer(Trainer):
         if not loaded:
             return loaded, None
         with self._teacher_at_work():
-            sequences = self._roll_out([example for inputs in loaded for example in inputs["examples"]])
+            examples = [example for inputs in loaded for example in inputs["examples"]]
+            sequences = self._text.write(examples, self.state, self.engine, self.log)
         # Rows of one length go together; the number of micro-batches stays the loader's.
         groups = micro_batches(
             [len(s.prompt.token_ids) + len(response_ids(s)) for s in sequences],
@@ -212,41 +208,6 @@ class SwitchTrainer(Trainer):
         if self._step_tokens:
             self._meters.add("train_tokens_per_second", self._step_tokens, time.perf_counter() - self._step_started)
             self._step_tokens = 0
-
-    def _roll_out(self, examples: list[Example]) -> list[Example | Rollout]:
-        """Each example, or the rollout that stands in for it; which one is decided by an addressed coin."""
-        args = self.args
-        step = self.state.global_step
-        auto = self._auto_threshold
-        policy = auto.policy_at(self.state, self.engine, self.log) if auto else self.plan.policy
-        prompts = [Prompt(e.prompt.token_ids, e.prompt.prompt_id, sample_id=step) for e in examples]
-        key = row_keys(args.seed, prompts)
-        coins = uniform(Address(key, torch.full_like(key, args.max_new_tokens)), Stream.COIN)
-        chosen = [index for index, coin in enumerate(coins.tolist()) if coin < self.plan.rollout_share]
-        sequences: list[Example | Rollout] = list(examples)
-        if not chosen:
-            return sequences
-        started = time.perf_counter()
-        rollouts = self.engine.generate(
-            [prompts[index] for index in chosen],
-            policy=policy,
-            sampling=args.sampling,
-            seed=args.seed,
-            keep_teacher="hidden" if policy.needs_teacher and self.plan.objective.divergence else None,
-        )
-        self._record_rollouts(rollouts, time.perf_counter() - started)
-        for index, rollout in zip(chosen, rollouts, strict=True):
-            sequences[index] = rollout
-        return sequences
-
-    def _record_rollouts(self, rollouts: list[Rollout], seconds: float) -> None:
-        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-        self._meters.add("teacher_share", sum(sum(rollout.written_by_teacher) for rollout in rollouts), tokens)
-        self._meters.add("response_tokens", tokens, len(rollouts))
-        self._meters.add("ended", sum(r.token_ids[-1] in self.pair.eos_ids for r in rollouts), len(rollouts))
-        self._meters.add("rollout_tokens_per_second", tokens, seconds)
-        if self.plan.policy.needs_teacher:
-            self._meters.add("rollout_divergence", sum(sum(rollout.divergence) for rollout in rollouts), tokens)
 
     # ------------------------------------------------------------------------------------------------------- the loss
 
@@ -281,12 +242,22 @@ class SwitchTrainer(Trainer):
             teacher=self._teacher_signal(batch, counted),
             denominator=denominator,
             weight_N=self._weights(batch),
+            written_by_teacher_N=batch.written_by_teacher_BT[:, 1:][counted],
+            return_N=self._importance_and_returns(batch)[1],
             measure=measure,
         )
 
     def _weights(self, batch: Batch) -> Tensor:
         mask = batch.response_mask_BT
-        return self.plan.objective.weights(batch.written_by_teacher_BT[mask], batch.rolled_out_BT[mask])
+        weight_N = self.plan.objective.weights(batch.written_by_teacher_BT[mask], batch.rolled_out_BT[mask])
+        importance_N, _ = self._importance_and_returns(batch)
+        return weight_N if importance_N is None else weight_N * importance_N
+
+    def _importance_and_returns(self, batch: Batch) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        if not self.plan.objective.long_term_weight:
+            return None, None
+        importance_BT, return_BT = importance_and_returns(batch, self.plan.policy)
+        return importance_BT[batch.response_mask_BT].float(), return_BT[batch.response_mask_BT].float()
 
     def _counted(self, batch: Batch) -> int:
         """The number of response tokens that are trained on: those of a weight other than 0."""
@@ -358,11 +329,30 @@ class SwitchTrainer(Trainer):
                 place = named or self.args.output_dir
                 raise UserError(f"there is no complete checkpoint in {place}; name another, or train without resuming")
             resume_from_checkpoint = str(found)
+            if self._text.replay is not None:
+                self._text.replay.load(found)
+        elif self._text.replay is not None:
+            self._text.replay.rollouts.clear()
+        if self.plan.teacher_text is not None:
+            self.train_dataset = self._teacher_text(self.plan.teacher_text)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _teacher_text(self, path: Path) -> Any:
+        args, teacher = self.args, cast(PreTrainedModel, self.pair.teacher)
+        examples: Sequence[Example] = self.train_dataset  # type: ignore[assignment]
+        with self._teacher_at_work():
+            manifest = manifest_of(teacher, examples, args.sampling, args.seed)
+            is_main = self.is_world_process_zero()
+            found = teacher_text(path, manifest, examples, self.engine, args.sampling, args.seed, writes=is_main)
+        self.accelerator.wait_for_everyone()
+        return found
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
+            # Before the trainer's state, which closes a checkpoint.
+            if self._text.replay is not None and self.args.should_save:
+                self._text.replay.save(folder)
             super()._save_checkpoint(model, trial)
         except Exception as error:
             # A partial checkpoint must not be taken for one; the earlier ones are only rotated after a whole one.

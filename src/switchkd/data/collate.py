@@ -31,6 +31,7 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int, *, pad_to_multi
     response_mask_BT = torch.zeros(shape, dtype=torch.bool)
     rolled_out_BT = torch.zeros(shape, dtype=torch.bool)
     written_by_teacher_BT = torch.zeros(shape, dtype=torch.bool)
+    student_logp_BT, teacher_logp_BT = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     for row, (sequence, prompt, response) in enumerate(zip(sequences, prompts, responses, strict=True)):
         start, end = len(prompt), len(prompt) + len(response)
         input_ids_BT[row, :end] = torch.tensor(prompt + response, dtype=torch.long)
@@ -39,6 +40,8 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int, *, pad_to_multi
         if isinstance(sequence, Rollout):
             rolled_out_BT[row, start:end] = True
             written_by_teacher_BT[row, start:end] = torch.tensor(sequence.written_by_teacher, dtype=torch.bool)
+            student_logp_BT[row, start:end] = torch.tensor(sequence.student_logp, dtype=torch.float64)
+            teacher_logp_BT[row, start:end] = torch.tensor(sequence.teacher_logp, dtype=torch.float64)
     return Batch(
         input_ids_BT,
         attention_mask_BT,
@@ -46,6 +49,8 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int, *, pad_to_multi
         rolled_out_BT,
         written_by_teacher_BT,
         _packed_teacher_hidden(sequences),
+        student_logp_BT,
+        teacher_logp_BT,
     )
 
 

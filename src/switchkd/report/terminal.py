@@ -153,22 +153,35 @@ def methods_table(methods: Mapping[str, Method]) -> Table:
     return table
 
 
-def method_details(name: str, method: Method) -> Group:
-    """A method's row in full, and the settings that act on it with the values in force where none is given."""
+def settings_of(name: str, method: Method) -> dict[str, Any]:
+    """The settings that act on a method, with the values in force where a run gives none; None where there is none."""
     from switchkd.config import SwitchConfig
     from switchkd.divergences import DIVERGENCES
 
     config = SwitchConfig(output_dir="unused", method=name)
-    declared = {each.name: each for each in fields(SwitchConfig)}
-    of_the_row = {
+    # What a row or a policy has no word on is as the configuration has it.
+    policy = {key: getattr(method.policy, own) for key, own in method.policy_settings.items()}
+    given = {key: value for key in policy if (value := getattr(config, key)) is not None}
+    both = [each for each in (method.divergence, method.value_of("teacher_text_divergence")) if each]
+    return {
         "divergence": method.divergence,
-        **(DIVERGENCES[method.divergence].settings if method.divergence else {}),
+        **{key: value for divergence in both for key, value in DIVERGENCES[divergence].settings.items()},
         **method.divergence_settings,
         "cross_entropy_weight": method.cross_entropy_weight,
         "student_share": method.rollout_share,
+        "loss_temperature": config.loss_temperature,
+        **policy,
+        **given,
+        **method.settings,
+        **({"teacher_text": None} if method.teacher_writes_data else {}),
     }
-    of_the_policy = [each.name for each in fields(method.policy(config)) if each.name in declared]  # type: ignore[arg-type]
-    values = {**of_the_row, **{key: getattr(config, key) for key in ("loss_temperature", *of_the_policy)}}
+
+
+def method_details(name: str, method: Method) -> Group:
+    """A method's row in full, and the settings that act on it with the values in force where none is given."""
+    from switchkd.config import SwitchConfig
+
+    values, declared = settings_of(name, method), {each.name: each for each in fields(SwitchConfig)}
     texts, settings = (Table(show_header=False, box=None, pad_edge=False) for _ in range(2))
     for label in ("summary", "source", "departs"):
         texts.add_row(Text(label, style="bold"), Text(getattr(method, label)))
