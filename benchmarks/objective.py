@@ -128,7 +128,7 @@ def value_and_gradients(side: str, inputs: Inputs, divergence: str) -> float:
     inputs.clear()
     loss = SIDES[side](inputs, divergence)
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 def peak_memory(side: str, divergence: str, size: Size) -> int:
@@ -139,7 +139,7 @@ def peak_memory(side: str, divergence: str, size: Size) -> int:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _resident("VmRSS")
     value_and_gradients(side, inputs, divergence)
-    return _resident("VmHWM") - before
+    return max(1, _resident("VmHWM") - before)
 
 
 def _resident(field: str) -> int:
