@@ -95,7 +95,10 @@ class Task:
 
     def student(self) -> PreTrainedModel:
         """A copy that trains."""
-        return copy.deepcopy(self.pair.student).requires_grad_(True)
+        student = copy.deepcopy(self.pair.student).requires_grad_(True)
+        # A name would bring its tokenizer, and with it an end of text.
+        student.name_or_path = ""
+        return student
 
 
 @dataclass

@@ -168,7 +168,7 @@ def top_k_teacher(
 def _logp(logits_NV: Tensor, temperature: float) -> Tensor:
     """Log-probabilities in nats, at least float32."""
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return torch.log_softmax(logits_NV if temperature == 1 else logits_NV / temperature, dim=-1)
+    return torch.log_softmax(logits_NV / temperature, dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------------------- the loss
@@ -218,9 +218,7 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
-        # Mostly it is 1, and the head's gradient is large: no copy of it then.
-        as_they_are = bool(scale == 1)
-        grads = (grad if grad is None or as_they_are else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
+        grads = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
         return (*grads, None, None, None)
 
 
@@ -268,14 +266,13 @@ def distillation_loss(
             cross_entropy_C = -log_probs.gather(-1, token_ids_N[chunk, None])[:, 0]
             measured["cross_entropy_N"].append(cross_entropy_C.detach())
             loss_C = loss_C + objective.cross_entropy_weight * cross_entropy_C
-        # Divided here, the gradients are those of the loss and not of its sum.
-        return (loss_C if weight_N is None else loss_C * weight_N[chunk]) / denominator
+        return loss_C if weight_N is None else loss_C * weight_N[chunk]
 
     # Inside the function gradients are always off, and a parameter asks for one even where the caller wants none.
     total: Tensor = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
         student_hidden_NH, head.weight_VH, head.bias_V, position_loss, chunk_positions, torch.is_grad_enabled()
     )
-    return total, Report(**{name: torch.cat(parts) for name, parts in measured.items()})
+    return total / denominator, Report(**{name: torch.cat(parts) for name, parts in measured.items()})
 
 
 def _entropy(logp: Tensor) -> Tensor:
