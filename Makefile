@@ -35,7 +35,10 @@ world-pair: $(READY)  ## train the embedded pair from nothing (about half an hou
 	$(BIN)/python scripts/train_world_pair.py
 
 benchmarks: $(READY)  ## measure, and write docs/benchmarks.md; leave the machine alone meanwhile
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/rollout.py --write
+	$(BIN)/python benchmarks/objective.py --write
+	$(BIN)/python benchmarks/step.py --write
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

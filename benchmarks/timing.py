@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import platform
 import re
 import subprocess
@@ -15,6 +17,12 @@ import torch
 import transformers
 
 THREADS = 2
+TRL_MISSING = "TRL is not installed, so its side is left out; `pip install -e .[bench]` brings it."
+
+
+def has_trl() -> bool:
+    """Whether TRL, the other side of some comparisons, is installed."""
+    return importlib.util.find_spec("trl") is not None
 
 
 def median_seconds(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -31,9 +39,10 @@ def median_seconds(sides: Mapping[str, Callable[[], object]], repeats: int) -> d
 def conditions() -> str:
     """Machine, versions, date and commit, in one line."""
     now = datetime.now(UTC)
+    trl = f", trl {importlib.metadata.version('trl')}" if has_trl() else ""
     return (
         f"{_processor()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; {now:%Y-%m-%d}, commit {_commit()}"
+        f"torch {torch.__version__}, transformers {transformers.__version__}{trl}; {now:%Y-%m-%d}, commit {_commit()}"
     )
 
 

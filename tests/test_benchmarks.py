@@ -37,6 +37,33 @@ def test_quick_writes_its_section(rollout: ModuleType, tmp_path: Path, capsys: p
     assert "commit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["objective", "step"])
+def test_quick_needs_no_trl(
+    name: str, rollout: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = importlib.import_module(name)
+    monkeypatch.setattr(benchmark, "has_trl", lambda: False)
+    document = tmp_path / "benchmarks.md"
+    benchmark.main(["--quick", "--write", "--document", str(document)])
+    text = document.read_text()
+    assert f"<!-- {name} -->" in text
+    assert "TRL is not installed" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| quick |", "| reverse_kl |"))]
+    assert len(rows) == 2  # Ours and the dense computation; ours on-policy and with SWITCH.
+    assert "commit" in capsys.readouterr().out
+
+
+def test_a_gradient_of_another_computation_stops_it(rollout: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = importlib.import_module("objective")
+    inputs = benchmark.Inputs(benchmark.QUICK)
+    assert benchmark.furthest(inputs, "jensen_shannon", [benchmark.OURS, benchmark.DENSE]) < 1e-5
+    monkeypatch.setitem(
+        benchmark.SIDES, benchmark.DENSE, lambda inputs, _: 1.0001 * benchmark.ours(inputs, "forward_kl")
+    )
+    with pytest.raises(SystemExit, match="not the same computation"):
+        benchmark.furthest(inputs, "forward_kl", [benchmark.DENSE])
+
+
 def test_a_section_is_added_where_there_is_none(rollout: ModuleType, tmp_path: Path) -> None:
     timing = importlib.import_module("timing")
     document = tmp_path / "new" / "benchmarks.md"

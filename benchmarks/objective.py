@@ -1,0 +1,267 @@
+"""What the objective takes: memory and time of value and gradients, against the dense computation and TRL's.
+
+    python benchmarks/objective.py [--divergence reverse_kl jensen_shannon] [--repeats 5] [--write] [--quick]
+
+All sides get the same hidden states and head weights. Times: one process, by turns, a median. Memory: how far the resident
+set of a process of its own rises above its inputs. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from rollout import DOCUMENT, Report
+from switchkd.divergences import divergence_named
+from switchkd.heads import Head
+from switchkd.objective import Objective, dense_teacher, distillation_loss
+from timing import THREADS, TRL_MISSING, conditions, has_trl, median_seconds, write_section
+
+OURS, DENSE, TRL = "ours", "dense", "TRL"
+# TRL's beta of the same divergence.
+BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jensen_shannon": 0.5}
+# The share of the dense computation's memory, times TRL's memory and times TRL's time that are aimed at, at most.
+DENSE_MEMORY_TARGET, TRL_MEMORY_TARGET, TRL_TIME_TARGET = 0.1, 1.0, 1.1
+# Of the norms of the gradients, and of the value, in float32.
+TOLERANCE = 1e-5
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the tensors: positions, hidden size (of both models) and vocabulary."""
+
+    positions: int
+    hidden: int
+    vocabulary: int
+
+
+FULL, QUICK = Size(2048, 1024, 131_072), Size(32, 16, 512)
+
+
+class Inputs:
+    """Hidden states and head weights of a student and of a teacher not far from it, the same at every call."""
+
+    def __init__(self, size: Size) -> None:
+        torch.manual_seed(0)
+        self.student_hidden_NH = torch.randn(size.positions, size.hidden).requires_grad_()
+        self.teacher_hidden_NH = self.student_hidden_NH.detach() + 0.3 * torch.randn(size.positions, size.hidden)
+        self.student, self.teacher = (nn.Linear(size.hidden, size.vocabulary, bias=False) for _ in range(2))
+        with torch.no_grad():
+            # Logits with a standard deviation of about 3, as trained models have.
+            self.student.weight.normal_(std=3 / size.hidden**0.5)
+            self.teacher.weight.normal_(std=0.3 * 3 / size.hidden**0.5).add_(self.student.weight)
+        self.teacher.requires_grad_(False)
+
+    def gradients(self) -> list[Tensor]:
+        """Those of hidden states and weight."""
+        return [tensor.grad for tensor in (self.student_hidden_NH, self.student.weight) if tensor.grad is not None]
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.student_hidden_NH.grad = self.student.weight.grad = None
+
+
+def ours(inputs: Inputs, divergence: str) -> Tensor:
+    student, teacher = (
+        Head(projection, projection.out_features, lambda logits: logits)
+        for projection in (inputs.student, inputs.teacher)
+    )
+    positions = len(inputs.student_hidden_NH)
+    loss, _ = distillation_loss(
+        inputs.student_hidden_NH,
+        student,
+        torch.zeros(positions, dtype=torch.long),
+        Objective(divergence_named(divergence)),
+        teacher=dense_teacher(inputs.teacher_hidden_NH, teacher),
+        denominator=positions,
+    )
+    return loss
+
+
+def dense(inputs: Inputs, divergence: str) -> Tensor:
+    student_logp = torch.log_softmax(inputs.student(inputs.student_hidden_NH), dim=-1)
+    teacher_logp = torch.log_softmax(inputs.teacher(inputs.teacher_hidden_NH), dim=-1)
+    # Written as briefly as it can be: our own functions, which are safe at excluded ids, would take more memory here.
+    if divergence == "reverse_kl":
+        return (student_logp.exp() * (student_logp - teacher_logp)).sum(dim=-1).mean()
+    if divergence == "forward_kl":
+        return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(dim=-1).mean()
+    mixture_logp = torch.logaddexp(student_logp, teacher_logp) - torch.log(torch.tensor(2.0))
+    of_student = student_logp.exp() * (student_logp - mixture_logp)
+    return ((of_student + teacher_logp.exp() * (teacher_logp - mixture_logp)) / 2).sum(dim=-1).mean()
+
+
+def trls(inputs: Inputs, divergence: str) -> Tensor:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    positions = len(inputs.student_hidden_NH)
+    loss: Tensor = _chunked_divergence_loss(
+        inputs.student_hidden_NH[None],
+        inputs.teacher_hidden_NH[None],
+        inputs.student.weight,
+        inputs.teacher.weight,
+        torch.ones(1, positions),
+        BETA[divergence],
+        num_items_in_batch=positions,
+    )[0]
+    return loss
+
+
+SIDES: dict[str, Callable[[Inputs, str], Tensor]] = {OURS: ours, DENSE: dense, TRL: trls}
+
+
+def value_and_gradients(side: str, inputs: Inputs, divergence: str) -> float:
+    """The value; the gradients are those of the inputs."""
+    inputs.clear()
+    loss = SIDES[side](inputs, divergence)
+    loss.backward()
+    return loss.item()
+
+
+def peak_memory(side: str, divergence: str, size: Size) -> int:
+    """Bytes by which this process's resident set rises above what the inputs and a run on small ones have left."""
+    value_and_gradients(side, Inputs(QUICK), divergence)
+    inputs = Inputs(size)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _resident("VmRSS")
+    value_and_gradients(side, inputs, divergence)
+    return max(1, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {field}: memory can be measured on Linux only")
+
+
+def peak_memory_elsewhere(side: str, divergence: str, size: Size) -> int:
+    """`peak_memory` in a process that has done nothing else."""
+    task = json.dumps({"side": side, "divergence": divergence, **asdict(size)})
+    command = [sys.executable, __file__, "--peak", task]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return int(done.stdout.splitlines()[-1])
+
+
+def furthest(inputs: Inputs, divergence: str, sides: Sequence[str]) -> float:
+    """The largest relative difference from our value and gradients; stops the benchmark above the tolerance."""
+    value = value_and_gradients(OURS, inputs, divergence)
+    gradients = inputs.gradients()
+    worst = 0.0
+    for side in sides:
+        if side == OURS:
+            continue
+        differences = [abs(value_and_gradients(side, inputs, divergence) / value - 1)]
+        for theirs, own in zip(inputs.gradients(), gradients, strict=True):
+            differences.append(float(theirs.sub_(own).norm() / own.norm()))
+        worst = max(worst, *differences)
+        if not worst <= TOLERANCE:
+            raise SystemExit(f"{side}'s value or gradients are {worst:.1e} from ours: not the same computation")
+    return worst
+
+
+def measure(divergence: str, size: Size, sides: Sequence[str], repeats: int) -> list[tuple[str, ...]]:
+    """A row for each side."""
+    # One after the other and before this process grows: the dense side takes most of a machine.
+    memory = {side: peak_memory_elsewhere(side, divergence, size) for side in sides}
+    inputs = Inputs(size)
+    difference = furthest(inputs, divergence, sides)
+    runs = {side: partial(value_and_gradients, side, inputs, divergence) for side in sides}
+    seconds = median_seconds(runs, repeats)
+    rows = []
+    for side in sides:
+        of_time = seconds[OURS] / seconds[side]
+        of_memory = memory[OURS] / memory[side]
+        memory_target = {DENSE: DENSE_MEMORY_TARGET, TRL: TRL_MEMORY_TARGET}.get(side)
+        time_target = {TRL: TRL_TIME_TARGET}.get(side)
+        rows.append(
+            (
+                divergence,
+                side,
+                f"{memory[side] / MIB:,.0f} MiB",
+                "" if side == OURS else f"{of_memory:.3f}",
+                _verdict(of_memory, memory_target),
+                f"{seconds[side]:.2f} s",
+                "" if side == OURS else f"{of_time:.2f}",
+                _verdict(of_time, time_target),
+                "" if side == OURS else f"{difference:.1e}",
+            )
+        )
+    return rows
+
+
+def _verdict(ratio: float, target: float | None) -> str:
+    return "" if target is None else f"{target} {'reached' if ratio <= target else 'missed'}"
+
+
+def run(divergences: Sequence[str], size: Size, repeats: int, console: Console) -> Report:
+    """The table."""
+    sides = [OURS, DENSE, *([TRL] if has_trl() else [])]
+    report = Report(
+        f"{size.positions:,} positions, hidden size {size.hidden:,}, vocabulary {size.vocabulary:,}, float32",
+        (
+            "divergence", "side", "memory", "ours / it", "target", "time", "ours / it", "target",
+            f"furthest from ours, at most {TOLERANCE:.0e}",
+        ),
+        [],
+    )  # fmt: skip
+    for divergence in divergences:
+        with console.status(f"measuring {divergence}"):
+            report.rows += measure(divergence, size, sides, repeats)
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--divergence", nargs="+", choices=list(BETA), default=["reverse_kl"])
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the median counts")
+    parser.add_argument("--quick", action="store_true", help="tiny tensors, once: does it run?")
+    parser.add_argument("--write", action="store_true", help="update the section in the document")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument(
+        "--peak", help=argparse.SUPPRESS
+    )  # How this file runs itself: a side's memory and nothing else.
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(THREADS)
+    if options.peak:
+        task = json.loads(options.peak)
+        print(peak_memory(task.pop("side"), task.pop("divergence"), Size(**task)))
+        return
+    console = Console(width=None if Console().is_terminal else 180)
+    size, repeats = (QUICK, 1) if options.quick else (FULL, options.repeats)
+    report = run(options.divergence, size, repeats, console)
+    found = f"{conditions()}; median of {repeats}"
+    missing = [] if has_trl() else [TRL_MISSING]
+    console.print(report.table(), found, *missing, sep="\n")
+    if options.write:
+        about = (
+            "Value and gradients (of the student's hidden states and of its head's weight) of the training loss. Memory is "
+            "what a process of its own adds to its inputs at its peak, the weight's gradient "
+            f"({size.vocabulary * size.hidden * 4 / MIB:,.0f} MiB) included. `dense` makes all logits of both models; TRL's "
+            "is the function that its DistillationTrainer calls."
+        )
+        write_section(
+            options.document,
+            "objective",
+            "\n\n".join(["## The objective", found + ".", about, *missing, report.markdown()]),
+        )
+        console.print(f"written to {options.document}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""What a whole optimiser step takes, rollouts included: ours against TRL's DistillationTrainer.
+
+    python benchmarks/step.py [--models demo 5M/40M] [--batch 8 32] [--blocks 2] [--write] [--quick]
+
+Every side trains its own copy of one student on the same prompts and response lengths, in float32, by AdamW, for reverse KL.
+The sides take turns in blocks of steps, the first two of which do not count. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from pairs import DEMO, RANDOM_PAIRS, cost_ratio, load, prompts_for, without_ends
+from rollout import DOCUMENT, Report, policy_with_share
+from switchkd.config import SwitchConfig
+from switchkd.models import ModelPair
+from switchkd.policies import Switch
+from switchkd.records import Example, Prompt, Sampling
+from switchkd.trainer import SwitchTrainer
+from timing import THREADS, TRL_MISSING, conditions, has_trl, write_section
+
+TRL, ON_POLICY, SWITCH = "TRL", "ours, on-policy", "ours, SWITCH"
+# Batch sizes by pair: about five minutes on two cores.
+PLAN: dict[str, tuple[int, ...]] = {DEMO: (8, 32), "5M/40M": (8, 32), "10M/120M": (8,)}
+QUICK: dict[str, tuple[int, ...]] = {"quick": (4,)}
+# Times TRL's time that are aimed at, at most.
+TARGETS = {ON_POLICY: 0.8, SWITCH: 1.25}
+SHARE = 0.5
+# So small that a student stays what it was: the shares and lengths of the first step are those of the last.
+LEARNING_RATE = 1e-7
+UNCOUNTED = 2
+
+
+@dataclass
+class Clock(TrainerCallback):
+    """When steps ended and what was logged; a step lasts from the end of the one before, so that nothing is left out."""
+
+    ends: list[float] = field(default_factory=list)
+    logs: list[dict[str, float]] = field(default_factory=list)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop the clock."""
+        self.ends.append(time.perf_counter())
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        """Keep what a step logged."""
+        if "loss" in logs:
+            self.logs.append(logs)
+
+    def seconds(self) -> list[float]:
+        """Of the steps that count."""
+        ends = self.ends[UNCOUNTED - 1 :]
+        return [after - before for before, after in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every side is given."""
+
+    pair: ModelPair
+    prompts: list[list[int]]
+    new_tokens: int
+    steps: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What both trainers are told; a batch is all prompts, so that each step has the same."""
+        return {
+            "per_device_train_batch_size": len(self.prompts),
+            "max_steps": self.steps,
+            "learning_rate": LEARNING_RATE,
+            "optim": "adamw_torch",
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+        }
+
+    def student(self) -> PreTrainedModel:
+        """A copy that trains."""
+        student = copy.deepcopy(self.pair.student).requires_grad_(True)
+        # A name would bring its tokenizer, and with it an end of text.
+        student.name_or_path = ""
+        return student
+
+
+@dataclass
+class Measured:
+    """One number for each step that counts."""
+
+    seconds: list[float] = field(default_factory=list)
+    generating: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+
+
+def train_ours(task: Task, folder: str, measured: Measured, **settings: Any) -> None:
+    """A block of our steps."""
+    clock = Clock()
+    trainer = SwitchTrainer(
+        model=task.student(),
+        teacher_model=task.pair.teacher,
+        args=SwitchConfig(
+            output_dir=folder, max_new_tokens=task.new_tokens, divergence="reverse_kl", **settings, **task.settings
+        ),
+        train_dataset=[Example(Prompt(tuple(ids), index), ()) for index, ids in enumerate(task.prompts)],
+        callbacks=[clock],
+    )
+    _train(trainer)
+    measured.seconds += clock.seconds()
+    for log in clock.logs[UNCOUNTED:]:
+        tokens = log["response_tokens"] * len(task.prompts)
+        measured.tokens.append(tokens)
+        measured.generating.append(tokens / log["rollout_tokens_per_second"])
+        measured.shares.append(log["teacher_share"])
+
+
+def train_trl(task: Task, folder: str, measured: Measured) -> None:
+    """A block of TRL's steps, with its own generation by transformers."""
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    clock, generating = Clock(), []
+    trainer = DistillationTrainer(
+        model=task.student(),
+        teacher_model=task.pair.teacher,
+        args=DistillationConfig(
+            output_dir=folder, max_completion_length=task.new_tokens, beta=1.0, temperature=1.0, **task.settings
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [" ".join(map(str, ids)) for ids in task.prompts]}),
+        processing_class=tokenizer_of_numbers(task.pair),
+        callbacks=[clock],
+    )
+    generate = trainer._generate_single_turn
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        completions = generate(*arguments, **named)
+        generating.append((time.perf_counter() - started, sum(map(len, completions))))
+        return completions
+
+    trainer._generate_single_turn = timed
+    _train(trainer)
+    measured.seconds += clock.seconds()
+    for seconds, tokens in generating[UNCOUNTED:]:
+        measured.generating.append(seconds)
+        measured.tokens.append(tokens)
+        measured.shares.append(0.0)
+
+
+def _train(trainer: Trainer) -> None:
+    trainer.remove_callback(
+        next(each for each in trainer.callback_handler.callbacks if "Printer" in type(each).__name__)
+    )
+    trainer.train()
+
+
+def tokenizer_of_numbers(pair: ModelPair) -> Any:
+    """A tokenizer whose text is the ids themselves, and whose end of text is an id that no model here can write."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {str(number): number for number in range(pair.vocabulary_size)}
+    tokenizer = Tokenizer(models.WordLevel({**vocabulary, "<end>": pair.vocabulary_size}, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>", pad_token=str(pair.pad_id)
+    )
+
+
+def measure(name: str, task: Task, policy: Switch, blocks: int) -> list[tuple[str, ...]]:
+    """A row for each side."""
+    batch, wanted = len(task.prompts), len(task.prompts) * task.new_tokens
+    sides: dict[str, Callable[[str, Measured], None]] = {
+        ON_POLICY: lambda folder, measured: train_ours(task, folder, measured, method="gkd", student_share=1.0),
+        SWITCH: lambda folder, measured: train_ours(
+            task, folder, measured, method="switch", threshold=policy.threshold, decay="constant"
+        ),
+    }
+    if has_trl():
+        sides = {TRL: lambda folder, measured: train_trl(task, folder, measured), **sides}
+    results = {side: Measured() for side in sides}
+    for _ in range(blocks):
+        for side, train in sides.items():
+            with tempfile.TemporaryDirectory() as folder:
+                train(folder, results[side])
+    rows = []
+    for side, measured in results.items():
+        if any(tokens != wanted for tokens in measured.tokens):
+            raise SystemExit(f"{side} trained on {measured.tokens} tokens a step, not on {wanted}")
+        seconds, generating = median(measured.seconds), median(measured.generating)
+        ratio = seconds / median(results[TRL].seconds) if TRL in results else None
+        target = TARGETS.get(side)
+        rows.append(
+            (
+                name,
+                f"{cost_ratio(task.pair):.1f}",
+                str(batch),
+                side,
+                f"{median(measured.shares):.0%}",
+                f"{median(measured.tokens):,.0f}",
+                f"{seconds:.2f} s",
+                f"{generating:.2f} s",
+                f"{seconds - generating:.2f} s",
+                "" if ratio is None or target is None else f"{ratio:.2f}",
+                "" if ratio is None or target is None else f"{target} {'reached' if ratio <= target else 'missed'}",
+            )
+        )
+    return rows
+
+
+def run(plan: dict[str, tuple[int, ...]], new_tokens: int, blocks: int, counted: int, console: Console) -> Report:
+    """The table."""
+    report = Report(
+        f"Responses of {new_tokens} tokens, reverse KL, float32",
+        (
+            "pair", "cost ratio", "batch", "side", "teacher share", "tokens a step", "step", "generation", "the rest",
+            "ours / TRL", "target",
+        ),
+        [],
+    )  # fmt: skip
+    for name, batches in plan.items():
+        with console.status(f"measuring {name}"):
+            pair = load(name)
+            prompts = prompts_for(pair, max(8, *batches))
+            pair = without_ends(pair)
+            short = Sampling(max_new_tokens=min(48, new_tokens))
+            policy = policy_with_share(pair, prompts[:8], SHARE, short)
+            assert isinstance(policy, Switch)
+            for batch in batches:
+                task = Task(pair, prompts[:batch], new_tokens, steps=UNCOUNTED + counted)
+                report.rows += measure(name, task, policy, blocks)
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=[DEMO, *RANDOM_PAIRS], help="default: all but quick")
+    parser.add_argument("--batch", nargs="+", type=int, help="batch sizes")
+    parser.add_argument("--blocks", type=int, default=2, help="turns of each side; three steps of each count")
+    parser.add_argument("--quick", action="store_true", help="a tiny pair, once: does it run?")
+    parser.add_argument("--write", action="store_true", help="update the section in the document")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(THREADS)
+    plan = QUICK if options.quick else {name: PLAN.get(name, (8,)) for name in options.models or PLAN}
+    if options.batch:
+        plan = dict.fromkeys(plan, tuple(options.batch))
+    console = Console(width=None if Console().is_terminal else 180)
+    blocks, counted, new_tokens = (1, 1, 8) if options.quick else (options.blocks, 3, 96)
+    report = run(plan, new_tokens, blocks, counted, console)
+    found = f"{conditions()}; median of {blocks * counted}"
+    missing = [] if has_trl() else [TRL_MISSING]
+    console.print(report.table(), found, *missing, sep="\n")
+    if options.write:
+        about = (
+            "A step is all of it: generation, the teacher, forward, backward, AdamW, logging. TRL's side is its "
+            "DistillationTrainer with beta 1 and its generation by transformers, in float32 and without gradient "
+            "checkpointing (its defaults are bfloat16 and with). Texts never end, so every side trains on the same number of "
+            "tokens. The threshold of SWITCH was searched for on shorter texts; the shares are those of the steps."
+        )
+        write_section(
+            options.document,
+            "step",
+            "\n\n".join(["## A training step", found + ".", about, *missing, report.markdown()]),
+        )
+        console.print(f"written to {options.document}")
+
+
+if __name__ == "__main__":
+    main()
