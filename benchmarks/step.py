@@ -90,7 +90,7 @@ class Task:
             "disable_tqdm": True,
             "use_cpu": True,
             "bf16": False,
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
         }
 
     def student(self) -> PreTrainedModel:

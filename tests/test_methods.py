@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ import torch
 from switchkd.config import SwitchConfig
 from switchkd.divergences import DIVERGENCES, divergence_named
 from switchkd.errors import UserError
-from switchkd.methods import METHODS, method_named
+from switchkd.methods import METHODS, ROW_SETTINGS, method_named
 from switchkd.plan import Plan, plan_of
-from switchkd.policies import Student, Switch
+from switchkd.policies import Early, Interleave, Late, Mix, Student, Switch
+from switchkd.report.terminal import settings_of
 
 
 def plan(**settings: Any) -> Plan:
@@ -93,18 +96,55 @@ def test_every_setting_of_every_divergence_is_in_force(name: str, setting: str) 
     )
 
 
+# What replaces each setting of a row or a policy, and where it arrives.
+REPLACED: dict[str, tuple[dict[str, Any], Callable[[Plan], Any]]] = {
+    "keep_top_k": ({"method": "skd", "keep_top_k": 3}, lambda made: made.policy.top_k),
+    "factor": ({"method": "adaswitch", "factor": 3.5}, lambda made: made.policy.factor),
+    "window": ({"method": "adaswitch", "window": 5}, lambda made: made.policy.window),
+    "teacher_share": ({"method": "minillm", "teacher_share": 0.4}, lambda made: made.policy.teacher_share),
+    "long_term_weight": ({"method": "minillm", "long_term_weight": 0.5}, lambda made: made.objective.long_term_weight),
+    "teacher_text_share": ({"method": "gkd", "teacher_text_share": 0.25}, lambda made: made.teacher_text_share),
+    "share_rise": ({"method": "distillm", "share_rise": 0.2}, lambda made: made.share_rise),
+    "replay_capacity": ({"method": "switch", "replay_capacity": 7}, lambda made: made.replay_capacity),
+    "replay_share": ({"method": "distillm", "replay_share": 0.75}, lambda made: made.replay_share),
+    "teacher_text": ({"method": "seqkd", "teacher_text": "there.jsonl"}, lambda made: str(made.teacher_text)),
+}
+
+
+@pytest.mark.parametrize("setting", REPLACED)
+def test_a_setting_of_a_row_is_replaced_by_the_runs(setting: str) -> None:
+    given, arrives = REPLACED[setting]
+    assert arrives(plan(**given)) == given[setting]
+
+
+def test_rows_bring_their_own_settings() -> None:
+    assert plan(method="minillm").policy == Mix(0.2)
+    assert plan(method="random").policy == Mix(0.53)
+    assert plan(method="early").policy == Early(0.53)
+    assert plan(method="late").policy == Late(0.53)
+    assert plan(method="skd").policy == Interleave(25)
+    assert plan(method="distillm").replay_capacity == 1000
+    assert plan(method="seqkd").teacher_text == Path("unused/teacher_text.jsonl")
+    assert not plan(method="seqkd").needs_response
+
+
+def test_the_teachers_text_has_a_divergence_of_its_own() -> None:
+    objective = plan(method="distillm2", teacher_weight=0.2, student_weight=0.3).objective
+    assert objective.divergence is not None
+    student, teacher = STUDENT_LOGP.expand(2, 3), TEACHER_LOGP.expand(2, 3)
+    by_student, by_teacher = objective.divergence_by_writer(student, teacher, torch.tensor([False, True]))
+    assert by_student == divergence_named("skewed_reverse_kl", student_weight=0.3)(STUDENT_LOGP, TEACHER_LOGP)
+    assert by_teacher == divergence_named("skewed_forward_kl", teacher_weight=0.2)(STUDENT_LOGP, TEACHER_LOGP)
+    mixed = plan(method="switch", teacher_text_divergence="reverse_kl").objective
+    by_student, by_teacher = mixed.divergence_by_writer(student, teacher, torch.tensor([False, True]))
+    assert by_student == divergence_named("forward_kl")(STUDENT_LOGP, TEACHER_LOGP)
+    assert by_teacher == divergence_named("reverse_kl")(STUDENT_LOGP, TEACHER_LOGP)
+
+
 def test_settings_of_the_loss_are_in_force() -> None:
     objective = plan(method="switch", cross_entropy_weight=0.25, loss_temperature=2.0).objective
     assert (objective.cross_entropy_weight, objective.loss_temperature) == (0.25, 2.0)
     assert plan(method="kd", cross_entropy_weight=0.0).objective.cross_entropy_weight == 0
-
-
-def test_the_writers_weights_are_in_force() -> None:
-    settings = {"train_on": "teacher", "student_token_weight": 1.0, "teacher_token_weight": 2.0}
-    objective = plan(method="switch", **settings).objective
-    assert {name: getattr(objective, name) for name in settings} == settings
-    assert plan(method="gkd", train_on="student").objective.train_on == "student"
-    assert plan(method="gkd", student_share=0.5, student_token_weight=0.5).objective.student_token_weight == 0.5
 
 
 def test_the_student_share_is_in_force() -> None:
@@ -145,26 +185,26 @@ def test_settings_of_the_policy_are_in_force() -> None:
         ({"divergence": "alpha_beta", "teacher_power": 0.0}, "teacher_power is 0.0; it has to be positive"),
         ({"method": "gkd", "teacher_weight": 0.0}, "teacher_weight is 0.0; it has to be strictly between 0 and 1"),
         ({"method": "gkd", "teacher_weight": 1.0}, "teacher_weight is 1.0"),
+        ({"method": "gkd", "keep_top_k": 3}, "keep_top_k is 3, but method 'gkd' does not read it"),
+        ({"method": "switch", "teacher_share": 0.3}, "teacher_share is 0.3, but method 'switch' does not read it"),
+        ({"method": "kd", "factor": 2.0}, "factor is 2.0, but method 'kd' does not read it"),
+        ({"method": "switch", "teacher_text": "x"}, "teacher_text is 'x', but method 'switch' does not read it"),
+        ({"method": "kd", "replay_capacity": 5}, "replay_capacity is 5, but method 'kd' has no rollouts"),
+        ({"method": "switch", "replay_share": 0.5}, "replay_share is 0.5, but replay_capacity is 0"),
+        ({"method": "distillm", "share_rise": -0.1}, "share_rise is -0.1"),
+        ({"method": "distillm", "replay_capacity": -1}, "replay_capacity is -1"),
+        ({"method": "sft", "teacher_text_divergence": "reverse_kl"}, "method 'sft' has no divergence"),
+        ({"method": "minillm", "temperature": 0.5}, "long_term_weight is 1.0, which needs text drawn"),
+        (
+            {"method": "minillm", "replay_capacity": 5},
+            "long_term_weight is 1.0, which needs text of the student as it is",
+        ),
+        ({"method": "skd", "long_term_weight": 1.0}, "the probability of what Interleave writes is not known"),
+        ({"method": "random", "teacher_share": 1.5}, "teacher_share is 1.5"),
         ({"loss_temperature": 0.0}, "loss_temperature is 0.0; it has to be positive"),
         ({"loss_temperature": -1.0}, "loss_temperature is -1.0"),
         ({"cross_entropy_weight": -0.5}, "cross_entropy_weight is -0.5"),
         ({"method": "sft", "cross_entropy_weight": 0.0}, "there is nothing to minimise"),
-        ({"train_on": "both"}, "train_on is 'both'; choose one of all, student, teacher"),
-        ({"student_token_weight": -1.0}, "student_token_weight is -1.0; it has to be 0 or more"),
-        ({"teacher_token_weight": math.nan}, "teacher_token_weight is nan; it has to be 0 or more"),
-        ({"teacher_token_weight": math.inf}, "teacher_token_weight is inf; it has to be 0 or more"),
-        (
-            {"train_on": "student", "teacher_token_weight": 0.5},
-            "teacher_token_weight is 0.5, but train_on 'student' leaves these tokens out",
-        ),
-        ({"method": "kd", "train_on": "student"}, "act on rollouts, but method 'kd' has none"),
-        ({"method": "gkd", "student_share": 0.0, "student_token_weight": 0.5}, "but method 'gkd' has none"),
-        ({"method": "gkd", "train_on": "teacher"}, "train_on 'teacher' .* leaves nothing of what student wrote"),
-        ({"method": "gkd", "student_token_weight": 0.0}, "leaves nothing of what student wrote"),
-        (
-            {"student_token_weight": 0.0, "teacher_token_weight": 0.0},
-            "leaves nothing of what student and teacher wrote",
-        ),
         ({"threshold": -0.1}, "threshold is -0.1"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"threshold": "high"}, "threshold is 'high'.*a number of nats, or auto"),
@@ -196,3 +236,24 @@ def test_a_method_is_found_by_its_exact_name_only() -> None:
 def test_the_tables_names_are_known() -> None:
     assert SwitchConfig.method in METHODS
     assert all(row.divergence in DIVERGENCES for row in METHODS.values() if row.divergence is not None)
+
+
+class ReadSettings(SwitchConfig):
+    """A configuration that knows which of its fields were asked for."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_"):
+            self.__dict__.setdefault("_read", set()).add(name)
+        return super().__getattribute__(name)
+
+
+def test_every_row_reads_the_settings_it_lists() -> None:
+    listed: set[str] = set()
+    for name, row in METHODS.items():
+        config = ReadSettings(output_dir="unused", method=name)
+        config._read.clear()
+        plan_of(config)
+        assert set(settings_of(name, row)) <= config._read
+        listed |= set(settings_of(name, row))
+    assert {*ROW_SETTINGS} <= config._read
+    assert {"threshold", "teacher_share", "keep_top_k", "factor", "window", "teacher_text"} <= listed

@@ -1,0 +1,109 @@
+"""MiniLLM's loss: over all texts, its gradient is that of the divergence of whole sequences."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from switchkd.divergences import reverse_kl
+from switchkd.heads import Head
+from switchkd.objective import Objective, dense_teacher, distillation_loss
+from switchkd.policies import Mix, Policy, Student
+from switchkd.policy_gradient import importance_and_returns
+from switchkd.records import Batch
+
+V = 4
+# A state for the first token, and one for each first token that may stand before the second.
+STATES = torch.eye(1 + V, dtype=torch.float64)
+TEXTS = list(itertools.product(range(V), repeat=2))
+
+
+def logits(seed: int) -> Tensor:
+    return torch.randn(V, 1 + V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def logp_of(weight: Tensor, text: tuple[int, int]) -> Tensor:
+    """The log-probabilities of the two tokens, each given what is before it."""
+    logp = weight.log_softmax(dim=0)
+    return torch.stack([logp[text[0], 0], logp[text[1], 1 + text[0]]])
+
+
+def loss_of(text: tuple[int, int], student: Tensor, teacher: Tensor, policy: Policy) -> Tensor:
+    """The objective's sum over the text's two tokens, as the trainer puts it together."""
+    row = {name: torch.zeros(1, 3, dtype=torch.float64) for name in ("student", "teacher")}
+    for name, weight in (("student", student), ("teacher", teacher)):
+        row[name][0, 1:] = logp_of(weight.detach(), text)
+    response = torch.tensor([[False, True, True]])
+    ids = torch.tensor([[0, *text]])
+    batch = Batch(
+        ids,
+        torch.ones_like(ids),
+        response,
+        response,
+        torch.zeros_like(response),
+        student_logp_BT=row["student"],
+        teacher_logp_BT=row["teacher"],
+    )
+    importance_BT, return_BT = importance_and_returns(batch, policy)
+    states = STATES[[0, 1 + text[0]]]
+    loss, _ = distillation_loss(
+        states,
+        head_of(student),
+        torch.tensor(text),
+        Objective(reverse_kl, long_term_weight=1.0),
+        teacher=dense_teacher(states, head_of(teacher)),
+        denominator=1.0,
+        weight_N=importance_BT[response],
+        return_N=return_BT[response],
+    )
+    return loss
+
+
+def head_of(weight: Tensor) -> Head:
+    """A head whose weight is this tensor, not a copy in a module, so that gradients reach it."""
+    return Head(cast(nn.Linear, SimpleNamespace(weight=weight, bias=None)), V, lambda projected: projected)
+
+
+def gradient(loss: Tensor, weight: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(loss, weight)
+    return found
+
+
+def expected_gradient(student: Tensor, teacher: Tensor, policy: Policy, written: Tensor) -> Tensor:
+    """The estimator's mean over all texts, each as likely as `written` (a weight of head shape in log space) has it."""
+    total = torch.zeros_like(student)
+    for text in TEXTS:
+        probability = logp_of(written, text).sum().exp()
+        total += probability * gradient(loss_of(text, student, teacher, policy), student)
+    return total
+
+
+def test_on_the_students_text_it_is_the_gradient_of_the_sequences_divergence() -> None:
+    student, teacher = logits(0).requires_grad_(), logits(1)
+    exact = sum((q := logp_of(student, text).sum()).exp() * (q - logp_of(teacher, text).sum()) for text in TEXTS)
+    assert isinstance(exact, Tensor)
+    # With two tokens one is to come, so the length normalisation divides by 1.
+    found = expected_gradient(student, teacher, Student(), student.detach())
+    torch.testing.assert_close(found, gradient(exact, student), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_on_mixed_text_it_is_equation_8(share: float) -> None:
+    student, teacher = logits(2).requires_grad_(), logits(3)
+    q, p = student.detach().softmax(dim=0), teacher.softmax(dim=0)
+    mixture = share * p + (1 - share) * q
+    # Equation 8 token by token: for each prefix, the weights turn the mean over the mixture into one over the student.
+    logp = student.log_softmax(dim=0)
+    single = (logp.exp() * (logp - p.log())).sum(dim=0)
+    surrogate = single[0]
+    for first in range(V):
+        surrogate = surrogate + mixture[first, 0] * single[1 + first]
+        reward = (mixture[:, 1 + first] * (p[:, 1 + first].log() - q[:, 1 + first].log())).sum()
+        surrogate = surrogate - q[first, 0] * reward * logp[first, 0]
+    found = expected_gradient(student, teacher, Mix(share), mixture.log())
+    torch.testing.assert_close(found, gradient(surrogate, student), rtol=0, atol=1e-12)
