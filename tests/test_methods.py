@@ -16,6 +16,7 @@ from switchkd.errors import UserError
 from switchkd.methods import METHODS, ROW_SETTINGS, method_named
 from switchkd.plan import Plan, plan_of
 from switchkd.policies import Early, Interleave, Late, Mix, Student, Switch
+from switchkd.report.methods_page import methods_page
 from switchkd.report.terminal import settings_of
 
 
@@ -257,3 +258,8 @@ def test_every_row_reads_the_settings_it_lists() -> None:
         listed |= set(settings_of(name, row))
     assert {*ROW_SETTINGS} <= config._read
     assert {"threshold", "teacher_share", "keep_top_k", "factor", "window", "teacher_text"} <= listed
+
+
+def test_the_page_of_methods_is_that_of_the_table() -> None:
+    page = Path(__file__).parents[1] / "docs" / "methods.md"
+    assert page.read_text() == methods_page(METHODS), "switchkd methods --markdown > docs/methods.md"

@@ -273,12 +273,17 @@ app.command()(diagnose)
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one in full.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all of them as docs/methods.md has it.")] = False,
 ) -> None:
     """List the methods, or show one: its settings, its source and where it departs from it."""
     from switchkd.methods import METHODS, method_named
+    from switchkd.report.methods_page import methods_page
     from switchkd.report.terminal import method_details, methods_table
 
-    new_console().print(methods_table(METHODS) if name is None else method_details(name, method_named(name)))
+    if markdown:
+        typer.echo(methods_page(METHODS), nl=False)
+    else:
+        new_console().print(methods_table(METHODS) if name is None else method_details(name, method_named(name)))
 
 
 @app.command()
