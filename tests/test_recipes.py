@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from switchkd.callbacks import read_log
 from switchkd.launch import train_run
+from switchkd.methods import METHODS
+from switchkd.policies import Student
 from switchkd.run import read_run
 from tiny import tiny_pair, tiny_tokenizer
 
@@ -36,7 +38,8 @@ PROTOCOL = {
 
 
 def test_there_are_recipes() -> None:
-    assert {"gpt2", "opt", "openllama2", "sft", "kd", "gkd"} <= {path.stem for path in RECIPES}
+    methods = {"sft", "kd", "seqkd", "imitkd", "gkd", "minillm", "distillm", "skd", "adaswitch"}
+    assert {"gpt2", "opt", "openllama2", *methods} <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "paper").glob("*.yaml")), ids=lambda path: path.stem)
@@ -44,7 +47,9 @@ def test_paper_recipes_follow_the_protocol(path: Path) -> None:
     for stage in read_run(path).in_stages():
         in_force = stage.config.in_force()
         assert {key: in_force[key] for key in PROTOCOL} == PROTOCOL
-        assert stage.plan().policy.needs_teacher == (stage.config.training["method"] == "switch")
+        method = stage.config.training["method"]
+        expected = METHODS[method].policy if METHODS[method].rollout_share else Student
+        assert type(stage.plan().policy) is expected
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))

@@ -7,6 +7,8 @@ import errno
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -704,6 +706,35 @@ def test_the_student_share_is_a_coin_for_each_sequence(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ what it says
+
+
+def _count(forwards: list[int], *call: Any) -> None:
+    forwards.append(len(call))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_what_was_kept_of_the_teacher_stands_for_a_fresh_forward(family: str, tmp_path: Path) -> None:
+    class Forgets(RecordingEngine):
+        def generate(self, prompts: Sequence[Prompt], **named: Any) -> list[Rollout]:
+            return [replace(each, teacher_hidden=None) for each in super().generate(prompts, **named)]
+
+    losses, teacher_forwards = [], []
+    for kind in (RecordingEngine, Forgets):
+        pair = tiny_pair(family)
+        trainer = make_trainer(tmp_path, pair, PROMPTS_ONLY, max_steps=1, threshold=0.3)
+        kind(trainer)
+        assert pair.teacher is not None
+        forwards: list[int] = []
+        pair.teacher.get_decoder().register_forward_hook(partial(_count, forwards))
+        before: list[int] = []
+        trainer.model.register_forward_pre_hook(lambda *_, f=forwards, b=before: b.append(len(f)))
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+        # The engine runs the decoders alone, so the whole student runs in the training step first.
+        teacher_forwards.append(len(forwards) - before[-1])
+    # The rollout's forwards are over blocks, the fresh one over the whole text: float32 roundings of two layers.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert teacher_forwards == [0, 1]
 
 
 def test_a_step_logs_what_was_written_and_learned(tmp_path: Path) -> None:
