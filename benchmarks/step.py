@@ -241,8 +241,7 @@ def run(plan: dict[str, tuple[int, ...]], new_tokens: int, blocks: int, counted:
             pair = load(name)
             prompts = prompts_for(pair, max(8, *batches))
             pair = without_ends(pair)
-            short = Sampling(max_new_tokens=min(48, new_tokens))
-            policy = policy_with_share(pair, prompts[:8], SHARE, short)
+            policy = policy_with_share(pair, prompts[:8], SHARE, Sampling(max_new_tokens=new_tokens))
             assert isinstance(policy, Switch)
             for batch in batches:
                 task = Task(pair, prompts[:batch], new_tokens, steps=UNCOUNTED + counted)
@@ -274,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "A step is all of it: generation, the teacher, forward, backward, AdamW, logging. TRL's side is its "
             "DistillationTrainer with beta 1 and its generation by transformers, in float32 and without gradient "
             "checkpointing (its defaults are bfloat16 and with). Texts never end, so every side trains on the same number of "
-            "tokens. The threshold of SWITCH was searched for on shorter texts; the shares are those of the steps."
+            "tokens. The shares are those of the steps."
         )
         write_section(
             options.document,
