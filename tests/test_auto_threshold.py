@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runs import save_pair, switchkd, write_run
-from switchkd.callbacks import read_log
+from switchkd.training.callbacks import read_log
 from switchkd.errors import UserError
 from switchkd.models import ModelPair
 from switchkd.policies import Switch

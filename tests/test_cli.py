@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs import save_pair, switchkd, write_rows, write_run
-from switchkd.callbacks import read_log
+from switchkd.training.callbacks import read_log
 from switchkd.models import ModelPair
 from switchkd.policies import POLICIES
 from switchkd.records import FinishReason, Prompt, Rollout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from switchkd.data.collate import collate
-from switchkd.loss_measures import MEASURE_NAMES, sums_of
+from switchkd.training.loss_measures import MEASURE_NAMES, sums_of
 from switchkd.objective import Report
 from switchkd.records import Example, FinishReason, Prompt, Rollout
 

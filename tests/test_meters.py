@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from switchkd.meters import Meters
+from switchkd.training.meters import Meters
 
 
 def alone(sums: Tensor) -> Tensor:

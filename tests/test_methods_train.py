@@ -135,7 +135,7 @@ def test_a_buffer_that_is_cut_off_or_missing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["switch", "distillm"])
 def test_resumed_equals_uninterrupted_with_replay(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Every evaluation counts as worse.
-    monkeypatch.setattr("switchkd.adaptive_share.MARGIN", -100.0)
+    monkeypatch.setattr("switchkd.training.adaptive_share.MARGIN", -100.0)
     options: dict[str, Any] = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "replay_capacity": 5}
     if method == "distillm":
         options |= {**EVALUATED, "eval_steps": 2, "student_share": 0.5, "share_rise": 0.25}

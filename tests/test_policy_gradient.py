@@ -14,7 +14,7 @@ from switchkd.divergences import reverse_kl
 from switchkd.heads import Head
 from switchkd.objective import Objective, dense_teacher, distillation_loss
 from switchkd.policies import Mix, Policy, Student
-from switchkd.policy_gradient import importance_and_returns
+from switchkd.training.policy_gradient import importance_and_returns
 from switchkd.records import Batch
 
 V = 4

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from switchkd.callbacks import read_log
+from switchkd.training.callbacks import read_log
 from switchkd.launch import train_run
 from switchkd.methods import METHODS
 from switchkd.policies import Student

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchkd.callbacks import read_log
+from switchkd.training.callbacks import read_log
 from switchkd.errors import UserError
 from switchkd.report.terminal import duration
 from switchkd.run import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed

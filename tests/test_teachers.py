@@ -15,7 +15,7 @@ from switchkd.policies import Switch, Teacher
 from switchkd.records import Sampling
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
-from switchkd.teachers import TeacherPlace, self_teacher
+from switchkd.training.teachers import TeacherPlace, self_teacher
 from test_trainer import assert_same_weights, make_trainer, weights
 from tiny import tiny_model, tiny_pair
 

@@ -10,10 +10,10 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerState
 
-from switchkd.adaptive_share import AdaptiveShare
-from switchkd.auto_threshold import AutoThreshold
+from switchkd.training.adaptive_share import AdaptiveShare
+from switchkd.training.auto_threshold import AutoThreshold
 from switchkd.config import SwitchConfig
-from switchkd.meters import Meters
+from switchkd.training.meters import Meters
 from switchkd.models import ModelPair
 from switchkd.noise import Address, Stream, row_keys, uniform
 from switchkd.plan import Plan
