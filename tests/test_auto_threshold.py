@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from runs import save_pair, switchkd, write_run
-from switchkd.training.callbacks import read_log
 from switchkd.errors import UserError
 from switchkd.models import ModelPair
 from switchkd.policies import Switch
+from switchkd.training.callbacks import read_log
 from test_calibration import share_of
 from test_trainer import RecordingEngine, assert_same_weights, history, make_trainer, weights
 from tiny import tiny_pair

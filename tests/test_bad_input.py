@@ -17,8 +17,8 @@ import safetensors.torch
 import transformers.modeling_utils
 
 from runs import save, save_pair, switchkd, write_rows, write_run
-from switchkd.training.callbacks import read_log
 from switchkd.trainer import SwitchTrainer, last_complete_checkpoint
+from switchkd.training.callbacks import read_log
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 Refused = Callable[..., str]

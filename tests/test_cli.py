@@ -14,11 +14,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs import save_pair, switchkd, write_rows, write_run
-from switchkd.training.callbacks import read_log
 from switchkd.models import ModelPair
 from switchkd.policies import POLICIES
 from switchkd.records import FinishReason, Prompt, Rollout
 from switchkd.report.terminal import print_rollouts, rollout_text, visible, writer_runs
+from switchkd.training.callbacks import read_log
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from switchkd.divergences import reverse_kl
 from switchkd.heads import Head
 from switchkd.objective import Objective, dense_teacher, distillation_loss
 from switchkd.policies import Mix, Policy, Student
-from switchkd.training.policy_gradient import importance_and_returns
 from switchkd.records import Batch
+from switchkd.training.policy_gradient import importance_and_returns
 
 V = 4
 # A state for the first token, and one for each first token that may stand before the second.

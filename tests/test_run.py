@@ -11,11 +11,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchkd.training.callbacks import read_log
 from switchkd.errors import UserError
 from switchkd.report.terminal import duration
 from switchkd.run import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed
 from switchkd.run_folder import admit, record_run
+from switchkd.training.callbacks import read_log
 
 BASE = {"student": "a", "teacher": "b", "train_data": "dolly", "output_dir": "runs/x"}
 

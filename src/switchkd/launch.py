@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
-from switchkd.training.callbacks import ConsoleProgress, LogFile, StopCleanly, read_log
 from switchkd.data.rows import SourceRow, to_examples
 from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
@@ -23,8 +22,9 @@ from switchkd.report.terminal import run_table
 from switchkd.run import RunConfig, Stage
 from switchkd.run_folder import LOG_FILE, RUN_FILE, admit, is_finished, record_run, save_final
 from switchkd.sources import find_source
-from switchkd.training.teachers import SELF
 from switchkd.trainer import SwitchTrainer, last_complete_checkpoint
+from switchkd.training.callbacks import ConsoleProgress, LogFile, StopCleanly, read_log
+from switchkd.training.teachers import SELF
 
 
 @dataclass(frozen=True)

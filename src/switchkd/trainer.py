@@ -21,15 +21,15 @@ from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.data.rows import read_rows, to_examples
 from switchkd.errors import UserError
 from switchkd.heads import backbone, last_hidden
-from switchkd.training.loss_measures import MEASURE_NAMES, sums_of
-from switchkd.training.meters import Meters
 from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
 from switchkd.objective import Report, TeacherSignal, dense_teacher, distillation_loss
 from switchkd.plan import check_evaluation, plan_of
-from switchkd.training.policy_gradient import importance_and_returns
 from switchkd.records import Batch, Example, Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.speculative import SpeculativeEngine
+from switchkd.training.loss_measures import MEASURE_NAMES, sums_of
+from switchkd.training.meters import Meters
+from switchkd.training.policy_gradient import importance_and_returns
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_text import manifest_of, teacher_text
 from switchkd.training.teachers import SELF, TeacherPlace, self_teacher

@@ -10,10 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerState
 
-from switchkd.training.adaptive_share import AdaptiveShare
-from switchkd.training.auto_threshold import AutoThreshold
 from switchkd.config import SwitchConfig
-from switchkd.training.meters import Meters
 from switchkd.models import ModelPair
 from switchkd.noise import Address, Stream, row_keys, uniform
 from switchkd.plan import Plan
@@ -21,6 +18,9 @@ from switchkd.policies import Policy, Switch, Teacher
 from switchkd.records import Example, Prompt, Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.replay import ReplayBuffer
+from switchkd.training.adaptive_share import AdaptiveShare
+from switchkd.training.auto_threshold import AutoThreshold
+from switchkd.training.meters import Meters
 
 TEXT_MEASURES = ("student_share", "replayed", "teacher_share", "response_tokens", "ended", "rollout_divergence",
     "rollout_tokens_per_second")  # fmt: skip
