@@ -24,6 +24,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "switch": {"method": "switch"},
     "gkd": {"method": "gkd", "student_share": 0.5},
     "auto": {"method": "switch", "threshold": "auto", "calibration_prompts": 12, "recalibrate_every": 2},
+    # Full after the first step: half of the second's sequences are replayed, from what either process wrote.
+    "replay": {"method": "switch", "replay_capacity": 8},
+    "distillm2": {"method": "distillm2"},
+    "seqkd": {"method": "seqkd"},
 }
 PROCESSES = 2
 
