@@ -1,9 +1,9 @@
 """What the objective takes: memory and time of value and gradients, against the dense computation and TRL's.
 
-    python benchmarks/objective.py [--divergence reverse_kl jensen_shannon] [--repeats 5] [--write] [--quick]
+    python benchmarks/objective.py [--cases reverse_kl jensen_shannon] [--repeats 5] [--write] [--quick]
 
-All sides get the same hidden states and head weights. Times: one process, by turns, a median. Memory: how far the resident
-set of a process of its own rises above its inputs. Leave the machine alone meanwhile.
+All sides get the same hidden states and head weights. Times: one process, by turns, a median, of the first case alone. Memory:
+how far the resident set of a process of its own rises above its inputs. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -40,6 +40,26 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True)
+class Case:
+    """A divergence, and whether the student's head trains (with LoRA it does not)."""
+
+    divergence: str
+    head_trains: bool = True
+
+    @property
+    def head(self) -> str:
+        """In words."""
+        return "trains" if self.head_trains else "frozen"
+
+
+CASES = {
+    "reverse_kl": Case("reverse_kl"),
+    "jensen_shannon": Case("jensen_shannon"),
+    "reverse_kl-frozen": Case("reverse_kl", head_trains=False),
+}
+
+
+@dataclass(frozen=True)
 class Size:
     """Of the tensors: positions, hidden size (of both models) and vocabulary."""
 
@@ -54,7 +74,7 @@ FULL, QUICK = Size(2048, 1024, 131_072), Size(32, 16, 512)
 class Inputs:
     """Hidden states and head weights of a student and of a teacher not far from it, the same at every call."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, *, head_trains: bool = True) -> None:
         torch.manual_seed(0)
         self.student_hidden_NH = torch.randn(size.positions, size.hidden).requires_grad_()
         self.teacher_hidden_NH = self.student_hidden_NH.detach() + 0.3 * torch.randn(size.positions, size.hidden)
@@ -63,6 +83,7 @@ class Inputs:
             # Logits with a standard deviation of about 3, as trained models have.
             self.student.weight.normal_(std=3 / size.hidden**0.5)
             self.teacher.weight.normal_(std=0.3 * 3 / size.hidden**0.5).add_(self.student.weight)
+        self.student.requires_grad_(head_trains)
         self.teacher.requires_grad_(False)
 
     def gradients(self) -> list[Tensor]:
@@ -131,14 +152,14 @@ def value_and_gradients(side: str, inputs: Inputs, divergence: str) -> float:
     return loss.item()
 
 
-def peak_memory(side: str, divergence: str, size: Size) -> int:
+def peak_memory(side: str, case: Case, size: Size) -> int:
     """Bytes by which this process's resident set rises above what the inputs and a run on small ones have left."""
-    value_and_gradients(side, Inputs(QUICK), divergence)
-    inputs = Inputs(size)
+    value_and_gradients(side, Inputs(QUICK, head_trains=case.head_trains), case.divergence)
+    inputs = Inputs(size, head_trains=case.head_trains)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _resident("VmRSS")
-    value_and_gradients(side, inputs, divergence)
+    value_and_gradients(side, inputs, case.divergence)
     return max(1, _resident("VmHWM") - before)
 
 
@@ -149,9 +170,9 @@ def _resident(field: str) -> int:
     raise SystemExit(f"/proc/self/status has no {field}: memory can be measured on Linux only")
 
 
-def peak_memory_elsewhere(side: str, divergence: str, size: Size) -> int:
+def peak_memory_elsewhere(side: str, case: Case, size: Size) -> int:
     """`peak_memory` in a process that has done nothing else."""
-    task = json.dumps({"side": side, "divergence": divergence, **asdict(size)})
+    task = json.dumps({"side": side, "case": asdict(case), "size": asdict(size)})
     command = [sys.executable, __file__, "--peak", task]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
@@ -175,61 +196,61 @@ def furthest(inputs: Inputs, divergence: str, sides: Sequence[str]) -> float:
     return worst
 
 
-def measure(divergence: str, size: Size, sides: Sequence[str], repeats: int) -> list[tuple[str, ...]]:
-    """A row for each side."""
+def measure(case: Case, size: Size, sides: Sequence[str], repeats: int) -> list[tuple[str, ...]]:
+    """A row for each side; without times where `repeats` is 0."""
     # One after the other and before this process grows: the dense side takes most of a machine.
-    memory = {side: peak_memory_elsewhere(side, divergence, size) for side in sides}
-    inputs = Inputs(size)
-    difference = furthest(inputs, divergence, sides)
-    runs = {side: partial(value_and_gradients, side, inputs, divergence) for side in sides}
-    seconds = median_seconds(runs, repeats)
+    memory = {side: peak_memory_elsewhere(side, case, size) for side in sides}
+    inputs = Inputs(size, head_trains=case.head_trains)
+    difference = furthest(inputs, case.divergence, sides)
+    runs = {side: partial(value_and_gradients, side, inputs, case.divergence) for side in sides}
+    seconds = median_seconds(runs, repeats) if repeats else None
     rows = []
     for side in sides:
-        of_time = seconds[OURS] / seconds[side]
+        is_other = side != OURS
         of_memory = memory[OURS] / memory[side]
-        memory_target = {DENSE: DENSE_MEMORY_TARGET, TRL: TRL_MEMORY_TARGET}.get(side)
-        time_target = {TRL: TRL_TIME_TARGET}.get(side)
+        of_time = None if seconds is None else seconds[OURS] / seconds[side]
         rows.append(
             (
-                divergence,
+                case.divergence,
+                case.head,
                 side,
                 f"{memory[side] / MIB:,.0f} MiB",
-                "" if side == OURS else f"{of_memory:.3f}",
-                _verdict(of_memory, memory_target),
-                f"{seconds[side]:.2f} s",
-                "" if side == OURS else f"{of_time:.2f}",
-                _verdict(of_time, time_target),
-                "" if side == OURS else f"{difference:.1e}",
+                f"{of_memory:.3f}" if is_other else "",
+                _verdict(of_memory, {DENSE: DENSE_MEMORY_TARGET, TRL: TRL_MEMORY_TARGET}.get(side)),
+                "" if seconds is None else f"{seconds[side]:.2f} s",
+                f"{of_time:.2f}" if is_other and of_time else "",
+                _verdict(of_time, {TRL: TRL_TIME_TARGET}.get(side)),
+                f"{difference:.1e}" if is_other else "",
             )
         )
     return rows
 
 
-def _verdict(ratio: float, target: float | None) -> str:
-    return "" if target is None else f"{target} {'reached' if ratio <= target else 'missed'}"
+def _verdict(ratio: float | None, target: float | None) -> str:
+    return "" if target is None or ratio is None else f"{target} {'reached' if ratio <= target else 'missed'}"
 
 
-def run(divergences: Sequence[str], size: Size, repeats: int, console: Console) -> Report:
+def run(cases: Sequence[Case], size: Size, repeats: int, console: Console) -> Report:
     """The table."""
     sides = [OURS, DENSE, *([TRL] if has_trl() else [])]
     report = Report(
         f"{size.positions:,} positions, hidden size {size.hidden:,}, vocabulary {size.vocabulary:,}, float32",
         (
-            "divergence", "side", "memory", "ours / it", "target", "time", "ours / it", "target",
+            "divergence", "head", "side", "memory", "ours / it", "target", "time", "ours / it", "target",
             f"furthest from ours, at most {TOLERANCE:.0e}",
         ),
         [],
     )  # fmt: skip
-    for divergence in divergences:
-        with console.status(f"measuring {divergence}"):
-            report.rows += measure(divergence, size, sides, repeats)
+    for index, case in enumerate(cases):
+        with console.status(f"measuring {case}"):
+            report.rows += measure(case, size, sides, 0 if index else repeats)
     return report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--divergence", nargs="+", choices=list(BETA), default=["reverse_kl"])
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the median counts")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="the first is timed too")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side; the median counts")
     parser.add_argument("--quick", action="store_true", help="tiny tensors, once: does it run?")
     parser.add_argument("--write", action="store_true", help="update the section in the document")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
@@ -240,18 +261,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(THREADS)
     if options.peak:
         task = json.loads(options.peak)
-        print(peak_memory(task.pop("side"), task.pop("divergence"), Size(**task)))
+        print(peak_memory(task["side"], Case(**task["case"]), Size(**task["size"])))
         return
     console = Console(width=None if Console().is_terminal else 180)
     size, repeats = (QUICK, 1) if options.quick else (FULL, options.repeats)
-    report = run(options.divergence, size, repeats, console)
-    found = f"{conditions()}; median of {repeats}"
+    report = run([CASES[name] for name in options.cases], size, repeats, console)
+    found = f"{conditions()}; times: median of {repeats}, memory: one run"
     missing = [] if has_trl() else [TRL_MISSING]
     console.print(report.table(), found, *missing, sep="\n")
     if options.write:
         about = (
-            "Value and gradients (of the student's hidden states and of its head's weight) of the training loss. Memory is "
-            "what a process of its own adds to its inputs at its peak, the weight's gradient "
+            "Value and gradients (of the student's hidden states and, where it trains, of its head's weight) of the training "
+            "loss. Memory is what a process of its own adds to its inputs at its peak, the weight's gradient "
             f"({size.vocabulary * size.hidden * 4 / MIB:,.0f} MiB) included. `dense` makes all logits of both models; TRL's "
             "is the function that its DistillationTrainer calls."
         )

@@ -227,7 +227,7 @@ def test_evaluation_makes_no_gradients_and_gives_the_same_value() -> None:
         value, _ = distillation_loss(
             positions.student_hidden_NH.detach(), head_of(positions.student), positions.token_ids_N,
             Objective(divergence), teacher=dense_teacher(positions.teacher_hidden_NH, head_of(positions.teacher)),
-            denominator=50, chunk_positions=50,
+            denominator=50,
         )  # fmt: skip
     assert torch.equal(value, expected)
     assert tracked == [False]
@@ -438,3 +438,47 @@ def test_by_default_a_chunk_is_bounded_however_large_the_vocabulary() -> None:
     )  # fmt: skip
     assert sum(seen) == 250
     assert max(seen) * 40_000 <= 1 << 23
+
+
+def test_going_back_once_more_gives_the_same_gradients() -> None:
+    positions = random_positions()
+    loss, _ = ours(positions)
+    inputs = (positions.student_hidden_NH, positions.student.weight)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    kept = [each.clone() for each in first]
+    second = torch.autograd.grad(3 * loss, inputs)
+    for once, still, again in zip(kept, first, second, strict=True):
+        assert torch.equal(once, still)
+        assert_equal(again, 3 * once)
+
+
+def test_the_head_has_one_gradient_only_in_memory() -> None:
+    """The largest tensor of a step: handed to the parameter as it was made, with no copy for scaling or padding rows."""
+    positions = random_positions()
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor) and leaf.shape == positions.student.weight.shape:
+                    made.append(leaf.untyped_storage().data_ptr())
+            return out
+
+    vocabulary_size = positions.student.out_features - 1
+    positions.student.weight.grad = None
+    weight = positions.student.weight.untyped_storage().data_ptr()
+    teacher = dense_teacher(positions.teacher_hidden_NH, head_of(positions.teacher, vocabulary_size))
+    with Watch():
+        loss, _ = distillation_loss(
+            positions.student_hidden_NH,
+            head_of(positions.student, vocabulary_size),
+            positions.token_ids_N.clamp(max=vocabulary_size - 1),
+            Objective(divergence_named("forward_kl")),
+            teacher=teacher,
+            denominator=7.0,
+        )
+        loss.backward()
+    assert positions.student.weight.grad is not None
+    assert set(made) - {weight} == {positions.student.weight.grad.untyped_storage().data_ptr()}
+    assert not positions.student.weight.grad[vocabulary_size:].any()

@@ -2,15 +2,19 @@
 
 Logits of neither model ever exist in full. The student's gradient is taken inside the chunk loop, so that nothing of
 size (N, V) is kept for the backward pass: what stays is the gradient of the hidden states, and of the head where it trains.
+A chunk is large, for its matrix products; its two distributions are compared a piece at a time, since that takes a dozen
+tensors of a piece's size.
 
 Masking, temperature, chunking and reduction live here and nowhere else.
+
+Shape letters: N counted positions, C those of a chunk, P those of a piece, V vocabulary, H hidden, K ids kept, E events.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,8 +23,10 @@ from torch import Tensor
 from switchkd.errors import UserError
 from switchkd.heads import Head
 
-# A chunk's logits hold about this many numbers: 32 MB in float32, large enough to keep a matrix product busy.
-_CHUNK_NUMBERS = 1 << 23
+# A chunk's logits hold about this many numbers, 64 MB in float32: with half of them a matrix product on two cores is a
+# third slower at 131,072 ids.
+_CHUNK_NUMBERS = 1 << 24
+_PIECES_OF_A_CHUNK = 8
 
 DivergenceFunction = Callable[[Tensor, Tensor], Tensor]
 TrainOn = Literal["all", "student", "teacher"]
@@ -105,37 +111,43 @@ class Report:
 # ------------------------------------------------------------------------------------------------- what the teacher said
 
 
+Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
 class TeacherSignal(Protocol):
     """What a teacher says at the counted positions, and between which events it can be compared with the student.
 
-    Called with the student's log-probabilities (C, V) at the positions of `chunk`, it returns those of the student and of
-    the teacher, natural log, both (C, E) in the student's type and on its device, over the same E events. Gradients pass to
-    the student's.
+    Called with a chunk of the positions, it returns a comparison. That takes the student's log-probabilities (P, V) at a piece
+    of the chunk, and returns those of the student and of the teacher, natural log, both (P, E) in the student's type and on its
+    device, over the same E events. Gradients pass to the student's.
     """
 
-    def __call__(self, student_logp_CV: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        """The pair for these positions."""
+    def __call__(self, chunk: slice) -> Comparison:
+        """The comparison at these positions."""
         ...
 
 
 def dense_teacher(hidden_NH: Tensor, head: Head, loss_temperature: float = 1.0) -> TeacherSignal:
     """The teacher's whole distributions, made from its hidden states a chunk at a time."""
 
-    def pair(student_logp_CV: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+    def at(chunk: slice) -> Comparison:
         with torch.no_grad():
-            teacher_logp_CV = _logp(head(hidden_NH[chunk].to(head.weight_VH.device)), loss_temperature)
-        return student_logp_CV, teacher_logp_CV.to(student_logp_CV)
+            logits_CV = head(hidden_NH[chunk].to(head.weight_VH.device))
+        return _whole(logits_CV, loss_temperature)
 
-    return pair
+    return at
 
 
 def logp_teacher(logp_NV: Tensor, loss_temperature: float = 1.0) -> TeacherSignal:
     """The teacher's whole distributions, kept as log-probabilities (N, V) at temperature 1."""
+    return lambda chunk: _whole(logp_NV[chunk].detach(), loss_temperature)
 
-    def pair(student_logp_CV: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        return student_logp_CV, _logp(logp_NV[chunk].detach(), loss_temperature).to(student_logp_CV)
 
-    return pair
+def _whole(logits_CV: Tensor, loss_temperature: float) -> Comparison:
+    def compare(student_logp_PV: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
+        return student_logp_PV, _logp(logits_CV[piece].to(student_logp_PV.device), loss_temperature).to(student_logp_PV)
+
+    return compare
 
 
 def top_k_teacher(
@@ -159,40 +171,48 @@ def top_k_teacher(
     if ids_NK.shape != logp_NK.shape:
         raise ValueError(f"there are ids of shape {tuple(ids_NK.shape)} and log-probs of {tuple(logp_NK.shape)}")
 
-    def pair(student_logp_CV: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        ids_CK, teacher_logp_CK = ids_NK[chunk].to(student_logp_CV.device), logp_NK[chunk].detach().to(student_logp_CV)
-        student_logp_CK = student_logp_CV.gather(-1, ids_CK)
-        if ids_CK.shape[-1] == student_logp_CV.shape[-1]:
-            return student_logp_CK, teacher_logp_CK
+    def compare(chunk: slice, student_logp_PV: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
+        ids_PK = ids_NK[chunk][piece].to(student_logp_PV.device)
+        teacher_logp_PK = logp_NK[chunk][piece].detach().to(student_logp_PV)
+        student_logp_PK = student_logp_PV.gather(-1, ids_PK)
+        if ids_PK.shape[-1] == student_logp_PV.shape[-1]:
+            return student_logp_PK, teacher_logp_PK
         if rest_logp_N is None:
-            teacher_rest_C = (1 - teacher_logp_CK.exp().sum(dim=-1)).clamp(min=0).log()
+            teacher_rest_P = (1 - teacher_logp_PK.exp().sum(dim=-1)).clamp(min=0).log()
         else:
-            teacher_rest_C = rest_logp_N[chunk].detach().to(student_logp_CV)
-        lift = student_logp_CV.new_tensor(torch.finfo(student_logp_CV.dtype).eps).log()
-        teacher_rest_C = torch.logaddexp(teacher_rest_C, lift)
+            teacher_rest_P = rest_logp_N[chunk][piece].detach().to(student_logp_PV)
+        lift = student_logp_PV.new_tensor(torch.finfo(student_logp_PV.dtype).eps).log()
+        teacher_rest_P = torch.logaddexp(teacher_rest_P, lift)
         # The lift takes the place of the first of the K ids, and nothing those of the others.
-        instead_CK = torch.full_like(student_logp_CK, -torch.inf)
-        instead_CK[:, 0] = lift
-        student_rest_C = student_logp_CV.scatter(-1, ids_CK, instead_CK).logsumexp(dim=-1)
+        instead_PK = torch.full_like(student_logp_PK, -torch.inf)
+        instead_PK[:, 0] = lift
+        student_rest_P = student_logp_PV.scatter(-1, ids_PK, instead_PK).logsumexp(dim=-1)
         return (
-            torch.cat([student_logp_CK, student_rest_C[:, None]], dim=-1),
-            torch.cat([teacher_logp_CK, teacher_rest_C[:, None]], dim=-1),
+            torch.cat([student_logp_PK, student_rest_P[:, None]], dim=-1),
+            torch.cat([teacher_logp_PK, teacher_rest_P[:, None]], dim=-1),
         )
 
-    return pair
+    return lambda chunk: partial(compare, chunk)
 
 
 def _logp(logits_NV: Tensor, temperature: float) -> Tensor:
     """Log-probabilities in nats, at least float32."""
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return torch.log_softmax(logits_NV / temperature, dim=-1)
+    return torch.log_softmax(logits_NV if temperature == 1 else logits_NV / temperature, dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------------------- the loss
 
 
+# Of a chunk: the loss of each position of a piece of it, from its projected hidden states.
+ChunkLoss = Callable[[slice], Callable[[Tensor, slice], Tensor]]
+
+
 class _ChunkedSum(torch.autograd.Function):
-    """Sum of a per-position loss of the projected hidden states, with the gradients taken chunk by chunk."""
+    """Sum of a per-position loss of the projected hidden states, with the gradients taken chunk by chunk.
+
+    Of the head's weight and bias only the first `rows` take part; their gradients are of the whole, and 0 elsewhere.
+    """
 
     @staticmethod
     def forward(
@@ -200,43 +220,74 @@ class _ChunkedSum(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
-        position_loss: Callable[[Tensor, slice], Tensor],
+        rows: int,
+        chunk_loss: ChunkLoss,
         chunk_positions: int,
         training: bool,
     ) -> Tensor:
         inputs = (hidden_NH, weight_VH, bias_V)
         wanted = [training and tensor is not None and tensor.requires_grad for tensor in inputs]
-        total = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
-        hidden_grad = torch.zeros_like(hidden_NH) if wanted[0] else None
-        weight_grad = torch.zeros_like(weight_VH) if wanted[1] else None
-        bias_grad = torch.zeros_like(bias_V) if bias_V is not None and wanted[2] else None
-        weight = weight_VH.detach().to(hidden_NH.dtype)
-        bias = None if bias_V is None else bias_V.detach().to(hidden_NH.dtype)
-        for start in range(0, hidden_NH.shape[0], chunk_positions):
-            chunk = slice(start, min(start + chunk_positions, hidden_NH.shape[0]))
-            hidden = hidden_NH.detach()[chunk]
-            with torch.enable_grad():
-                logits = torch.nn.functional.linear(hidden, weight, bias).detach().requires_grad_(any(wanted))
-                loss = position_loss(logits, chunk).sum()
-            total += loss.detach()
-            if not any(wanted):
-                continue
-            (logits_grad,) = torch.autograd.grad(loss, logits)
-            if hidden_grad is not None:
-                # Under autocast the logits, and so their gradient, are of a lower precision than the weight.
-                hidden_grad[chunk] = logits_grad.to(weight.dtype) @ weight
-            if weight_grad is not None:
-                weight_grad.addmm_(logits_grad.T.to(weight_grad.dtype), hidden.to(weight_grad.dtype))
-            if bias_grad is not None:
-                bias_grad += logits_grad.sum(dim=0)
-        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+        ctx.settings = (rows, chunk_loss, chunk_positions, wanted)
+        total, ctx.gradients = _sum_and_gradients(inputs, *ctx.settings)
+        ctx.save_for_backward(*inputs)
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad_outputs[0]
-        grads = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
-        return (*grads, None, None, None)
+        # Handed over, not copied: the head's may be the largest tensor of a step. Whoever goes back once more waits.
+        gradients = ctx.gradients or _sum_and_gradients(ctx.saved_tensors, *ctx.settings)[1]
+        ctx.gradients = None
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grad_outputs[0].to(gradient.dtype))
+        return (*gradients, None, None, None, None)
+
+
+def _sum_and_gradients(
+    inputs: Sequence[Tensor | None],
+    rows: int,
+    chunk_loss: ChunkLoss,
+    chunk_positions: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    hidden_NH, weight_VH, bias_V = inputs
+    assert hidden_NH is not None
+    assert weight_VH is not None
+    total = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
+    gradients = tuple(
+        torch.zeros_like(tensor) if tensor is not None and is_wanted else None
+        for tensor, is_wanted in zip(inputs, wanted, strict=True)
+    )
+    hidden_grad, weight_grad, bias_grad = gradients
+    weight = weight_VH.detach()[:rows].to(hidden_NH.dtype)
+    bias = None if bias_V is None else bias_V.detach()[:rows].to(hidden_NH.dtype)
+    for chunk in _slices(hidden_NH.shape[0], chunk_positions):
+        hidden = hidden_NH.detach()[chunk]
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        position_loss = chunk_loss(chunk)
+        for piece in _slices(hidden.shape[0], max(1, chunk_positions // _PIECES_OF_A_CHUNK)):
+            part = logits[piece].detach().requires_grad_(any(wanted))
+            with torch.enable_grad():
+                loss = position_loss(part, piece).sum()
+            total += loss.detach()
+            if any(wanted):
+                # In the place of the logits, which nobody reads again.
+                logits[piece] = torch.autograd.grad(loss, part)[0]
+        if hidden_grad is not None:
+            # Under autocast the logits, and so their gradient, are of a lower precision than the weight.
+            hidden_grad[chunk] = logits.to(weight.dtype) @ weight
+        if weight_grad is not None:
+            weight_grad[:rows].addmm_(logits.T.to(weight_grad.dtype), hidden.to(weight_grad.dtype))
+        if bias_grad is not None:
+            bias_grad[:rows] += logits.sum(dim=0)
+        # Both models' logits, before the next chunk's are made.
+        del logits, part, position_loss
+    return total, gradients
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def distillation_loss(
@@ -262,39 +313,60 @@ def distillation_loss(
     `written_by_teacher_N` (bool) selects the divergence where there are two; `return_N` is the long-term term's return in nats.
     `measure` adds entropies and agreement to the report, at the cost of a few passes over each chunk.
 
-    Memory beyond the inputs: one gradient of the hidden states, one of the head where it trains, and a few tensors of
-    (`chunk_positions`, V), by default about 32 MB each; the value and the gradients do not depend on it.
+    Memory beyond the inputs: one gradient of the hidden states, one of the head where it trains, two tensors of
+    (`chunk_positions`, V), by default about 64 MB each, and a dozen of an eighth of that; neither the value nor the gradients
+    depend on it.
     """
-    chunk_positions = chunk_positions or max(16, _CHUNK_NUMBERS // head.weight_VH.shape[0])
-    measured: defaultdict[str, list[Tensor]] = defaultdict(list)
+    chunk_positions = chunk_positions or max(16, _CHUNK_NUMBERS // head.vocabulary_size)
+    measured: dict[str, Tensor] = {}
 
-    def position_loss(projected_CV: Tensor, chunk: slice) -> Tensor:
-        logits_CV = head.transform(projected_CV)
-        loss_C = logits_CV.new_zeros(logits_CV.shape[0], dtype=torch.promote_types(logits_CV.dtype, torch.float32))
+    def keep(name: str, values_P: Tensor, chunk: slice, piece: slice) -> None:
+        if name not in measured:
+            measured[name] = values_P.new_empty(token_ids_N.shape)
+        measured[name][chunk][piece] = values_P.detach()
+
+    def chunk_loss(chunk: slice) -> Callable[[Tensor, slice], Tensor]:
+        compare = None
         if objective.divergence is not None:
             if teacher is None:
                 raise ValueError("this objective has a divergence, so it needs a teacher signal")
-            student_logp, teacher_logp = teacher(_logp(logits_CV, objective.loss_temperature), chunk)
-            by_teacher_C = None if written_by_teacher_N is None else written_by_teacher_N[chunk]
-            loss_C = objective.divergence_by_writer(student_logp, teacher_logp, by_teacher_C)
-            measured["divergence_N"].append(loss_C.detach())
-            if measure:
-                measured["student_entropy_N"].append(_entropy(student_logp.detach()))
-                measured["teacher_entropy_N"].append(_entropy(teacher_logp))
-                measured["agreement_N"].append(student_logp.argmax(dim=-1) == teacher_logp.argmax(dim=-1))
-        if objective.cross_entropy_weight or return_N is not None:
-            log_probs = _logp(logits_CV, 1.0)
-            cross_entropy_C = -log_probs.gather(-1, token_ids_N[chunk, None])[:, 0]
-            measured["cross_entropy_N"].append(cross_entropy_C.detach())
-            long_term_C = 0.0 if return_N is None else objective.long_term_weight * return_N[chunk].to(cross_entropy_C)
-            loss_C = loss_C + (objective.cross_entropy_weight + long_term_C) * cross_entropy_C
-        return loss_C if weight_N is None else loss_C * weight_N[chunk]
+            compare = teacher(chunk)
+
+        def position_loss(projected_PV: Tensor, piece: slice) -> Tensor:
+            logits_PV = head.transform(projected_PV)
+            loss_P = logits_PV.new_zeros(logits_PV.shape[0], dtype=torch.promote_types(logits_PV.dtype, torch.float32))
+            if compare is not None:
+                student_logp, teacher_logp = compare(_logp(logits_PV, objective.loss_temperature), piece)
+                by_teacher_P = None if written_by_teacher_N is None else written_by_teacher_N[chunk][piece]
+                loss_P = objective.divergence_by_writer(student_logp, teacher_logp, by_teacher_P)
+                keep("divergence_N", loss_P, chunk, piece)
+                if measure:
+                    keep("student_entropy_N", _entropy(student_logp.detach()), chunk, piece)
+                    keep("teacher_entropy_N", _entropy(teacher_logp), chunk, piece)
+                    keep("agreement_N", student_logp.argmax(dim=-1) == teacher_logp.argmax(dim=-1), chunk, piece)
+            if objective.cross_entropy_weight or return_N is not None:
+                log_probs = _logp(logits_PV, 1.0)
+                cross_entropy_P = -log_probs.gather(-1, token_ids_N[chunk][piece, None])[:, 0]
+                keep("cross_entropy_N", cross_entropy_P, chunk, piece)
+                long_term_P = (
+                    0.0 if return_N is None else objective.long_term_weight * return_N[chunk][piece].to(cross_entropy_P)
+                )
+                loss_P = loss_P + (objective.cross_entropy_weight + long_term_P) * cross_entropy_P
+            return loss_P if weight_N is None else loss_P * weight_N[chunk][piece]
+
+        return position_loss
 
     # Inside the function gradients are always off, and a parameter asks for one even where the caller wants none.
     total: Tensor = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
-        student_hidden_NH, head.weight_VH, head.bias_V, position_loss, chunk_positions, torch.is_grad_enabled()
+        student_hidden_NH,
+        head.projection.weight,
+        head.projection.bias,
+        head.vocabulary_size,
+        chunk_loss,
+        chunk_positions,
+        torch.is_grad_enabled(),
     )
-    return total / denominator, Report(**{name: torch.cat(parts) for name, parts in measured.items()})
+    return total / denominator, Report(**measured)
 
 
 def _entropy(logp: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def alpha_beta_with_its_powers_swapped(student_logp: Tensor, teacher_logp: Tenso
 
 
 def alpha_beta_as_it_is_written(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """Powers of probabilities cancel, and have no derivative at 0."""
+    """Powers have no derivative at 0. That they cancel shows or not by the processor's rounding, so no check relies on it."""
     return _alpha_beta(student_logp, teacher_logp, 0.2, 0.7)
 
 
@@ -200,7 +200,7 @@ FAULTS = [
     Fault(adaptive_kl_with_its_weights_swapped, "adaptive_kl", ("values", "gradients")),
     Fault(adaptive_kl_with_a_gradient_through_its_weights, "adaptive_kl", ("gradients",)),
     Fault(alpha_beta_with_its_powers_swapped, "alpha_beta", ("values", "gradients")),
-    Fault(alpha_beta_as_it_is_written, "alpha_beta", ("near_equality", "excluded_in_both")),
+    Fault(alpha_beta_as_it_is_written, "alpha_beta", ("excluded_in_both",)),
     Fault(without_a_derivative_for_the_teacher, "forward_kl", ("finite_differences",)),
     Fault(infinite_times_zero, "forward_kl", ("excluded_in_one",)),
 ]
