@@ -99,7 +99,7 @@ def test_every_setting_of_every_divergence_is_in_force(name: str, setting: str) 
 
 # What replaces each setting of a row or a policy, and where it arrives.
 REPLACED: dict[str, tuple[dict[str, Any], Callable[[Plan], Any]]] = {
-    "keep_top_k": ({"method": "skd", "keep_top_k": 3}, lambda made: made.policy.top_k),
+    "keep_top_k": ({"method": "skd", "keep_top_k": 3}, lambda made: made.policy.keep_top_k),
     "factor": ({"method": "adaswitch", "factor": 3.5}, lambda made: made.policy.factor),
     "window": ({"method": "adaswitch", "window": 5}, lambda made: made.policy.window),
     "teacher_share": ({"method": "minillm", "teacher_share": 0.4}, lambda made: made.policy.teacher_share),
@@ -186,6 +186,7 @@ def test_settings_of_the_policy_are_in_force() -> None:
         ({"divergence": "alpha_beta", "teacher_power": 0.0}, "teacher_power is 0.0; it has to be positive"),
         ({"method": "gkd", "teacher_weight": 0.0}, "teacher_weight is 0.0; it has to be strictly between 0 and 1"),
         ({"method": "gkd", "teacher_weight": 1.0}, "teacher_weight is 1.0"),
+        ({"method": "skd", "keep_top_k": 0}, "keep_top_k is 0; .* at least its 1 best"),
         ({"method": "gkd", "keep_top_k": 3}, "keep_top_k is 3, but method 'gkd' does not read it"),
         ({"method": "switch", "teacher_share": 0.3}, "teacher_share is 0.3, but method 'switch' does not read it"),
         ({"method": "kd", "factor": 2.0}, "factor is 2.0, but method 'kd' does not read it"),

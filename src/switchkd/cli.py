@@ -15,14 +15,11 @@ from switchkd import __version__
 from switchkd.cli_measure import calibrate, diagnose
 from switchkd.cli_options import (
     DataDir,
-    Decay,
-    DecayRate,
     Dtype,
-    FinalFraction,
     Limit,
     MaxNewTokens,
     MaxPromptTokens,
-    PairAndPrompts,
+    PolicyAndPrompts,
     Set,
     SkipBadRows,
     Temperature,
@@ -181,51 +178,21 @@ def _whole_numbers(option: str, text: str) -> list[int]:
 @app.command()
 @with_options
 def rollout(
-    asked: PairAndPrompts,
-    policy: Annotated[
-        str,
-        typer.Option(
-            help="Who writes: student, teacher, switch, adaswitch, interleave, mix (at random), early or late."
-        ),
-    ] = "switch",
-    threshold: Annotated[float | None, typer.Option(help="switch: tau_0, in nats.")] = None,
-    decay: Decay = None,
-    decay_rate: DecayRate = None,
-    final_fraction: FinalFraction = None,
-    factor: Annotated[float | None, typer.Option(help="adaswitch: threshold / mean of the last divergences.")] = None,
-    window: Annotated[int | None, typer.Option(help="adaswitch: how many divergences that mean is over.")] = None,
-    teacher_top_k: Annotated[
-        int | None, typer.Option(help="interleave: keep the student's token if among so many best of the teacher.")
-    ] = None,
-    teacher_share: Annotated[
-        float | None,
-        typer.Option(help="mix, early, late: the teacher's share of tokens (of --max-new-tokens), 0 to 1."),
-    ] = None,
+    asked: PolicyAndPrompts,
     output: Annotated[Path, typer.Option(help="The file of rollouts, one JSON object a line.")] = Path(
         "rollouts.jsonl"
     ),
     show: Annotated[int, typer.Option(min=0, help="Show the text of so many rollouts.")] = 10,
 ) -> None:
     """Roll out prompts without training: who wrote which token, as JSON lines and in colour."""
-    from switchkd.policies import policy_named
     from switchkd.report.terminal import print_rollouts
     from switchkd.rollout.jsonl import write_rollouts
     from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
-    writer = policy_named(
-        policy,
-        threshold=threshold,
-        decay=decay,
-        decay_rate=decay_rate,
-        final_fraction=final_fraction,
-        factor=factor,
-        window=window,
-        top_k=teacher_top_k,
-        teacher_share=teacher_share,
-    )
+    writer = asked.writer
     if writer.needs_teacher and asked.teacher is None:
-        raise UserError(f"--policy {policy} needs a teacher; give --teacher, or --policy student")
+        raise UserError(f"--policy {asked.policy} needs a teacher; give --teacher, or --policy student")
     sampling = asked.sampling
     pair, prompts = asked.load()
     assert pair.tokenizer is not None

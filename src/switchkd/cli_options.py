@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from switchkd.errors import UserError
 
 if TYPE_CHECKING:
     from switchkd.models import ModelPair
+    from switchkd.policies import Policy
     from switchkd.records import Prompt, Sampling
 
 Set = Annotated[
@@ -106,6 +107,46 @@ class PairAndPrompts:
             need_response=False,
         )
         return pair, [example.prompt for example in loaded.examples]
+
+
+@dataclass(frozen=True)
+class PolicyAndPrompts(PairAndPrompts):
+    """As `PairAndPrompts`, with the policy that writes and the settings of all policies."""
+
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Who writes: student, teacher, switch, adaswitch, interleave, mix (at random), early or late."
+        ),
+    ] = "switch"
+    threshold: Annotated[float | None, typer.Option(help="switch: tau_0, in nats.")] = None
+    decay: Decay = None
+    decay_rate: DecayRate = None
+    final_fraction: FinalFraction = None
+    factor: Annotated[float | None, typer.Option(help="adaswitch: threshold / mean of the last divergences.")] = None
+    window: Annotated[int | None, typer.Option(help="adaswitch: how many divergences that mean is over.")] = None
+    keep_top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--teacher-top-k", help="interleave: keep the student's token if among so many best of the teacher."
+        ),
+    ] = None
+    teacher_share: Annotated[
+        float | None,
+        typer.Option(help="mix, early, late: the teacher's share of tokens (of --max-new-tokens), 0 to 1."),
+    ] = None
+
+    @property
+    def writer(self) -> Policy:
+        """The policy; raises UserError for settings out of range, or that it does not take."""
+        from switchkd.policies import policy_named
+
+        _policy, *settings = (each.name for each in fields(self)[len(fields(PairAndPrompts)) :])
+        try:
+            return policy_named(self.policy, **{name: getattr(self, name) for name in settings})
+        except UserError as error:
+            # The one setting whose option has another name: --top-k is the sampling's.
+            raise UserError(str(error).replace("keep_top_k", "--teacher-top-k")) from None
 
 
 @dataclass(frozen=True)

@@ -123,10 +123,10 @@ def _policy_of(config: SwitchConfig, method: Method) -> Policy:
         if key not in takes and (given := getattr(config, key)) is not None:
             raise UserError(f"{key} is {given}, but method {config.method!r} does not read it; leave {key} out")
     values: dict[str, Any] = {}
-    for key, name in takes.items():
+    for key in takes:
         value = method.settings.get(key) if (given := getattr(config, key)) is None else given
         if value is not None:
-            values[name] = value
+            values[key] = value
     if isinstance(threshold := values.get("threshold"), str):
         if threshold != AUTO:
             raise UserError(f"threshold is {threshold!r}; it has to be a number of nats, or {AUTO}")
