@@ -66,6 +66,11 @@ class Policy(ABC):
     draws_anew: ClassVar[bool] = False
     needs_history: ClassVar[bool] = False
 
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Who may write a token at all, of "student" and "teacher"."""
+        return ("student", "teacher") if self.needs_teacher else ("student",)
+
     @abstractmethod
     def decide(self, positions: Positions) -> Decision:
         """The writer at each position, shapes as given.
@@ -101,6 +106,11 @@ class Student(Policy):
 class Teacher(Policy):
     """The teacher writes every token: the text of sequence-level distillation (Kim and Rush 2016)."""
 
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The teacher."""
+        return ("teacher",)
+
     def decide(self, positions: Positions) -> Decision:
         """The teacher everywhere; the threshold is NaN."""
         return _without_threshold(torch.ones_like(positions.position, dtype=torch.bool))
@@ -115,6 +125,12 @@ class _ByShare(Policy):
     def __post_init__(self) -> None:
         if not 0 <= self.teacher_share <= 1:
             raise UserError(f"teacher_share is {self.teacher_share}; it is the teacher's share of tokens, from 0 to 1")
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Both, unless the share is all or nothing."""
+        shares = {"student": 1 - self.teacher_share, "teacher": self.teacher_share}
+        return tuple(writer for writer, share in shares.items() if share > 0)
 
     def _tokens(self, max_new_tokens: int) -> int:
         return round(self.teacher_share * max_new_tokens)
