@@ -321,6 +321,24 @@ def test_ctrl_c_outside_of_a_run(
             "threshold is 1.0, but policy 'student' takes no settings",
         ),
         (
+            [
+                "rollout",
+                "--student",
+                "{m}/student",
+                "--policy",
+                "interleave",
+                "--teacher-top-k",
+                "0",
+                "--prompt",
+                "one",
+            ],
+            "--teacher-top-k is 0; the teacher has to accept",
+        ),
+        (
+            ["rollout", "--student", "{m}/student", "--policy", "late", "--teacher-top-k", "3", "--prompt", "one"],
+            "--teacher-top-k is 3, but policy 'late' takes teacher_share",
+        ),
+        (
             ["rollout", "--student", "{m}/student", "--policy", "student", "--prompt", "one", "--top-p", "2"],
             "top_p is 2",
         ),

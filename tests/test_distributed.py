@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,16 +57,8 @@ def train_each_method(folder: Path, rows_a_process: int) -> None:
 
 
 def launch(folder: Path, rows_a_process: int) -> None:
-    """This file as a script in `PROCESSES` processes, with the environment that torchrun gives."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(PROCESSES),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    """This file as a script in `PROCESSES` processes, with the environment that torchrun gives, but for the port."""
+    shared = {"WORLD_SIZE": str(PROCESSES), "LOCAL_WORLD_SIZE": str(PROCESSES), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), str(rows_a_process)],
@@ -78,9 +69,8 @@ def launch(folder: Path, rows_a_process: int) -> None:
         )
         for rank in range(PROCESSES)
     ]
-    for process in started:
-        _, errors = process.communicate(timeout=250)
-        assert process.returncode == 0, errors[-3000:]
+    errors = [process.communicate(timeout=250)[1][-3000:] for process in started]
+    assert [process.returncode for process in started] == [0] * PROCESSES, "\n".join(errors)
 
 
 def test_two_processes_train_the_same_model_as_one(tmp_path: Path) -> None:
@@ -109,4 +99,11 @@ def test_two_processes_train_the_same_model_as_one(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train_each_method(Path(sys.argv[1]), int(sys.argv[2]))
+    folder, rows_a_process = Path(sys.argv[1]), int(sys.argv[2])
+    # They meet in a file: a port that was free when it was chosen may be another process's by the time it is used.
+    meeting_point = f"file://{folder.resolve()}-meeting-point"
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting_point, rank=int(os.environ["RANK"]), world_size=PROCESSES
+    )
+    train_each_method(folder, rows_a_process)
+    torch.distributed.destroy_process_group()

@@ -99,7 +99,7 @@ def test_every_setting_of_every_divergence_is_in_force(name: str, setting: str) 
 
 # What replaces each setting of a row or a policy, and where it arrives.
 REPLACED: dict[str, tuple[dict[str, Any], Callable[[Plan], Any]]] = {
-    "keep_top_k": ({"method": "skd", "keep_top_k": 3}, lambda made: made.policy.top_k),
+    "keep_top_k": ({"method": "skd", "keep_top_k": 3}, lambda made: made.policy.keep_top_k),
     "factor": ({"method": "adaswitch", "factor": 3.5}, lambda made: made.policy.factor),
     "window": ({"method": "adaswitch", "window": 5}, lambda made: made.policy.window),
     "teacher_share": ({"method": "minillm", "teacher_share": 0.4}, lambda made: made.policy.teacher_share),
@@ -186,6 +186,15 @@ def test_settings_of_the_policy_are_in_force() -> None:
         ({"divergence": "alpha_beta", "teacher_power": 0.0}, "teacher_power is 0.0; it has to be positive"),
         ({"method": "gkd", "teacher_weight": 0.0}, "teacher_weight is 0.0; it has to be strictly between 0 and 1"),
         ({"method": "gkd", "teacher_weight": 1.0}, "teacher_weight is 1.0"),
+        ({"method": "skd", "keep_top_k": 0}, "keep_top_k is 0; .* at least its 1 best"),
+        ({"method": "kd", "train_on": "student"}, "train_on is 'student'.* act on rollouts, but method 'kd' has none"),
+        ({"method": "seqkd", "train_on": "teacher"}, "act on rollouts, but method 'seqkd' has none here"),
+        ({"method": "gkd", "train_on": "teacher"}, "train_on is 'teacher'.* written by student, .*set train_on to all"),
+        ({"method": "gkd", "student_share": 0.5, "train_on": "teacher"}, "written by student, "),
+        ({"method": "late", "teacher_share": 0.0, "train_on": "teacher"}, "written by student, "),
+        ({"method": "late", "teacher_share": 1.0, "train_on": "student"}, "written by teacher, "),
+        ({"method": "distillm2", "teacher_text_share": 1.0, "train_on": "student"}, "written by teacher, "),
+        ({"student_token_weight": 0.0, "teacher_token_weight": 0.0}, "written by student and teacher"),
         ({"method": "gkd", "keep_top_k": 3}, "keep_top_k is 3, but method 'gkd' does not read it"),
         ({"method": "switch", "teacher_share": 0.3}, "teacher_share is 0.3, but method 'switch' does not read it"),
         ({"method": "kd", "factor": 2.0}, "factor is 2.0, but method 'kd' does not read it"),
@@ -225,6 +234,20 @@ def test_settings_of_the_policy_are_in_force() -> None:
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(**settings)
+
+
+@pytest.mark.parametrize("train_on", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "switch"},
+        {"method": "late", "teacher_share": 0.5},
+        {"method": "late", "teacher_share": 0.0, "teacher_text_share": 0.5},
+        {"method": "distillm2"},
+    ],
+)
+def test_where_both_write_either_may_train_alone(settings: dict[str, Any], train_on: str) -> None:
+    assert plan(train_on=train_on, **settings).objective.train_on == train_on
 
 
 def test_a_method_is_found_by_its_exact_name_only() -> None:

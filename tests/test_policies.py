@@ -303,7 +303,7 @@ def test_every_policy_is_made_by_its_name_and_refuses_what_it_does_not_take(name
             for each in (Mix, Early, Late)
             for share in (-0.1, 1.5, math.nan)
         ),
-        (Interleave, {"top_k": 0}, "top_k is 0; .* at least its 1 best"),
+        (Interleave, {"keep_top_k": 0}, "keep_top_k is 0; .* at least its 1 best"),
         (AdaSwitch, {"factor": -1.0}, r"factor is -1\.0; .* 0 or more"),
         (AdaSwitch, {"factor": math.nan}, "factor is nan"),
         (AdaSwitch, {"factor": math.inf}, "factor is inf"),

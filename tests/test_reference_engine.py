@@ -99,8 +99,8 @@ def five_token_pair() -> ModelPair:
         (Switch(threshold=0.1, decay="constant"), Sampling(max_new_tokens=4, temperature=1.5, top_k=4, top_p=0.9)),
         (Teacher(), Sampling(max_new_tokens=3, temperature=0.7, top_p=0.8)),
         (Mix(0.4), SHORT),
-        (Interleave(top_k=2), SHORT),
-        (Interleave(top_k=2), Sampling(max_new_tokens=3, temperature=1.5, top_p=0.8)),
+        (Interleave(keep_top_k=2), SHORT),
+        (Interleave(keep_top_k=2), Sampling(max_new_tokens=3, temperature=1.5, top_p=0.8)),
         (AdaSwitch(factor=1.1, window=1), Sampling(max_new_tokens=4, temperature=1.5, top_k=4)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Policy) else f"{value.temperature} {value.top_p}",
@@ -128,7 +128,7 @@ def test_responses_follow_the_exact_law(policy: Policy, sampling: Sampling, five
             case Mix():
                 return mixed(student, teacher, policy.teacher_share)
             case Interleave():
-                return interleaved(student, teacher, policy.top_k)
+                return interleaved(student, teacher, policy.keep_top_k)
             case Switch():
                 rate = policy.decay_rate if policy.decay == "exponential" else 0
                 by_teacher = jensen_shannon(student, teacher) > policy.threshold * math.exp(-rate * len(response))

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import HfArgumentParser
 
+from switchkd.config import SwitchConfig
 from switchkd.errors import UserError
 from switchkd.report.terminal import duration
 from switchkd.run import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed
@@ -118,6 +120,12 @@ def test_stages_follow_each_other() -> None:
     assert second.model_folder == Path("runs/x")
     assert {str(first.folder), str(second.folder)} == {"runs/x/1-kd", "runs/x/2-switch"}
     assert second.tokenizer == "a"
+
+
+def test_the_parser_of_transformers_reads_the_settings_too() -> None:
+    arguments = ["--output_dir", "x", "--method", "switch", "--threshold", "0.2"]
+    (config,) = HfArgumentParser(SwitchConfig).parse_args_into_dataclasses(arguments)
+    assert (config.output_dir, config.method, config.threshold, config.report_to) == ("x", "switch", 0.2, [])
 
 
 def test_a_stage_may_not_choose_its_folder() -> None:

@@ -52,7 +52,7 @@ POLICIES: dict[str, Policy] = {
     "switch constant": Switch(threshold=0.2, decay="constant"),
     "switch above ln 2": Switch(threshold=0.7, decay="constant"),
     "adaswitch": AdaSwitch(factor=1.3, window=4),
-    "interleave": Interleave(top_k=3),
+    "interleave": Interleave(keep_top_k=3),
     "mix": Mix(0.4),
     "late": Late(0.4),
 }
@@ -174,9 +174,13 @@ def test_the_grid_really_mixes_writers_under_every_rule(kind: str, policy: str) 
 
 
 def test_a_teacher_that_draws_what_it_refused_does_not_end_the_block() -> None:
-    # One model twice under top_k 1: every proposal but the most probable is refused, and some are drawn again.
+    # One model twice under keep_top_k 1: every proposal but the most probable is refused, and some are drawn again.
     model = tiny_model("llama", dtype=torch.float64)
-    pair, policy, sampling = ModelPair(model, copy.deepcopy(model)), Interleave(top_k=1), Sampling(max_new_tokens=4)
+    pair, policy, sampling = (
+        ModelPair(model, copy.deepcopy(model)),
+        Interleave(keep_top_k=1),
+        Sampling(max_new_tokens=4),
+    )
     engine, prompts = SpeculativeEngine(pair, 4), [Prompt((2 + at % 50,), prompt_id=at) for at in range(400)]
     mixed, alone = (engine.generate(prompts, each, sampling) for each in (policy, Student()))
     redrawn = [
@@ -295,7 +299,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
                 decay_rate=st.none() | st.floats(0, 0.2),
             ),
             st.builds(AdaSwitch, factor=st.floats(0.5, 2), window=st.integers(1, 10)),
-            st.builds(Interleave, top_k=st.sampled_from([1, 2, 5, 25, 100])),
+            st.builds(Interleave, keep_top_k=st.sampled_from([1, 2, 5, 25, 100])),
             *(st.builds(each, teacher_share=st.floats(0, 1)) for each in (Mix, Early, Late)),
         )
     )

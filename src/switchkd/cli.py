@@ -14,24 +14,20 @@ from rich.text import Text
 from switchkd import __version__
 from switchkd.cli_measure import calibrate, diagnose
 from switchkd.cli_options import (
-    Data,
     DataDir,
     Dtype,
     Limit,
     MaxNewTokens,
     MaxPromptTokens,
-    PromptText,
-    Seed,
+    PolicyAndPrompts,
     Set,
     SkipBadRows,
-    Student,
     Temperature,
-    TopK,
     TopP,
     TrustRemoteCode,
     new_console,
-    pair_and_prompts,
     quiet_transformers,
+    with_options,
 )
 from switchkd.errors import Stopped, UserError
 
@@ -180,87 +176,29 @@ def _whole_numbers(option: str, text: str) -> list[int]:
 
 
 @app.command()
+@with_options
 def rollout(
-    student: Student,
-    teacher: Annotated[str | None, typer.Option(help="As --student; --policy student needs none.")] = None,
-    prompt: PromptText = [],  # noqa: B006
-    data: Data = None,
-    limit: Limit = None,
-    data_dir: DataDir = None,
-    policy: Annotated[
-        str,
-        typer.Option(
-            help="Who writes: student, teacher, switch, adaswitch, interleave, mix (at random), early or late."
-        ),
-    ] = "switch",
-    threshold: Annotated[float | None, typer.Option(help="switch: tau_0, in nats.")] = None,
-    decay: Annotated[str | None, typer.Option(help="switch: exponential, linear or constant.")] = None,
-    decay_rate: Annotated[float | None, typer.Option(help="switch: the decay per token.")] = None,
-    final_fraction: Annotated[
-        float | None, typer.Option(help="switch: threshold at the last position / first.")
-    ] = None,
-    factor: Annotated[float | None, typer.Option(help="adaswitch: threshold / mean of the last divergences.")] = None,
-    window: Annotated[int | None, typer.Option(help="adaswitch: how many divergences that mean is over.")] = None,
-    teacher_top_k: Annotated[
-        int | None, typer.Option(help="interleave: keep the student's token if among so many best of the teacher.")
-    ] = None,
-    teacher_share: Annotated[
-        float | None,
-        typer.Option(help="mix, early, late: the teacher's share of tokens (of --max-new-tokens), 0 to 1."),
-    ] = None,
-    max_prompt_tokens: MaxPromptTokens = 256,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = 0,
+    asked: PolicyAndPrompts,
     output: Annotated[Path, typer.Option(help="The file of rollouts, one JSON object a line.")] = Path(
         "rollouts.jsonl"
     ),
-    skip_bad_rows: SkipBadRows = False,
     show: Annotated[int, typer.Option(min=0, help="Show the text of so many rollouts.")] = 10,
-    dtype: Dtype = "float32",
-    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Roll out prompts without training: who wrote which token, as JSON lines and in colour."""
-    from switchkd.policies import policy_named
-    from switchkd.records import Sampling
     from switchkd.report.terminal import print_rollouts
     from switchkd.rollout.jsonl import write_rollouts
     from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
-    writer = policy_named(
-        policy,
-        threshold=threshold,
-        decay=decay,
-        decay_rate=decay_rate,
-        final_fraction=final_fraction,
-        factor=factor,
-        window=window,
-        top_k=teacher_top_k,
-        teacher_share=teacher_share,
-    )
-    if writer.needs_teacher and teacher is None:
-        raise UserError(f"--policy {policy} needs a teacher; give --teacher, or --policy student")
-    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-    pair, prompts = pair_and_prompts(
-        student,
-        teacher,
-        prompt,
-        data,
-        limit=limit,
-        data_dir=data_dir,
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        skip_bad_rows=skip_bad_rows,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    writer = asked.writer
+    if writer.needs_teacher and asked.teacher is None:
+        raise UserError(f"--policy {asked.policy} needs a teacher; give --teacher, or --policy student")
+    sampling = asked.sampling
+    pair, prompts = asked.load()
     assert pair.tokenizer is not None
     console = new_console()
     with console.status("rolling out ..."):
-        rollouts = SpeculativeEngine(pair).generate(prompts, writer, sampling, seed=seed)
+        rollouts = SpeculativeEngine(pair).generate(prompts, writer, sampling, seed=asked.seed)
     write_rollouts(rollouts, pair.tokenizer, output)
     print_rollouts(rollouts[:show], pair.tokenizer, console)
     console.print(Text(f"{len(rollouts)} rollouts are in {output}"), soft_wrap=True)

@@ -12,27 +12,13 @@ from rich.text import Text
 
 from switchkd.atomic import write_atomically
 from switchkd.cli_options import (
-    Data,
-    DataDir,
     Decay,
     DecayRate,
-    Dtype,
     FinalFraction,
-    Limit,
-    MaxNewTokens,
-    MaxPromptTokens,
-    PromptText,
-    Seed,
-    SkipBadRows,
-    Student,
-    Teacher,
-    Temperature,
-    TopK,
-    TopP,
-    TrustRemoteCode,
+    MeasuredPair,
     new_console,
-    pair_and_prompts,
     quiet_transformers,
+    with_options,
 )
 from switchkd.errors import UserError
 
@@ -41,65 +27,37 @@ if TYPE_CHECKING:
 
 # calibration.PAPER_SHARE, which would bring torch in: --help has to be quick.
 _SHARE = 0.53
-# A whole data set would take hours, and the numbers settle long before.
-_LIMIT = 64
 
 
+@with_options
 def calibrate(
-    student: Student,
-    teacher: Teacher,
-    prompt: PromptText = [],  # noqa: B006 - typer makes a new one for each call
-    data: Data = None,
-    limit: Limit = _LIMIT,
-    data_dir: DataDir = None,
+    asked: MeasuredPair,
     share: Annotated[float, typer.Option(help="The share of tokens that the teacher is to write, 0 to 1.")] = _SHARE,
     decay: Decay = "exponential",
     decay_rate: DecayRate = None,
     final_fraction: FinalFraction = None,
-    max_prompt_tokens: MaxPromptTokens = 256,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = 0,
-    skip_bad_rows: SkipBadRows = False,
     output: Annotated[Path, typer.Option(help="Folder for calibration.json and .png.")] = Path("calibration"),
-    dtype: Dtype = "float32",
-    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Find the SWITCH threshold at which the teacher writes a given share of the tokens."""
     from switchkd.calibration import calibrate as solve
     from switchkd.policies import policy_named
-    from switchkd.records import Sampling
     from switchkd.report.plots import save_calibration
     from switchkd.report.terminal import calibration_table
     from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
     shape: Any = policy_named("switch", decay=decay, decay_rate=decay_rate, final_fraction=final_fraction)
-    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-    pair, prompts = pair_and_prompts(
-        student,
-        teacher,
-        prompt,
-        data,
-        limit=limit,
-        data_dir=data_dir,
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        skip_bad_rows=skip_bad_rows,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    sampling = asked.sampling
+    pair, prompts = asked.load()
     console = new_console()
     with console.status(f"rolling out {len(prompts)} prompts, several times ..."):
         engine = SpeculativeEngine(pair)
-        found = solve(engine, prompts, sampling, teacher_share=share, policy=shape, seed=seed)
+        found = solve(engine, prompts, sampling, teacher_share=share, policy=shape, seed=asked.seed)
     console.print(calibration_table(found))
     place = output / "calibration.json"
-    _write(place, {**found.as_json(), "max_new_tokens": max_new_tokens, "seed": seed})
+    _write(place, {**found.as_json(), "max_new_tokens": asked.max_new_tokens, "seed": asked.seed})
     plot = save_calibration(found, place.with_suffix(".png"))
-    console.print(Text(_for_the_run_file(found, max_new_tokens)), soft_wrap=True)
+    console.print(Text(_for_the_run_file(found, asked.max_new_tokens)), soft_wrap=True)
     console.print(Text(_where(place, plot)), soft_wrap=True)
 
 
@@ -118,13 +76,9 @@ def _for_the_run_file(found: Calibration, max_new_tokens: int) -> str:
     )
 
 
+@with_options
 def diagnose(
-    student: Student,
-    teacher: Teacher,
-    prompt: PromptText = [],  # noqa: B006
-    data: Data = None,
-    limit: Limit = _LIMIT,
-    data_dir: DataDir = None,
+    asked: MeasuredPair,
     threshold: Annotated[
         float | None, typer.Option(help="SWITCH's tau_0 in nats; else it is found for --share.")
     ] = None,
@@ -134,22 +88,12 @@ def diagnose(
     decay: Decay = "exponential",
     decay_rate: DecayRate = None,
     final_fraction: FinalFraction = None,
-    max_prompt_tokens: MaxPromptTokens = 256,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = 0,
-    skip_bad_rows: SkipBadRows = False,
     output: Annotated[Path, typer.Option(help="Folder for diagnosis.json and .png.")] = Path("diagnosis"),
-    dtype: Dtype = "float32",
-    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure whether the teacher misguides: what it makes of text by the student, by SWITCH and by itself."""
     from switchkd.calibration import calibrate as solve
     from switchkd.diagnosis import diagnose as measure
     from switchkd.policies import policy_named
-    from switchkd.records import Sampling
     from switchkd.report.plots import save_diagnosis
     from switchkd.report.terminal import diagnosis_table
     from switchkd.rollout.speculative import SpeculativeEngine
@@ -160,31 +104,21 @@ def diagnose(
     switch: Any = policy_named(
         "switch", threshold=threshold, decay=decay, decay_rate=decay_rate, final_fraction=final_fraction
     )
-    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-    pair, prompts = pair_and_prompts(
-        student,
-        teacher,
-        prompt,
-        data,
-        limit=limit,
-        data_dir=data_dir,
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        skip_bad_rows=skip_bad_rows,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    sampling = asked.sampling
+    pair, prompts = asked.load()
     console = new_console()
     with console.status(f"rolling out {len(prompts)} prompts, several times ..."):
         engine = SpeculativeEngine(pair)
         if threshold is None:
             wanted = _SHARE if share is None else share
-            switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=seed).policy
-        texts = measure(pair, prompts, sampling, switch=switch, seed=seed, engine=engine)
+            switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=asked.seed).policy
+        texts = measure(pair, prompts, sampling, switch=switch, seed=asked.seed, engine=engine)
     console.print(diagnosis_table(texts))
     place = output / "diagnosis.json"
     by_text = {name: text.as_json() for name, text in texts.items()}
-    _write(place, {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "seed": seed, "texts": by_text})
+    _write(
+        place, {"prompts": len(prompts), "max_new_tokens": asked.max_new_tokens, "seed": asked.seed, "texts": by_text}
+    )
     plot = save_diagnosis(texts, place.with_suffix(".png"))
     by_teacher = f"threshold {switch.threshold:.3g}: {texts['switch'].teacher_share:.1%} of its tokens by the teacher"
     console.print(Text(f"SWITCH with {by_teacher}"), soft_wrap=True)

@@ -167,7 +167,10 @@ class SwitchConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     # The loader hands over records, not tensors: there is nothing to pin.
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin the data loader's memory."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to report; as in transformers."})
+    # None first, as in transformers, whose HfArgumentParser fails on a list in the second place.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Where to report; as in transformers."}
+    )
 
     @property
     def sampling(self) -> Sampling:

@@ -21,8 +21,6 @@ ROW_SETTINGS: dict[str, Any] = {
     "replay_share": 0.5,
     "long_term_weight": 0.0,
 }
-# A policy's field and the run's setting have one name, but for this one: top_k is the sampling's.
-_SETTING_OF = {"top_k": "keep_top_k"}
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,9 @@ class Method:
         return self.settings.get(setting, ROW_SETTINGS[setting])
 
     @property
-    def policy_settings(self) -> dict[str, str]:
-        """The run's settings that the policy takes, and the policy's name of each."""
-        return settings_of_policy(self.policy)
-
-
-def settings_of_policy(policy: type[Policy]) -> dict[str, str]:
-    """The run's settings that a policy takes, and the policy's own name of each."""
-    return {_SETTING_OF.get(each.name, each.name): each.name for each in fields(policy)}  # type: ignore[arg-type]
+    def policy_settings(self) -> tuple[str, ...]:
+        """The run's settings that the policy takes: its fields, which have their names."""
+        return tuple(each.name for each in fields(self.policy))  # type: ignore[arg-type]
 
 
 METHODS: dict[str, Method] = {

@@ -123,10 +123,10 @@ def _policy_of(config: SwitchConfig, method: Method) -> Policy:
         if key not in takes and (given := getattr(config, key)) is not None:
             raise UserError(f"{key} is {given}, but method {config.method!r} does not read it; leave {key} out")
     values: dict[str, Any] = {}
-    for key, name in takes.items():
+    for key in takes:
         value = method.settings.get(key) if (given := getattr(config, key)) is None else given
         if value is not None:
-            values[name] = value
+            values[key] = value
     if isinstance(threshold := values.get("threshold"), str):
         if threshold != AUTO:
             raise UserError(f"threshold is {threshold!r}; it has to be a number of nats, or {AUTO}")
@@ -271,14 +271,17 @@ def _check_token_weights(config: SwitchConfig, plan: Plan) -> None:
             )
     if config.train_on == "all" and set(weights.values()) == {1.0}:
         return
+    given = (
+        f"train_on is {config.train_on!r}, student_token_weight {weights['student']} and teacher_token_weight "
+        f"{weights['teacher']}"
+    )
     if not plan.rolls_out:
-        raise UserError(
-            f"train_on and the token weights act on rollouts, but method {config.method!r} has none here; leave them out"
-        )
-    teacher_writes = plan.policy.needs_teacher or plan.teacher_text_share > 0
-    writers = ("student", "teacher") if teacher_writes else ("student",)
+        raise UserError(f"{given}: these act on rollouts, but method {config.method!r} has none here; leave them out")
+    # Where rollouts are a part of the text only, too: each would cost its writing and count for nothing.
+    of_policy = plan.policy.writers if plan.teacher_text_share < 1 else ()
+    writers = sorted({*of_policy, *(["teacher"] if plan.teacher_text_share else [])})
     if all(config.train_on not in ("all", writer) or weights[writer] == 0 for writer in writers):
         raise UserError(
-            f"train_on {config.train_on!r} with weights of {config.student_token_weight} for the student's tokens and "
-            f"{config.teacher_token_weight} for the teacher's leaves nothing of what {' and '.join(writers)} wrote"
+            f"{given}, but here rollouts are written by {' and '.join(writers)}, so that no token of them trains; set "
+            f"train_on to all, and the weight of {' or '.join(writers)} above 0"
         )

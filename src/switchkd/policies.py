@@ -66,6 +66,11 @@ class Policy(ABC):
     draws_anew: ClassVar[bool] = False
     needs_history: ClassVar[bool] = False
 
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Who may write a token at all, of "student" and "teacher"."""
+        return ("student", "teacher") if self.needs_teacher else ("student",)
+
     @abstractmethod
     def decide(self, positions: Positions) -> Decision:
         """The writer at each position, shapes as given.
@@ -101,6 +106,11 @@ class Student(Policy):
 class Teacher(Policy):
     """The teacher writes every token: the text of sequence-level distillation (Kim and Rush 2016)."""
 
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The teacher."""
+        return ("teacher",)
+
     def decide(self, positions: Positions) -> Decision:
         """The teacher everywhere; the threshold is NaN."""
         return _without_threshold(torch.ones_like(positions.position, dtype=torch.bool))
@@ -115,6 +125,12 @@ class _ByShare(Policy):
     def __post_init__(self) -> None:
         if not 0 <= self.teacher_share <= 1:
             raise UserError(f"teacher_share is {self.teacher_share}; it is the teacher's share of tokens, from 0 to 1")
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Both, unless the share is all or nothing."""
+        shares = {"student": 1 - self.teacher_share, "teacher": self.teacher_share}
+        return tuple(writer for writer, share in shares.items() if share > 0)
 
     def _tokens(self, max_new_tokens: int) -> int:
         return round(self.teacher_share * max_new_tokens)
@@ -170,28 +186,29 @@ class Late(_ByShare):
 
 @dataclass(frozen=True)
 class Interleave(Policy):
-    """Speculative knowledge distillation: the student's token stays if the teacher ranks it among its `top_k` best.
+    """Speculative knowledge distillation: the student's token stays if the teacher ranks it among its `keep_top_k` best.
 
     Else the teacher draws a token anew from its whole distribution; it may draw the refused one. Ids of equal
     probability at the edge are all among the best; an id that the teacher excludes never is.
 
     Source: Xu et al. 2025, SKD, arXiv 2410.11325, with its top 25. Where we depart: the teacher's ranks and its draw are of
     the distribution after the run's temperature, top-k and top-p, which act on both models alike; and the number of
-    drafted tokens, a setting of the paper, is the engine's and changes no token. Raises UserError for top_k below 1.
+    drafted tokens, a setting of the paper, is the engine's and changes no token. Raises UserError for
+    keep_top_k below 1.
     """
 
-    top_k: int = 25
+    keep_top_k: int = 25
     draws_anew: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; the teacher has to accept at least its 1 best token")
+        if self.keep_top_k < 1:
+            raise UserError(f"keep_top_k is {self.keep_top_k}; the teacher has to accept at least its 1 best token")
 
     def decide(self, positions: Positions) -> Decision:
         """The teacher where the proposal is not among its best; the threshold is NaN."""
         at_proposal = positions.teacher_logp.gather(-1, positions.proposal.unsqueeze(-1))
         better = (positions.teacher_logp > at_proposal).sum(dim=-1)
-        return _without_threshold((better >= self.top_k) | at_proposal.squeeze(-1).isneginf())
+        return _without_threshold((better >= self.keep_top_k) | at_proposal.squeeze(-1).isneginf())
 
 
 def _exponential(position: Tensor, rate: float) -> Tensor:

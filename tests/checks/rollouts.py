@@ -94,7 +94,7 @@ def tie_margin(
         # Kept where the k-th best of the other ids is not better.
         logp = teacher_logp[0].tolist()
         own = logp.pop(int(proposal))
-        edge = sorted(logp, reverse=True)[policy.top_k - 1 : policy.top_k]
+        edge = sorted(logp, reverse=True)[policy.keep_top_k - 1 : policy.keep_top_k]
         margins += [abs(own - each) for each in edge if math.isfinite(own) and math.isfinite(each)]
     if policy.draws_anew:
         return min([*margins, _lead(_scores(teacher_logp, address, Stream.EXCESS, sampling))])

@@ -160,7 +160,7 @@ def settings_of(name: str, method: Method) -> dict[str, Any]:
 
     config = SwitchConfig(output_dir="unused", method=name)
     # What a row or a policy has no word on is as the configuration has it.
-    policy = {key: getattr(method.policy, own) for key, own in method.policy_settings.items()}
+    policy = {key: getattr(method.policy, key) for key in method.policy_settings}
     given = {key: value for key in policy if (value := getattr(config, key)) is not None}
     both = [each for each in (method.divergence, method.value_of("teacher_text_divergence")) if each]
     return {
