@@ -120,3 +120,13 @@ def test_unknown_words_are_refused(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="choose 8bit or 4bit"):
         load_model(str(tmp_path), quantization="3bit")
+
+
+def test_what_cannot_be_packed_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(UserError, match="4bit weights cannot be made of; save it to a folder"):
+        load_model(str(tmp_path / "x.gguf"), quantization="4bit")
+    monkeypatch.setattr("switchkd.models.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="8bit weights need bitsandbytes, which is not installed: pip install"):
+        load_model(str(tmp_path), quantization="8bit")

@@ -32,7 +32,7 @@ from switchkd.training.meters import Meters
 from switchkd.training.policy_gradient import importance_and_returns
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_text import manifest_of, teacher_text
-from switchkd.training.teachers import SELF, TeacherPlace, self_teacher
+from switchkd.training.teachers import SELF, TeacherPlace, check_offload, self_teacher
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -86,6 +86,7 @@ class SwitchTrainer(Trainer):
         teacher = self_teacher(student) if teacher_model == SELF else teacher_model
         teacher = load_model(teacher) if isinstance(teacher, str) else teacher
         if teacher is not None:
+            check_offload(teacher, args.teacher_offload)
             teacher.requires_grad_(False)
         self.pair = ModelPair(student, teacher, tokenizer, teacher_tokenizer)
         super().__init__(

@@ -69,28 +69,35 @@ class _WithoutAdapter(nn.Module):
         return cast(nn.Module, getattr(projection, "original_module", projection))
 
 
+def check_offload(teacher: PreTrainedModel, offload: str) -> None:
+    """Raises UserError where `TeacherPlace` knows no such place, or cannot bring the teacher there."""
+    if offload not in get_args(Offload):
+        raise UserError(f"teacher_offload is {offload!r}; choose one of {', '.join(get_args(Offload))}")
+    if _is_quantised(teacher) and offload != "none":
+        raise UserError(
+            f"teacher_offload is {offload!r}, but quantised weights stay where they were loaded; leave it out"
+        )
+
+
+def _is_quantised(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_quantized", False))
+
+
 class TeacherPlace:
     """Keeps a teacher's weights elsewhere while nobody asks it: `with place.at_work():` brings them back.
 
     `offload` "cpu" moves them to the machine's memory, "disk" writes them to a file once (in `folder`, removed at the end)
-    and reads them from there. The head stays: the objective projects the kept states through it. Raises UserError for another word.
+    and reads them from there. The head stays: the objective projects the kept states through it. See `check_offload`.
     """
 
     def __init__(self, teacher: PreTrainedModel, offload: str, device: torch.device, folder: Path) -> None:
-        if offload not in get_args(Offload):
-            raise UserError(f"teacher_offload is {offload!r}; choose one of {', '.join(get_args(Offload))}")
         self.offload = offload
         self.device = device
         self._depth = 0
         head = {id(parameter) for parameter in base_of(teacher).get_output_embeddings().parameters()}
         self._moved = {name: each for name, each in teacher.named_parameters() if id(each) not in head}
-        quantised = bool(getattr(teacher, "is_quantized", False))
-        if quantised and offload != "none":
-            raise UserError(
-                f"teacher_offload is {offload!r}, but quantised weights stay where they were loaded; leave it out"
-            )
-        # transformers refuses to move quantised weights: they were loaded in place.
-        (teacher if quantised else cast(nn.Module, teacher).to(device)).eval()
+        # Packed weights were put on their device while they were loaded.
+        (teacher if _is_quantised(teacher) else cast(nn.Module, teacher).to(device)).eval()
         self._file: Path | None = None
         if offload == "disk" and self._moved:
             folder.mkdir(parents=True, exist_ok=True)
