@@ -233,7 +233,7 @@ class _ChunkedSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         # Handed over, not copied: the head's may be the largest tensor of a step. Whoever goes back once more waits.
         gradients = ctx.gradients or _sum_and_gradients(ctx.saved_tensors, *ctx.settings)[1]
