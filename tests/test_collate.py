@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchkd.data.collate import collate, micro_batches, response_ids
+from switchkd.data.collate import collate, groups_of_like_length, micro_batches, response_ids
 from switchkd.records import Example, FinishReason, Prompt, Rollout
 
 PAD = 0
@@ -124,3 +124,15 @@ def test_full_micro_batches_never_pad_more_than_the_given_order(data, size, coun
 def test_micro_batches_of_no_size_are_refused():
     with pytest.raises(ValueError, match="size is 0"):
         micro_batches([1], 0)
+
+
+@given(st.lists(st.integers(1, 400), max_size=40), st.integers(1, 9))
+def test_groups_of_like_length_hold_every_row_once_and_little_padding(lengths: list[int], size: int) -> None:
+    groups = groups_of_like_length(lengths, size)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        longest = lengths[group[0]]
+        assert len(group) <= size
+        assert longest == max(lengths[index] for index in group)
+        for place, index in enumerate(group):
+            assert lengths[index] >= 0.9 * longest or place * longest < 256

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import transformers.modeling_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from switchkd.config import SwitchConfig
 from switchkd.data.collate import collate
@@ -27,6 +26,7 @@ from switchkd.models import ModelPair
 from switchkd.policies import Student
 from switchkd.records import Example, Prompt, Rollout, Sampling
 from switchkd.rollout.reference import ReferenceEngine
+from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.trainer import SwitchTrainer, last_complete_checkpoint
 from tiny import EOS_ID, PAD_ID, VOCABULARY, tiny_pair, tiny_tokenizer
 
@@ -462,7 +462,9 @@ def test_only_response_tokens_are_targets(sft_trainer: SwitchTrainer) -> None:
 @pytest.mark.parametrize("method", ["sft", "kd"])
 def test_a_micro_batch_without_counted_positions_adds_exactly_nothing(method: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, tiny_pair("llama"), method=method)
-    loss = trainer.compute_loss(trainer.model, {"batch": collate(PROMPTS_ONLY, PAD_ID)}, num_items_in_batch=5)
+    loss = trainer.compute_loss(
+        trainer.model, {"batch": collate(trainer._scored(PROMPTS_ONLY), PAD_ID)}, num_items_in_batch=5
+    )
     loss.backward()
     assert loss.item() == 0
     # Zeros, not None: data parallelism waits for every parameter.
@@ -708,8 +710,14 @@ def test_the_student_share_is_a_coin_for_each_sequence(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ what it says
 
 
-def _count(forwards: list[int], *call: Any) -> None:
-    forwards.append(len(call))
+def _forwards_of(model: PreTrainedModel | None) -> list[tuple[int, ...]]:
+    """The shape of the ids of each forward that the model will run."""
+    assert model is not None
+    shapes: list[tuple[int, ...]] = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, positional, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -722,19 +730,29 @@ def test_what_was_kept_of_the_teacher_stands_for_a_fresh_forward(family: str, tm
     for kind in (RecordingEngine, Forgets):
         pair = tiny_pair(family)
         trainer = make_trainer(tmp_path, pair, PROMPTS_ONLY, max_steps=1, threshold=0.3)
-        kind(trainer)
-        assert pair.teacher is not None
-        forwards: list[int] = []
-        pair.teacher.get_decoder().register_forward_hook(partial(_count, forwards))
-        before: list[int] = []
-        trainer.model.register_forward_pre_hook(lambda *_, f=forwards, b=before: b.append(len(f)))
+        engine = kind(trainer)
+        forwards = _forwards_of(pair.teacher)
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
-        # The engine runs the decoders alone, so the whole student runs in the training step first.
-        teacher_forwards.append(len(forwards) - before[-1])
+        assert isinstance(engine.engine, SpeculativeEngine)
+        assert engine.engine.metrics.teacher_forwards > 0
+        teacher_forwards.append(len(forwards) - engine.engine.metrics.teacher_forwards)
     # The rollout's forwards are over blocks, the fresh one over the whole text: float32 roundings of two layers.
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert teacher_forwards == [0, 1]
+
+
+def test_the_teacher_reads_only_what_it_has_not_read_yet(tmp_path: Path) -> None:
+    pair = tiny_pair("llama")
+    trainer = make_trainer(tmp_path, pair, method="switch", student_share=0.5, split=(4, 2), max_steps=1)
+    engine = RecordingEngine(trainer)
+    forwards = _forwards_of(pair.teacher)
+    trainer.train()
+    assert isinstance(engine.engine, SpeculativeEngine)
+    read = forwards[engine.engine.metrics.teacher_forwards :]
+    rolled_out = len(engine.calls[0])
+    assert 0 < rolled_out < 8
+    assert sum(rows for rows, _ in read) == 8 - rolled_out
 
 
 def test_a_step_logs_what_was_written_and_learned(tmp_path: Path) -> None:

@@ -98,10 +98,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with the response that the data set gives for it (empty where there is none); both as token ids."""
+    """A prompt with the response that the data set gives for it (empty where there is none); both as token ids.
+
+    `teacher_hidden` as in a `Rollout`, once the teacher has been asked.
+    """
 
     prompt: Prompt
     response_ids: tuple[int, ...]
+    teacher_hidden: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

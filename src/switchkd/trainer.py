@@ -20,7 +20,7 @@ from switchkd.config import SwitchConfig
 from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.data.rows import read_rows, to_examples
 from switchkd.errors import UserError
-from switchkd.heads import backbone, last_hidden
+from switchkd.heads import last_hidden
 from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
 from switchkd.objective import Report, TeacherSignal, dense_teacher, distillation_loss
 from switchkd.plan import check_evaluation, plan_of
@@ -31,6 +31,7 @@ from switchkd.training.loss_measures import MEASURE_NAMES, sums_of
 from switchkd.training.meters import Meters
 from switchkd.training.policy_gradient import importance_and_returns
 from switchkd.training.step_text import TEXT_MEASURES, StepText
+from switchkd.training.teacher_states import with_teacher_states
 from switchkd.training.teacher_text import manifest_of, teacher_text
 from switchkd.training.teachers import SELF, TeacherPlace, check_offload, self_teacher
 
@@ -192,7 +193,9 @@ class SwitchTrainer(Trainer):
             return loaded, None
         with self._teacher_at_work():
             examples = [example for inputs in loaded for example in inputs["examples"]]
-            sequences = self._text.write(examples, self.state, self.engine, self.log)
+            written = self._text.write(examples, self.state, self.engine, self.log)
+            self._step_started = time.perf_counter()
+            sequences = self._scored(written)
         # Rows of one length go together; the number of micro-batches stays the loader's.
         groups = micro_batches(
             [len(s.prompt.token_ids) + len(response_ids(s)) for s in sequences],
@@ -200,7 +203,6 @@ class SwitchTrainer(Trainer):
         )
         batches = [self._inputs([sequences[index] for index in group]) for group in groups]
         self._step_tokens = sum(len(response_ids(sequence)) for sequence in sequences)
-        self._step_started = time.perf_counter()
         counted = sum(self._counted(inputs["batch"]) for inputs in batches)
         # Where the policy left nothing to train on, the loss is 0 and not 0 / 0.
         return batches, self.accelerator.gather(torch.tensor([counted], device=device)).sum().clamp(min=1)
@@ -240,7 +242,7 @@ class SwitchTrainer(Trainer):
             self.pair.student_head,
             batch.input_ids_BT[:, 1:][counted],
             self.plan.objective,
-            teacher=self._teacher_signal(batch, counted),
+            teacher=self._teacher_signal(batch),
             denominator=denominator,
             weight_N=self._weights(batch),
             written_by_teacher_N=batch.written_by_teacher_BT[:, 1:][counted],
@@ -267,19 +269,24 @@ class SwitchTrainer(Trainer):
     def _teacher_at_work(self) -> AbstractContextManager[None]:
         return nullcontext() if self._place is None else self._place.at_work()
 
-    def _teacher_signal(self, batch: Batch, counted: Tensor) -> TeacherSignal | None:
-        """What the teacher says at the counted positions: kept from the rollout, or else asked now."""
-        teacher = self.pair.teacher
-        if self.plan.objective.divergence is None or teacher is None or self.pair.teacher_head is None:
+    def _scored(self, sequences: Sequence[Example | Rollout]) -> Sequence[Example | Rollout]:
+        """The sequences with what the teacher says of them, where the objective asks."""
+        if self.plan.objective.divergence is None or self.pair.teacher is None:
+            return sequences
+        with self._teacher_at_work(), self.compute_loss_context_manager():
+            return with_teacher_states(
+                sequences,
+                self.pair.teacher,
+                self.pair.pad_id,
+                rows=self.args.train_batch_size,
+                device=self.args.device,
+            )
+
+    def _teacher_signal(self, batch: Batch) -> TeacherSignal | None:
+        if self.plan.objective.divergence is None or self.pair.teacher_head is None:
             return None
-        hidden_NH = batch.teacher_hidden_NH
-        if hidden_NH is None:
-            with torch.no_grad(), self._teacher_at_work():
-                output = backbone(teacher)(
-                    input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
-                )
-                hidden_NH = output.last_hidden_state[:, :-1][counted]
-        return dense_teacher(hidden_NH, self.pair.teacher_head, self.plan.objective.loss_temperature)
+        assert batch.teacher_hidden_NH is not None
+        return dense_teacher(batch.teacher_hidden_NH, self.pair.teacher_head, self.plan.objective.loss_temperature)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `transformers.Trainer`, with the means of our own measures in training's lines."""
@@ -305,7 +312,7 @@ class SwitchTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The micro-batch's loss; scaled so that the loop's mean over rows is the mean over tokens, however they are split."""
-        batch = collate(inputs["examples"], self.pair.pad_id).to(self.args.device)
+        batch = collate(self._scored(inputs["examples"]), self.pair.pad_id).to(self.args.device)
         denominator = batch.input_ids_BT.shape[0] * self._eval_tokens_per_row
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, _ = self._loss(model, batch, denominator)

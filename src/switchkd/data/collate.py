@@ -11,13 +11,16 @@ import torch
 
 from switchkd.records import Batch, Example, Rollout
 
+# With fewer tokens a forward of a large model costs as much as with these: it reads all weights.
+_FULL_FORWARD = 256
+
 
 def collate(sequences: Sequence[Example | Rollout], pad_id: int, *, pad_to_multiple_of: int = 1) -> Batch:
     """Return prompts and responses as one Batch of shape (B, T), padded on the right by length, never by id.
 
     T is the longest sequence, rounded up to `pad_to_multiple_of`. Examples and rollouts may be mixed; what an example
-    says counts as not written by the teacher. Without `teacher_hidden` on every sequence the batch has none, and the
-    teacher has to be run. Raises ValueError for no sequences.
+    says counts as not written by the teacher. Without `teacher_hidden` on every sequence the batch has none. Raises
+    ValueError for no sequences.
     """
     if not sequences:
         raise ValueError("there are no sequences to collate; give at least one")
@@ -60,8 +63,7 @@ def response_ids(sequence: Example | Rollout) -> tuple[int, ...]:
 
 
 def _packed_teacher_hidden(sequences: Sequence[Example | Rollout]) -> torch.Tensor | None:
-    hidden = [sequence.teacher_hidden for sequence in sequences if isinstance(sequence, Rollout)]
-    kept = [hidden_TH for hidden_TH in hidden if hidden_TH is not None]
+    kept = [sequence.teacher_hidden for sequence in sequences if sequence.teacher_hidden is not None]
     return torch.cat(kept) if len(kept) == len(sequences) else None
 
 
@@ -75,3 +77,21 @@ def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
         raise ValueError(f"size is {size}; it has to be at least 1")
     longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [longest_first[start : start + size] for start in range(0, len(lengths), size)]
+
+
+def groups_of_like_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return the indices of `lengths`, the longest first, in groups of at most `size` that hold little padding.
+
+    For forwards that may be of any size: a group of 256 tokens or more is closed once the next row is a tenth shorter than its
+    longest.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        group = groups[-1] if groups else []
+        longest = lengths[group[0]] if group else 0
+        closed = len(group) * longest >= _FULL_FORWARD and lengths[index] < 0.9 * longest
+        if not group or len(group) == size or closed:
+            groups.append([index])
+        else:
+            group.append(index)
+    return groups
