@@ -110,7 +110,6 @@ class Report:
 
 # ------------------------------------------------------------------------------------------------- what the teacher said
 
-
 Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
@@ -235,7 +234,7 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # Handed over, not copied: the head's may be the largest tensor of a step. Whoever goes back once more waits.
+        # Handed over, not copied: the head's may be the largest tensor of a step. A second backward takes them anew.
         gradients = ctx.gradients or _sum_and_gradients(ctx.saved_tensors, *ctx.settings)[1]
         ctx.gradients = None
         for gradient in gradients:
