@@ -37,14 +37,14 @@ def test_quick_writes_its_section(rollout: ModuleType, tmp_path: Path, capsys: p
     assert "commit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["objective", "step"])
+@pytest.mark.parametrize(("name", "options"), [("objective", ["--cases", "reverse_kl-frozen"]), ("step", [])])
 def test_quick_needs_no_trl(
-    name: str, rollout: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, options: list[str], rollout: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmark = importlib.import_module(name)
     monkeypatch.setattr(benchmark, "has_trl", lambda: False)
     document = tmp_path / "benchmarks.md"
-    benchmark.main(["--quick", "--write", "--document", str(document)])
+    benchmark.main(["--quick", "--write", "--document", str(document), *options])
     text = document.read_text()
     assert f"<!-- {name} -->" in text
     assert "TRL is not installed" in text
