@@ -34,8 +34,9 @@ OURS, DENSE, TRL = "ours", "dense", "TRL"
 BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jensen_shannon": 0.5}
 # The share of the dense computation's memory, times TRL's memory and times TRL's time that are aimed at, at most.
 DENSE_MEMORY_TARGET, TRL_MEMORY_TARGET, TRL_TIME_TARGET = 0.1, 1.0, 1.1
-# Of the norms of the gradients, and of the value, in float32.
-TOLERANCE = 1e-5
+# Of the norms of the gradients, and of the value, in float32. The dense side's log_softmax, as people write it, adds up the
+# vocabulary one by one on a CPU: 1.6e-5 from float64 at 131,072 ids, where ours and TRL's are 2e-6.
+TOLERANCES = {DENSE: 5e-5, TRL: 1e-5}
 MIB = 1 << 20
 
 
@@ -179,21 +180,23 @@ def peak_memory_elsewhere(side: str, case: Case, size: Size) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def furthest(inputs: Inputs, divergence: str, sides: Sequence[str]) -> float:
-    """The largest relative difference from our value and gradients; stops the benchmark above the tolerance."""
+def furthest(inputs: Inputs, divergence: str, sides: Sequence[str]) -> dict[str, float]:
+    """Each other side's largest relative difference from our value and gradients; stops the benchmark above the tolerance."""
     value = value_and_gradients(OURS, inputs, divergence)
     gradients = inputs.gradients()
-    worst = 0.0
+    furthest_of = {}
     for side in sides:
         if side == OURS:
             continue
         differences = [abs(value_and_gradients(side, inputs, divergence) / value - 1)]
         for theirs, own in zip(inputs.gradients(), gradients, strict=True):
             differences.append(float(theirs.sub_(own).norm() / own.norm()))
-        worst = max(worst, *differences)
-        if not worst <= TOLERANCE:
-            raise SystemExit(f"{side}'s value or gradients are {worst:.1e} from ours: not the same computation")
-    return worst
+        furthest_of[side] = max(differences)
+        if not furthest_of[side] <= TOLERANCES[side]:
+            raise SystemExit(
+                f"{side}'s value or gradients are {furthest_of[side]:.1e} from ours: not the same computation"
+            )
+    return furthest_of
 
 
 def measure(case: Case, size: Size, sides: Sequence[str], repeats: int) -> list[tuple[str, ...]]:
@@ -220,7 +223,7 @@ def measure(case: Case, size: Size, sides: Sequence[str], repeats: int) -> list[
                 "" if seconds is None else f"{seconds[side]:.2f} s",
                 f"{of_time:.2f}" if is_other and of_time else "",
                 _verdict(of_time, {TRL: TRL_TIME_TARGET}.get(side)),
-                f"{difference:.1e}" if is_other else "",
+                f"{difference[side]:.1e}" if is_other else "",
             )
         )
     return rows
@@ -237,7 +240,7 @@ def run(cases: Sequence[Case], size: Size, repeats: int, console: Console) -> Re
         f"{size.positions:,} positions, hidden size {size.hidden:,}, vocabulary {size.vocabulary:,}, float32",
         (
             "divergence", "head", "side", "memory", "ours / it", "target", "time", "ours / it", "target",
-            f"furthest from ours, at most {TOLERANCE:.0e}",
+            "furthest from ours",
         ),
         [],
     )  # fmt: skip
