@@ -291,6 +291,59 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
+@dataclass
+class _Positions:
+    """The counted positions of a loss, what each adds to it, and what has been measured of them."""
+
+    head: Head
+    objective: Objective
+    teacher: TeacherSignal | None
+    token_ids_N: Tensor
+    weight_N: Tensor | None
+    written_by_teacher_N: Tensor | None
+    return_N: Tensor | None
+    measure: bool
+    measured: dict[str, Tensor] = field(default_factory=dict)
+
+    def chunk_loss(self, chunk: slice) -> Callable[[Tensor, slice], Tensor]:
+        """As `ChunkLoss`."""
+        if self.objective.divergence is None:
+            return partial(self._loss, chunk, None)
+        if self.teacher is None:
+            raise ValueError("this objective has a divergence, so it needs a teacher signal")
+        return partial(self._loss, chunk, self.teacher(chunk))
+
+    def _loss(self, chunk: slice, compare: Comparison | None, projected_PV: Tensor, piece: slice) -> Tensor:
+        at = slice(chunk.start + piece.start, chunk.start + piece.stop)
+        logits_PV = self.head.transform(projected_PV)
+        loss_P = logits_PV.new_zeros(logits_PV.shape[0], dtype=torch.promote_types(logits_PV.dtype, torch.float32))
+        if compare is not None:
+            loss_P = self._divergence(at, *compare(_logp(logits_PV, self.objective.loss_temperature), piece))
+        if self.objective.cross_entropy_weight or self.return_N is not None:
+            cross_entropy_P = -_logp(logits_PV, 1.0).gather(-1, self.token_ids_N[at, None])[:, 0]
+            self._keep("cross_entropy_N", at, cross_entropy_P)
+            returns = 0.0 if self.return_N is None else self.return_N[at].to(cross_entropy_P)
+            factor = self.objective.cross_entropy_weight + self.objective.long_term_weight * returns
+            loss_P = loss_P + factor * cross_entropy_P
+        return loss_P if self.weight_N is None else loss_P * self.weight_N[at]
+
+    def _divergence(self, at: slice, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        by_teacher_P = None if self.written_by_teacher_N is None else self.written_by_teacher_N[at]
+        divergence_P = self.objective.divergence_by_writer(student_logp, teacher_logp, by_teacher_P)
+        self._keep("divergence_N", at, divergence_P)
+        if self.measure:
+            self._keep("student_entropy_N", at, _entropy(student_logp.detach()))
+            self._keep("teacher_entropy_N", at, _entropy(teacher_logp))
+            self._keep("agreement_N", at, student_logp.argmax(dim=-1) == teacher_logp.argmax(dim=-1))
+        return divergence_P
+
+    def _keep(self, name: str, at: slice, values_P: Tensor) -> None:
+        # Made once: small tensors left between the large ones of each piece would keep a CPU's memory from being used again.
+        if name not in self.measured:
+            self.measured[name] = values_P.new_empty(self.token_ids_N.shape)
+        self.measured[name][at] = values_P.detach()
+
+
 def distillation_loss(
     student_hidden_NH: Tensor,
     head: Head,
@@ -319,55 +372,20 @@ def distillation_loss(
     depend on it.
     """
     chunk_positions = chunk_positions or max(16, _CHUNK_NUMBERS // head.vocabulary_size)
-    measured: dict[str, Tensor] = {}
-
-    def keep(name: str, values_P: Tensor, chunk: slice, piece: slice) -> None:
-        if name not in measured:
-            measured[name] = values_P.new_empty(token_ids_N.shape)
-        measured[name][chunk][piece] = values_P.detach()
-
-    def chunk_loss(chunk: slice) -> Callable[[Tensor, slice], Tensor]:
-        compare = None
-        if objective.divergence is not None:
-            if teacher is None:
-                raise ValueError("this objective has a divergence, so it needs a teacher signal")
-            compare = teacher(chunk)
-
-        def position_loss(projected_PV: Tensor, piece: slice) -> Tensor:
-            logits_PV = head.transform(projected_PV)
-            loss_P = logits_PV.new_zeros(logits_PV.shape[0], dtype=torch.promote_types(logits_PV.dtype, torch.float32))
-            if compare is not None:
-                student_logp, teacher_logp = compare(_logp(logits_PV, objective.loss_temperature), piece)
-                by_teacher_P = None if written_by_teacher_N is None else written_by_teacher_N[chunk][piece]
-                loss_P = objective.divergence_by_writer(student_logp, teacher_logp, by_teacher_P)
-                keep("divergence_N", loss_P, chunk, piece)
-                if measure:
-                    keep("student_entropy_N", _entropy(student_logp.detach()), chunk, piece)
-                    keep("teacher_entropy_N", _entropy(teacher_logp), chunk, piece)
-                    keep("agreement_N", student_logp.argmax(dim=-1) == teacher_logp.argmax(dim=-1), chunk, piece)
-            if objective.cross_entropy_weight or return_N is not None:
-                log_probs = _logp(logits_PV, 1.0)
-                cross_entropy_P = -log_probs.gather(-1, token_ids_N[chunk][piece, None])[:, 0]
-                keep("cross_entropy_N", cross_entropy_P, chunk, piece)
-                long_term_P = (
-                    0.0 if return_N is None else objective.long_term_weight * return_N[chunk][piece].to(cross_entropy_P)
-                )
-                loss_P = loss_P + (objective.cross_entropy_weight + long_term_P) * cross_entropy_P
-            return loss_P if weight_N is None else loss_P * weight_N[chunk][piece]
-
-        return position_loss
-
+    positions = _Positions(
+        head, objective, teacher, token_ids_N, weight_N, written_by_teacher_N, return_N, measure=measure
+    )
     # Inside the function gradients are always off, and a parameter asks for one even where the caller wants none.
     total: Tensor = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
         student_hidden_NH,
         head.projection.weight,
         head.projection.bias,
         head.vocabulary_size,
-        chunk_loss,
+        positions.chunk_loss,
         chunk_positions,
         torch.is_grad_enabled(),
     )
-    return total / denominator, Report(**measured)
+    return total / denominator, Report(**positions.measured)
 
 
 def _entropy(logp: Tensor) -> Tensor:

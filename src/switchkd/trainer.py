@@ -74,29 +74,17 @@ class SwitchTrainer(Trainer):
         check_evaluation(self.plan, args, has_data=eval_dataset is not None)
         if self.plan.needs_teacher and teacher_model is None:
             raise UserError(f"method {args.method!r} learns from a teacher, but none was given; set teacher_model")
-        # A model that was made on the spot has no name, and needs no tokenizer for data that is token ids.
-        name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
-        tokenizer = load_tokenizer(name) if processing_class is None and name else processing_class
-        named = isinstance(teacher_model, str) and teacher_model != SELF
-        teacher_tokenizer = load_tokenizer(cast(str, teacher_model)) if named else None
-        student = load_model(model) if isinstance(model, str) else model
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            student = cast(PreTrainedModel, get_peft_model(student, peft_config))
-        teacher = self_teacher(student) if teacher_model == SELF else teacher_model
-        teacher = load_model(teacher) if isinstance(teacher, str) else teacher
-        if teacher is not None:
-            check_offload(teacher, args.teacher_offload)
-            teacher.requires_grad_(False)
-        self.pair = ModelPair(student, teacher, tokenizer, teacher_tokenizer)
+        self.pair = _pair_of(model, teacher_model, processing_class, peft_config)
+        if self.pair.teacher is not None:
+            check_offload(self.pair.teacher, args.teacher_offload)
+            self.pair.teacher.requires_grad_(False)
         super().__init__(
-            model=student,
+            model=self.pair.student,
             args=args,
             data_collator=self._collate,
             train_dataset=self._examples(train_dataset, args, need_response=self.plan.needs_response),
             eval_dataset=self._examples(eval_dataset, args, need_response=True),
-            processing_class=tokenizer,
+            processing_class=self.pair.tokenizer,
             callbacks=callbacks,
             **trainer_options,
         )
@@ -110,8 +98,8 @@ class SwitchTrainer(Trainer):
         self.engine = engine or SpeculativeEngine(self.pair, args.block_size, max_rows=args.rollout_rows)
         self._check_room()
         self._place = None
-        if teacher is not None:
-            self._place = TeacherPlace(teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
+        if self.pair.teacher is not None:
+            self._place = TeacherPlace(self.pair.teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
         self._text = StepText(self.plan, args, self.pair, self._meters, cast(Any, self.train_dataset) or ())
         if self._text.share:
@@ -370,6 +358,28 @@ class SwitchTrainer(Trainer):
             raise UserError(
                 f"the checkpoint {folder} could not be written ({error}); {keeps}; make room and resume"
             ) from error
+
+
+def _pair_of(
+    model: PreTrainedModel | str,
+    teacher_model: PreTrainedModel | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: PeftConfig | None,
+) -> ModelPair:
+    """The pair that `SwitchTrainer` was given, names loaded and the student with its adapter."""
+    # A model that was made on the spot has no name, and needs no tokenizer for data that is token ids.
+    name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    tokenizer = load_tokenizer(name) if tokenizer is None and name else tokenizer
+    named = isinstance(teacher_model, str) and teacher_model != SELF
+    teacher_tokenizer = load_tokenizer(cast(str, teacher_model)) if named else None
+    student = load_model(model) if isinstance(model, str) else model
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        student = cast(PreTrainedModel, get_peft_model(student, peft_config))
+    teacher = self_teacher(student) if teacher_model == SELF else teacher_model
+    teacher = load_model(teacher) if isinstance(teacher, str) else teacher
+    return ModelPair(student, teacher, tokenizer, teacher_tokenizer)
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
