@@ -24,9 +24,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rollout import DOCUMENT, Report
-from switchkd.divergences import divergence_named
-from switchkd.heads import Head
-from switchkd.objective import Objective, dense_teacher, distillation_loss
+from switchkd.distributions.divergences import divergence_named
+from switchkd.loss.objective import Objective, dense_teacher, distillation_loss
+from switchkd.models.heads import Head
 from timing import THREADS, TRL_MISSING, conditions, has_trl, median_seconds, write_section
 
 OURS, DENSE, TRL = "ours", "dense", "TRL"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from switchkd.data.world import make_rows
-from switchkd.layers import remove_layers
-from switchkd.models import ModelPair, load_pair, parameter_count
+from switchkd.models.layers import remove_layers
+from switchkd.models.pair import ModelPair, load_pair, parameter_count
 
 # As on a pair of 5.8M and 0.7M parameters trained on real text: blocks of 4 kept 0.62 of their drafts at 100 % teacher.
 DISTANCE = 0.3

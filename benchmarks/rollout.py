@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pairs import DEMO, RANDOM_PAIRS, cost_ratio, load, prompts_for, with_ends, without_ends
-from switchkd.calibration import calibrate
-from switchkd.models import ModelPair
-from switchkd.policies import Policy, Student, Switch, Teacher
+from switchkd.analysis.calibration import calibrate
+from switchkd.models.pair import ModelPair
 from switchkd.records import Rollout, Sampling
 from switchkd.rollout.engine import left_padded
+from switchkd.rollout.policies import Policy, Student, Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from timing import THREADS, conditions, median_seconds, write_section

@@ -25,11 +25,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from pairs import DEMO, RANDOM_PAIRS, cost_ratio, load, prompts_for, without_ends
 from rollout import DOCUMENT, Report, policy_with_share
-from switchkd.config import SwitchConfig
-from switchkd.models import ModelPair
-from switchkd.policies import Switch
+from switchkd.methods.config import SwitchConfig
+from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Prompt, Sampling
-from switchkd.trainer import SwitchTrainer
+from switchkd.rollout.policies import Switch
+from switchkd.training.trainer import SwitchTrainer
 from timing import THREADS, TRL_MISSING, conditions, has_trl, write_section
 
 TRL, ON_POLICY, SWITCH = "TRL", "ours, on-policy", "ours, SWITCH"

@@ -29,12 +29,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from switchkd.config import SwitchConfig
 from switchkd.data.rows import row_text, to_examples
 from switchkd.data.sets import DATA_DIR_VARIABLE, load_set
-from switchkd.models import parameter_count
+from switchkd.methods.config import SwitchConfig
+from switchkd.models.pair import parameter_count
 from switchkd.records import Example
-from switchkd.trainer import SwitchTrainer
+from switchkd.training.trainer import SwitchTrainer
 
 VOCABULARY = 2048
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS, ROWS = 96, 64, 8

@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
-from switchkd.models import ModelPair
+from switchkd.models.pair import ModelPair
 from tiny import tiny_pair, tiny_tokenizer
 
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from switchkd.cli import main
+from switchkd.cli.main import main
 from tiny import tiny_pair, tiny_tokenizer
 
 

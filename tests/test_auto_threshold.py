@@ -11,9 +11,9 @@ import torch
 
 from runs import save_pair, switchkd, write_run
 from switchkd.errors import UserError
-from switchkd.models import ModelPair
-from switchkd.policies import Switch
-from switchkd.training.callbacks import read_log
+from switchkd.models.pair import ModelPair
+from switchkd.rollout.policies import Switch
+from switchkd.run.callbacks import read_log
 from test_calibration import share_of
 from test_trainer import RecordingEngine, assert_same_weights, history, make_trainer, weights
 from tiny import tiny_pair

@@ -17,8 +17,8 @@ import safetensors.torch
 import transformers.modeling_utils
 
 from runs import save, save_pair, switchkd, write_rows, write_run
-from switchkd.trainer import SwitchTrainer, last_complete_checkpoint
-from switchkd.training.callbacks import read_log
+from switchkd.run.callbacks import read_log
+from switchkd.training.trainer import SwitchTrainer, last_complete_checkpoint
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 Refused = Callable[..., str]
@@ -255,7 +255,7 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
 
 def test_ctrl_c_saves_and_says_how_to_go_on(models: Path, tmp_path: Path) -> None:
     run, folder = write_run(models, tmp_path, max_steps=5000, save_steps=5000), tmp_path / "out"
-    command = [sys.executable, "-m", "switchkd.cli", "train", str(run)]
+    command = [sys.executable, "-m", "switchkd.cli.main", "train", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         # From the first step's line on, training is under way.
@@ -301,7 +301,7 @@ def test_ctrl_c_outside_of_a_run(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("switchkd.launch.train_run", interrupted)
+    monkeypatch.setattr("switchkd.run.launch.train_run", interrupted)
     assert switchkd("train", write_run(models, tmp_path)) == 130
     assert "stopped by Ctrl-C" in capsys.readouterr().err
 
@@ -365,7 +365,7 @@ def test_a_traceback_is_for_debug_only(
     def fails(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("switchkd.launch.train_run", fails)
+    monkeypatch.setattr("switchkd.run.launch.train_run", fails)
     run = write_run(models, tmp_path)
     assert switchkd("train", run) == 1
     said = capsys.readouterr().err

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from switchkd.heads import Head
+from switchkd.models.heads import Head
 from switchkd.rollout.cache import CachedModel, why_not_ragged
 from tiny import VOCABULARY, tiny_model
 

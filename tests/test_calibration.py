@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from switchkd.by_position import ByPosition
-from switchkd.calibration import calibrate
+from switchkd.analysis.calibration import calibrate
 from switchkd.data.rows import to_examples
 from switchkd.data.sets import resolve
 from switchkd.errors import UserError
-from switchkd.models import ModelPair, load_pair
-from switchkd.policies import Switch
+from switchkd.models.pair import ModelPair, load_pair
+from switchkd.positions import ByPosition
 from switchkd.records import Prompt, Rollout, Sampling
+from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import tiny_pair

@@ -14,11 +14,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs import save_pair, switchkd, write_rows, write_run
-from switchkd.models import ModelPair
-from switchkd.policies import POLICIES
+from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout
 from switchkd.report.terminal import print_rollouts, rollout_text, visible, writer_runs
-from switchkd.training.callbacks import read_log
+from switchkd.rollout.policies import POLICIES
+from switchkd.run.callbacks import read_log
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_needs_nothing_heavy() -> None:
     code = (
-        "import sys, switchkd.cli as cli\n"
+        "import sys, switchkd.cli.main as cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit as exit_: assert exit_.code == 0, exit_.code\n"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
@@ -231,7 +231,7 @@ def test_the_demo_leaves_a_run_and_replaces_an_earlier_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A row of each length instead of 64.
-    monkeypatch.setattr("switchkd.demo.TEST_ROWS", 3)
+    monkeypatch.setattr("switchkd.cli.demo.TEST_ROWS", 3)
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "run.yaml").write_text("run_name: switchkd demo\n")

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from switchkd import diagnosis
-from switchkd.diagnosis import diagnose
-from switchkd.divergences import jensen_shannon
+from switchkd.analysis import diagnosis
+from switchkd.analysis.diagnosis import diagnose
+from switchkd.distributions.divergences import jensen_shannon
 from switchkd.errors import UserError
-from switchkd.models import ModelPair
-from switchkd.policies import Policy, Student, Switch, Teacher
+from switchkd.models.pair import ModelPair
 from switchkd.records import Sampling
+from switchkd.rollout.policies import Policy, Student, Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import tiny_pair

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from switchkd.config import SwitchConfig
-from switchkd.trainer import SwitchTrainer
+from switchkd.methods.config import SwitchConfig
+from switchkd.training.trainer import SwitchTrainer
 from test_trainer import EXAMPLES, TIMINGS, make_examples
 from tiny import tiny_pair
 

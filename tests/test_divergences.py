@@ -14,7 +14,13 @@ from torch import Tensor
 
 from checks.divergence import CHECKS, Reference, logp, random_logits
 from reference.divergences import VALUES
-from switchkd.divergences import DIVERGENCE_SETTINGS, DIVERGENCES, _is_head, divergence_named, jensen_shannon
+from switchkd.distributions.divergences import (
+    DIVERGENCE_SETTINGS,
+    DIVERGENCES,
+    _is_head,
+    divergence_named,
+    jensen_shannon,
+)
 from switchkd.errors import UserError
 
 # Away from the default on either side; powers may exceed 1.

@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from switchkd.draw import independent_token, student_proposal, teacher_token
-from switchkd.noise import Address, row_keys
+from switchkd.distributions.draw import independent_token, student_proposal, teacher_token
+from switchkd.distributions.noise import Address, row_keys
 from switchkd.records import Prompt
 
 # The chance that a right implementation fails a statistical test; on these fixed addresses it passes for good.

@@ -13,8 +13,8 @@ from switchkd.data.rows import read_rows, to_examples
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import generate_answers
 from switchkd.evaluation.score import SEEDS, evaluate, exact_match, rouge_l
-from switchkd.policies import Student
 from switchkd.records import FinishReason, Rollout, Sampling
+from switchkd.rollout.policies import Student
 
 WORDS = ["say", "one", "two", "three", "four", "red", "blue", "and", "then", "stop"]
 ONCE = Sampling(max_new_tokens=8)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from switchkd.data.collate import collate
-from switchkd.objective import Report
+from switchkd.loss.measures import MEASURE_NAMES, sums_of
+from switchkd.loss.objective import Report
 from switchkd.records import Example, FinishReason, Prompt, Rollout
-from switchkd.training.loss_measures import MEASURE_NAMES, sums_of
 
 
 def test_tokens_are_summed_in_all_by_writer_and_by_position() -> None:

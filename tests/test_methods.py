@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from switchkd.config import SwitchConfig
-from switchkd.divergences import DIVERGENCES, divergence_named
+from switchkd.distributions.divergences import DIVERGENCES, divergence_named
 from switchkd.errors import UserError
-from switchkd.methods import METHODS, ROW_SETTINGS, method_named
-from switchkd.plan import Plan, plan_of
-from switchkd.policies import Early, Interleave, Late, Mix, Student, Switch
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.plan import Plan, plan_of
+from switchkd.methods.table import METHODS, ROW_SETTINGS, method_named
 from switchkd.report.methods_page import methods_page
 from switchkd.report.terminal import settings_of
+from switchkd.rollout.policies import Early, Interleave, Late, Mix, Student, Switch
 
 
 def plan(**settings: Any) -> Plan:

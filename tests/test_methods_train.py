@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from switchkd.errors import UserError
-from switchkd.methods import METHODS
-from switchkd.policies import Teacher
+from switchkd.methods.table import METHODS
 from switchkd.records import Rollout
-from switchkd.rollout.replay import FILE_NAME, ReplayBuffer
+from switchkd.rollout.policies import Teacher
+from switchkd.training.replay import FILE_NAME, ReplayBuffer
 from test_trainer import EXAMPLES, PROMPTS_ONLY, RecordingEngine, assert_same_weights, history, make_trainer, weights
 from tiny import tiny_pair
 

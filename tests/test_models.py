@@ -15,10 +15,10 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import switchkd.heads
+import switchkd.models.heads
 from switchkd.errors import UserError
-from switchkd.layers import remove_layers
-from switchkd.models import (
+from switchkd.models.layers import remove_layers
+from switchkd.models.pair import (
     Head,
     ModelPair,
     backbone,
@@ -81,7 +81,7 @@ def test_head_reads_bias_and_weight_at_every_call_and_leaves_surplus_rows_out() 
 
 @pytest.mark.parametrize("family", TRANSFORMING)
 def test_a_transform_that_is_not_known_is_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switchkd.heads, "LOGIT_TRANSFORMS", ())
+    monkeypatch.setattr(switchkd.models.heads, "LOGIT_TRANSFORMS", ())
     model = tiny_model(family)
     with pytest.raises(UserError, match=f"does not know how {type(model).__name__} computes its logits"):
         Head.of(model)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from reference.sampling import shaped
-from switchkd import noise
-from switchkd.noise import Address, Stream, gumbel, row_keys, shaped_logp, uniform
+from switchkd.distributions import noise
+from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, shaped_logp, uniform
 from switchkd.records import Prompt, Sampling
 
 ALPHA = 1e-4

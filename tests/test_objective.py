@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from checks.objective import CHECKS, Positions, assert_equal, random_head, random_positions
 from reference.objective import dense_loss
-from switchkd.divergences import divergence_named
-from switchkd.heads import Head
-from switchkd.objective import Objective, Report, TrainOn, dense_teacher, distillation_loss, token_weights
+from switchkd.distributions.divergences import divergence_named
+from switchkd.loss.objective import Objective, Report, TrainOn, dense_teacher, distillation_loss, token_weights
+from switchkd.models.heads import Head
 
 
 def unchanged(logits: Tensor) -> Tensor:

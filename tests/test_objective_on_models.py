@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchkd.divergences import divergence_named
-from switchkd.heads import Head, last_hidden
-from switchkd.objective import Objective, dense_teacher, distillation_loss
+from switchkd.distributions.divergences import divergence_named
+from switchkd.loss.objective import Objective, dense_teacher, distillation_loss
+from switchkd.models.heads import Head, last_hidden
 from tiny import VOCABULARY, tiny_model
 
 OBJECTIVE = Objective(divergence_named("jensen_shannon"), cross_entropy_weight=0.3, loss_temperature=1.5)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reference.policies import adaswitch, is_among_best
 from switchkd.errors import UserError
-from switchkd.policies import (
+from switchkd.rollout.policies import (
     DECAYS,
     POLICIES,
     AdaSwitch,

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchkd.divergences import reverse_kl
-from switchkd.heads import Head
-from switchkd.objective import Objective, dense_teacher, distillation_loss
-from switchkd.policies import Mix, Policy, Student
+from switchkd.distributions.divergences import reverse_kl
+from switchkd.loss.objective import Objective, dense_teacher, distillation_loss
+from switchkd.loss.policy_gradient import importance_and_returns
+from switchkd.models.heads import Head
 from switchkd.records import Batch
-from switchkd.training.policy_gradient import importance_and_returns
+from switchkd.rollout.policies import Mix, Policy, Student
 
 V = 4
 # A state for the first token, and one for each first token that may stand before the second.

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from switchkd.errors import UserError
-from switchkd.heads import backbone
-from switchkd.models import ModelPair, load_model, load_pair, parameter_count
-from switchkd.policies import Switch, Teacher
+from switchkd.models.heads import backbone
+from switchkd.models.pair import ModelPair, load_model, load_pair, parameter_count
 from switchkd.records import Sampling
+from switchkd.rollout.policies import Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from test_trainer import history, make_trainer

@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from switchkd.launch import train_run
-from switchkd.methods import METHODS
-from switchkd.policies import Student
-from switchkd.run import read_run
-from switchkd.training.callbacks import read_log
+from switchkd.methods.table import METHODS
+from switchkd.rollout.policies import Student
+from switchkd.run.callbacks import read_log
+from switchkd.run.file import read_run
+from switchkd.run.launch import train_run
 from tiny import tiny_pair, tiny_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "recipes"

@@ -22,10 +22,10 @@ from reference.policies import adaswitch, interleaved, mixed
 from reference.sampling import repeats_an_ngram, shaped
 from reference.sequence_law import sequence_law
 from switchkd.errors import UserError
-from switchkd.heads import backbone
-from switchkd.models import ModelPair
-from switchkd.policies import AdaSwitch, Interleave, Mix, Policy, Student, Switch, Teacher
+from switchkd.models.heads import backbone
+from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
+from switchkd.rollout.policies import AdaSwitch, Interleave, Mix, Policy, Student, Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import EOS_ID, tiny_model, tiny_pair

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
-from switchkd.config import SwitchConfig
 from switchkd.errors import UserError
+from switchkd.methods.config import SwitchConfig
 from switchkd.report.terminal import duration
-from switchkd.run import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed
-from switchkd.run_folder import admit, record_run
-from switchkd.training.callbacks import read_log
+from switchkd.run.callbacks import read_log
+from switchkd.run.file import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed
+from switchkd.run.folder import admit, record_run
 
 BASE = {"student": "a", "teacher": "b", "train_data": "dolly", "output_dir": "runs/x"}
 

@@ -18,10 +18,10 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Confi
 
 from checks.rollouts import assert_same_rollouts, tie_margin
 from switchkd.errors import UserError
-from switchkd.heads import backbone
-from switchkd.models import ModelPair
-from switchkd.policies import AdaSwitch, Early, Interleave, Late, Mix, Policy, Student, Switch, Teacher
+from switchkd.models.heads import backbone
+from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
+from switchkd.rollout.policies import AdaSwitch, Early, Interleave, Late, Mix, Policy, Student, Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import EOS_ID, PAD_ID, VOCABULARY, tiny_model, tiny_pair

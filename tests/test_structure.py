@@ -13,9 +13,9 @@ import pytest
 import transformers
 
 import switchkd
-from switchkd.config import SwitchConfig
-from switchkd.divergences import DIVERGENCE_SETTINGS
-from switchkd.methods import METHODS, ROW_SETTINGS
+from switchkd.distributions.divergences import DIVERGENCE_SETTINGS
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.table import METHODS, ROW_SETTINGS
 
 SOURCE = Path(switchkd.__file__).parent
 MODULES = {
@@ -72,11 +72,11 @@ def named(*prefixes: str) -> list[str]:
 
 def test_there_is_something_to_check() -> None:
     assert len(MODULES) > 15
-    assert "switchkd.divergences" in reaches("switchkd.rollout.reference")
+    assert "switchkd.distributions.divergences" in reaches("switchkd.rollout.reference")
 
 
-COMMAND_LINE = ("cli", "cli_options", "cli_measure")
-MATHEMATICS = ("records", "errors", "noise", "divergences", "policies", "draw", "by_position", "calibration")
+COMMAND_LINE = ("cli",)
+MATHEMATICS = ("records", "errors", "distributions", "positions")
 
 
 @pytest.mark.parametrize("module", named(*MATHEMATICS))

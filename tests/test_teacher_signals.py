@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from checks.divergence import Reference, logp, random_logits
 from checks.objective import assert_equal
-from switchkd.divergences import DIVERGENCES, divergence_named
+from switchkd.distributions.divergences import DIVERGENCES, divergence_named
 from switchkd.errors import UserError
-from switchkd.heads import Head
-from switchkd.objective import (
+from switchkd.loss.objective import (
     Objective,
     Report,
     TeacherSignal,
@@ -29,6 +28,7 @@ from switchkd.objective import (
     logp_teacher,
     top_k_teacher,
 )
+from switchkd.models.heads import Head
 
 # A function of the ratio of the two probabilities, averaged: what merging events cannot raise.
 F_DIVERGENCES = [name for name in DIVERGENCES if name not in ("adaptive_kl", "alpha_beta")]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from switchkd.errors import UserError
-from switchkd.heads import backbone
-from switchkd.models import ModelPair, load_model
-from switchkd.policies import Switch, Teacher
+from switchkd.models.heads import backbone
+from switchkd.models.pair import ModelPair, load_model
 from switchkd.records import Sampling
+from switchkd.rollout.policies import Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.teachers import TeacherPlace, self_teacher
@@ -127,6 +127,6 @@ def test_what_cannot_be_packed_is_refused_before_it_is_read(tmp_path: Path, monk
     (tmp_path / "x.gguf").touch()
     with pytest.raises(UserError, match="4bit weights cannot be made of; save it to a folder"):
         load_model(str(tmp_path / "x.gguf"), quantization="4bit")
-    monkeypatch.setattr("switchkd.models.find_spec", lambda name: None)
+    monkeypatch.setattr("switchkd.models.pair.find_spec", lambda name: None)
     with pytest.raises(UserError, match="8bit weights need bitsandbytes, which is not installed: pip install"):
         load_model(str(tmp_path), quantization="8bit")

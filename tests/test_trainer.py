@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from switchkd.config import SwitchConfig
 from switchkd.data.collate import collate
 from switchkd.errors import UserError
-from switchkd.models import ModelPair
-from switchkd.policies import Student
+from switchkd.methods.config import SwitchConfig
+from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Prompt, Rollout, Sampling
+from switchkd.rollout.policies import Student
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
-from switchkd.trainer import SwitchTrainer, last_complete_checkpoint
+from switchkd.training.trainer import SwitchTrainer, last_complete_checkpoint
 from tiny import EOS_ID, PAD_ID, VOCABULARY, tiny_pair, tiny_tokenizer
 
 NEW_TOKENS = 10

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from switchkd.divergences import forward_kl, jensen_shannon, reverse_kl
+from switchkd.distributions.divergences import forward_kl, jensen_shannon, reverse_kl
 
 gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from switchkd.models import ModelPair
+from switchkd.models.pair import ModelPair
 
 PAD_ID, EOS_ID, VOCABULARY = 0, 1, 64
 

@@ -6,34 +6,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from switchkd.calibration import Calibration, calibrate
-    from switchkd.config import SwitchConfig
+    from switchkd.analysis.calibration import Calibration, calibrate
     from switchkd.errors import UserError
-    from switchkd.models import ModelPair, load_pair
-    from switchkd.policies import Student, Switch, Teacher
+    from switchkd.methods.config import SwitchConfig
+    from switchkd.models.pair import ModelPair, load_pair
     from switchkd.records import Prompt, Rollout, Sampling
+    from switchkd.rollout.policies import Student, Switch, Teacher
     from switchkd.rollout.reference import ReferenceEngine
     from switchkd.rollout.speculative import SpeculativeEngine
-    from switchkd.trainer import SwitchTrainer
+    from switchkd.training.trainer import SwitchTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Calibration": "calibration",
-    "ModelPair": "models",
+    "Calibration": "analysis.calibration",
+    "ModelPair": "models.pair",
     "Prompt": "records",
     "ReferenceEngine": "rollout.reference",
     "Rollout": "records",
     "Sampling": "records",
     "SpeculativeEngine": "rollout.speculative",
-    "Student": "policies",
-    "Switch": "policies",
-    "SwitchConfig": "config",
-    "SwitchTrainer": "trainer",
-    "Teacher": "policies",
+    "Student": "rollout.policies",
+    "Switch": "rollout.policies",
+    "SwitchConfig": "methods.config",
+    "SwitchTrainer": "training.trainer",
+    "Teacher": "rollout.policies",
     "UserError": "errors",
-    "calibrate": "calibration",
-    "load_pair": "models",
+    "calibrate": "analysis.calibration",
+    "load_pair": "models.pair",
 }
 
 __all__ = [

@@ -6,6 +6,7 @@ Shape letters used in the whole package: B rows, T positions, V vocabulary, H hi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
@@ -94,6 +95,12 @@ class Rollout:
     def teacher_share(self) -> float:
         """The share of tokens that the teacher wrote, 0 to 1."""
         return sum(self.written_by_teacher) / len(self.written_by_teacher)
+
+
+def teacher_share_of(rollouts: Sequence[Rollout]) -> float:
+    """The share of all tokens of these rollouts that the teacher wrote, 0 to 1; NaN where there are none."""
+    written = [by_teacher for rollout in rollouts for by_teacher in rollout.written_by_teacher]
+    return sum(written) / len(written) if written else math.nan
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from switchkd.draw import student_proposal
-from switchkd.models import ModelPair
-from switchkd.noise import Address, Stream, gumbel, row_keys, shaped_logp, uniform
-from switchkd.policies import Interleave, Policy
+from switchkd.distributions.draw import student_proposal
+from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, shaped_logp, uniform
+from switchkd.models.pair import ModelPair
 from switchkd.records import Rollout, Sampling
 from switchkd.rollout.engine import RolloutLog, seen_by
+from switchkd.rollout.policies import Interleave, Policy
 
 TIE = 1e-5  # The requirement's: below it, float32 kernels that choose by shape may decide either way.
 

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from switchkd.data.collate import micro_batches
-from switchkd.policies import Student
 from switchkd.records import Example, FinishReason, Rollout, Sampling
+from switchkd.rollout.policies import Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from switchkd.atomic import write_atomically
 from switchkd.data.rows import BadRow, Loaded, SourceRow, render_prompt, row_text, to_examples
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import Answer, counting_from, generate_answers, progress_bar
+from switchkd.files import write_atomically
 from switchkd.records import FinishReason, Sampling
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from switchkd.methods import Method
+from switchkd.methods.table import Method
 from switchkd.report.terminal import settings_of
 
 _HEAD = """# Methods

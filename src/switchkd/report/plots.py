@@ -7,14 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchkd.by_position import ByPosition
-from switchkd.calibration import Calibration
+from switchkd.analysis.calibration import Calibration
+from switchkd.positions import ByPosition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from switchkd.diagnosis import TextDiagnosis
+    from switchkd.analysis.diagnosis import TextDiagnosis
 
 NO_PLOT = "no plot was drawn, since matplotlib is not installed: pip install 'switchkd[plot]'"
 

@@ -16,15 +16,15 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from switchkd.by_position import Bucket, ByPosition
+from switchkd.positions import Bucket, ByPosition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from switchkd.calibration import Calibration
-    from switchkd.diagnosis import TextDiagnosis
+    from switchkd.analysis.calibration import Calibration
+    from switchkd.analysis.diagnosis import TextDiagnosis
     from switchkd.evaluation.score import Evaluation
-    from switchkd.methods import Method
+    from switchkd.methods.table import Method
     from switchkd.records import Rollout
 
 TEACHER_STYLE = "bold magenta"
@@ -155,8 +155,8 @@ def methods_table(methods: Mapping[str, Method]) -> Table:
 
 def settings_of(name: str, method: Method) -> dict[str, Any]:
     """The settings that act on a method, with the values in force where a run gives none; None where there is none."""
-    from switchkd.config import SwitchConfig
-    from switchkd.divergences import DIVERGENCES
+    from switchkd.distributions.divergences import DIVERGENCES
+    from switchkd.methods.config import SwitchConfig
 
     config = SwitchConfig(output_dir="unused", method=name)
     # What a row or a policy has no word on is as the configuration has it.
@@ -179,7 +179,7 @@ def settings_of(name: str, method: Method) -> dict[str, Any]:
 
 def method_details(name: str, method: Method) -> Group:
     """A method's row in full, and the settings that act on it with the values in force where none is given."""
-    from switchkd.config import SwitchConfig
+    from switchkd.methods.config import SwitchConfig
 
     values, declared = settings_of(name, method), {each.name: each for each in fields(SwitchConfig)}
     texts, settings = (Table(show_header=False, box=None, pad_edge=False) for _ in range(2))

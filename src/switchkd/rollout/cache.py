@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from switchkd.heads import Head, backbone, base_of
-from switchkd.models import position_limit
+from switchkd.models.heads import Head, backbone, base_of
+from switchkd.models.pair import position_limit
 
 
 @dataclass

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from switchkd.divergences import jensen_shannon
+from switchkd.distributions.divergences import jensen_shannon
+from switchkd.distributions.noise import Address, Stream, uniform
 from switchkd.errors import UserError
-from switchkd.heads import base_of
-from switchkd.models import ModelPair
-from switchkd.noise import Address, Stream, uniform
-from switchkd.policies import Policy, Positions
+from switchkd.models.heads import base_of
+from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
+from switchkd.rollout.policies import Policy, Positions
 
 PromptLike = str | Sequence[int] | Prompt
 Progress = Callable[[int], None]

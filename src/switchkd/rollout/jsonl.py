@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchkd.atomic import write_atomically
+from switchkd.files import write_atomically
 from switchkd.records import Rollout
 
 if TYPE_CHECKING:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from switchkd.draw import independent_token, student_proposal, teacher_token
-from switchkd.heads import evaluating
-from switchkd.models import ModelPair
-from switchkd.noise import Address, row_keys, shaped_logp
-from switchkd.policies import Policy
+from switchkd.distributions.draw import independent_token, student_proposal, teacher_token
+from switchkd.distributions.noise import Address, row_keys, shaped_logp
+from switchkd.models.heads import evaluating
+from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.engine import (
     KeepTeacher,
@@ -28,6 +27,7 @@ from switchkd.rollout.engine import (
     left_padded,
     seen_by,
 )
+from switchkd.rollout.policies import Policy
 
 
 class _Decoder:

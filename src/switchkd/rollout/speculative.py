@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchkd.draw import independent_token, keeps_proposal, proposal_noise, replacement, student_proposal
+from switchkd.distributions.draw import independent_token, keeps_proposal, proposal_noise, replacement, student_proposal
+from switchkd.distributions.noise import Address, row_keys, shaped_logp
 from switchkd.errors import UserError
-from switchkd.heads import evaluating
-from switchkd.models import ModelPair
-from switchkd.noise import Address, row_keys, shaped_logp
-from switchkd.policies import Policy
+from switchkd.models.heads import evaluating
+from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.blocks import BlockChooser
 from switchkd.rollout.cache import CachedModel, why_not_ragged
@@ -37,6 +36,7 @@ from switchkd.rollout.engine import (
     seen_by,
 )
 from switchkd.rollout.metrics import RolloutMetrics
+from switchkd.rollout.policies import Policy
 from switchkd.rollout.reference import ReferenceEngine
 
 # Both models' distributions over a block, and a handful of tensors of that size while they are compared, exist at one

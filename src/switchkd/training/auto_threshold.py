@@ -9,11 +9,11 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerState
 
-from switchkd.calibration import calibrate
-from switchkd.config import SwitchConfig
-from switchkd.policies import Switch
+from switchkd.analysis.calibration import calibrate
+from switchkd.methods.config import SwitchConfig
 from switchkd.records import Example
 from switchkd.rollout.engine import Engine
+from switchkd.rollout.policies import Switch
 
 # Where the trainer's state, and so each checkpoint, keeps what was found.
 _KEY = "AutoThreshold"

@@ -10,17 +10,17 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerState
 
-from switchkd.config import SwitchConfig
-from switchkd.models import ModelPair
-from switchkd.noise import Address, Stream, row_keys, uniform
-from switchkd.plan import Plan
-from switchkd.policies import Policy, Switch, Teacher
+from switchkd.distributions.noise import Address, Stream, row_keys, uniform
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.plan import Plan
+from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Prompt, Rollout
 from switchkd.rollout.engine import Engine
-from switchkd.rollout.replay import ReplayBuffer
+from switchkd.rollout.policies import Policy, Switch, Teacher
 from switchkd.training.adaptive_share import AdaptiveShare
 from switchkd.training.auto_threshold import AutoThreshold
 from switchkd.training.meters import Meters
+from switchkd.training.replay import ReplayBuffer
 
 TEXT_MEASURES = ("student_share", "replayed", "teacher_share", "response_tokens", "ended", "rollout_divergence",
     "rollout_tokens_per_second")  # fmt: skip
@@ -51,7 +51,7 @@ class StepText:
         self.replay = ReplayBuffer(plan.replay_capacity) if plan.replay_capacity and plan.rolls_out else None
         self.share = AdaptiveShare(plan.rollout_share, plan.share_rise) if plan.share_rise else None
         self.auto_threshold = None
-        if plan.finds_threshold and isinstance(plan.policy, Switch):
+        if plan.auto_threshold and isinstance(plan.policy, Switch):
             self.auto_threshold = AutoThreshold(args, plan.policy, examples)
 
     def write(

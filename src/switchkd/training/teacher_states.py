@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from switchkd.data.collate import collate, groups_of_like_length, response_ids
-from switchkd.heads import backbone
+from switchkd.models.heads import backbone
 from switchkd.records import Example, Rollout
 
 

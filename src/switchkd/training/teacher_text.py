@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from switchkd.atomic import write_atomically
 from switchkd.errors import UserError
-from switchkd.models import name_of
-from switchkd.policies import Teacher
+from switchkd.files import write_atomically
+from switchkd.models.pair import name_of
 from switchkd.records import Example, Sampling
 from switchkd.rollout.engine import Engine
+from switchkd.rollout.policies import Teacher
 
 # Numbers of each weight tensor that go into the teacher's fingerprint: enough to tell one training from another.
 _NUMBERS = 64

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from switchkd.errors import UserError
-from switchkd.heads import base_of, evaluating
+from switchkd.models.heads import base_of, evaluating
 
 SELF = "self"
 Offload = Literal["none", "cpu", "disk"]

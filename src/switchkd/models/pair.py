@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from switchkd.errors import UserError
-from switchkd.heads import Head, backbone, base_of, head_rows
-from switchkd.layers import remove_layers
-from switchkd.sources import Source, find_source
+from switchkd.models.heads import Head, backbone, base_of, head_rows
+from switchkd.models.layers import remove_layers
+from switchkd.models.sources import Source, find_source
 
 __all__ = [
     "Head",

@@ -13,9 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from switchkd.config import SwitchConfig
 from switchkd.errors import UserError
-from switchkd.plan import Plan, check_evaluation, plan_of
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.plan import Plan, check_evaluation, plan_of
 
 
 @dataclass(frozen=True)

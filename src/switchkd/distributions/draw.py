@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from switchkd.noise import Address, Stream, gumbel, uniform
+from switchkd.distributions.noise import Address, Stream, gumbel, uniform
 
 
 def proposal_noise(address: Address, vocabulary_size: int) -> Tensor:

@@ -297,7 +297,7 @@ class Switch(Policy):
 
         53 % is the paper's best. `calibrate` in calibration.py says how, what it raises, and more of what was measured.
         """
-        from switchkd.calibration import calibrate
+        from switchkd.analysis.calibration import calibrate
 
         shape = cls(decay_rate=decay_rate, final_fraction=final_fraction, decay=decay)
         return calibrate(engine, prompts, sampling, teacher_share=teacher_share, policy=shape, seed=seed).policy

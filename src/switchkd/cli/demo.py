@@ -14,13 +14,13 @@ from rich.text import Text
 from switchkd.data.sets import resolve
 from switchkd.errors import UserError
 from switchkd.evaluation.score import Evaluation, evaluate
-from switchkd.launch import examples_of, train_run
-from switchkd.models import ModelPair, load_pair
+from switchkd.models.pair import ModelPair, load_pair
 from switchkd.records import Sampling
 from switchkd.report.terminal import comparison_table, print_rollouts
 from switchkd.rollout.speculative import SpeculativeEngine
-from switchkd.run import RunConfig, read_mapping, run_from_values
-from switchkd.run_folder import RUN_FILE, admit
+from switchkd.run.file import RunConfig, read_mapping, run_from_values
+from switchkd.run.folder import RUN_FILE, admit
+from switchkd.run.launch import examples_of, train_run
 
 RUN_NAME = "switchkd demo"
 TEST_SET = "world:test"

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchkd.by_position import ByPosition
+from switchkd.distributions.noise import shaped_logp
 from switchkd.errors import UserError
-from switchkd.heads import Head
-from switchkd.models import ModelPair
-from switchkd.noise import shaped_logp
-from switchkd.policies import Policy, Student, Switch, Teacher
+from switchkd.models.heads import Head
+from switchkd.models.pair import ModelPair
+from switchkd.positions import ByPosition
 from switchkd.records import Rollout, Sampling
 from switchkd.rollout.engine import Engine, PromptLike
+from switchkd.rollout.policies import Policy, Student, Switch, Teacher
 from switchkd.rollout.speculative import SpeculativeEngine
 
 # So many logits of the teacher exist at a time, 64 MB in float32.

@@ -7,18 +7,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from switchkd.atomic import write_atomically
 from switchkd.errors import UserError
-from switchkd.models import save_model
-from switchkd.run import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage, read_mapping, run_from_values
-from switchkd.trainer import last_complete_checkpoint
+from switchkd.files import now, write_atomically
+from switchkd.models.pair import save_model
+from switchkd.run.file import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage, read_mapping, run_from_values
+from switchkd.training.trainer import last_complete_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,16 +122,11 @@ def _environment() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """The last commit that touched this package, where it runs from a checkout; None where it is installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%H", "--", "."]
+    command = ["git", "-C", str(Path(__file__).parents[1]), "log", "-1", "--format=%H", "--", "."]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def now() -> str:
-    """The time, UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def is_finished(stage: Stage) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import UserError
-from switchkd.heads import Head
+from switchkd.models.heads import Head
 
 # A chunk's logits hold about this many numbers, 64 MB in float32: with half of them a matrix product on two cores is a
 # third slower at 131,072 ids.

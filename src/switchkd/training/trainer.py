@@ -16,20 +16,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from switchkd.config import SwitchConfig
 from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.data.rows import read_rows, to_examples
 from switchkd.errors import UserError
-from switchkd.heads import last_hidden
-from switchkd.models import ModelPair, load_model, load_tokenizer, name_of, parameter_count
-from switchkd.objective import Report, TeacherSignal, dense_teacher, distillation_loss
-from switchkd.plan import check_evaluation, plan_of
+from switchkd.loss.measures import MEASURE_NAMES, sums_of
+from switchkd.loss.objective import Report, TeacherSignal, dense_teacher, distillation_loss
+from switchkd.loss.policy_gradient import importance_and_returns
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.plan import check_evaluation, plan_of
+from switchkd.models.heads import last_hidden
+from switchkd.models.pair import ModelPair, load_model, load_tokenizer, name_of, parameter_count
 from switchkd.records import Batch, Example, Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.speculative import SpeculativeEngine
-from switchkd.training.loss_measures import MEASURE_NAMES, sums_of
 from switchkd.training.meters import Meters
-from switchkd.training.policy_gradient import importance_and_returns
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_states import with_teacher_states
 from switchkd.training.teacher_text import manifest_of, teacher_text

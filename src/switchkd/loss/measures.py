@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import torch
 
-from switchkd.by_position import BUCKET_ENDS, BUCKET_NAMES
-from switchkd.objective import Report
+from switchkd.loss.objective import Report
+from switchkd.positions import BUCKET_ENDS, BUCKET_NAMES
 from switchkd.records import Batch
 
 _MEASURES = tuple(each.name.removesuffix("_N") for each in fields(Report))

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from switchkd.errors import UserError
-from switchkd.heads import backbone
+from switchkd.models.heads import backbone
 
 
 def remove_layers(model: PreTrainedModel, layers: str) -> None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from switchkd.by_position import ByPosition
 from switchkd.errors import UserError
-from switchkd.policies import Switch
+from switchkd.positions import ByPosition
 from switchkd.records import Rollout, Sampling
+from switchkd.rollout.policies import Switch
 
 if TYPE_CHECKING:
     from switchkd.rollout.engine import Engine, PromptLike

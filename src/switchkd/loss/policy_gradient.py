@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from switchkd.policies import Policy
 from switchkd.records import Batch
+from switchkd.rollout.policies import Policy
 
 
 def importance_and_returns(batch: Batch, policy: Policy) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from switchkd.atomic import write_atomically
-from switchkd.cli_options import (
+from switchkd.cli.options import (
     Decay,
     DecayRate,
     FinalFraction,
@@ -21,9 +20,10 @@ from switchkd.cli_options import (
     with_options,
 )
 from switchkd.errors import UserError
+from switchkd.files import write_atomically
 
 if TYPE_CHECKING:
-    from switchkd.calibration import Calibration
+    from switchkd.analysis.calibration import Calibration
 
 # calibration.PAPER_SHARE, which would bring torch in: --help has to be quick.
 _SHARE = 0.53
@@ -39,10 +39,10 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="Folder for calibration.json and .png.")] = Path("calibration"),
 ) -> None:
     """Find the SWITCH threshold at which the teacher writes a given share of the tokens."""
-    from switchkd.calibration import calibrate as solve
-    from switchkd.policies import policy_named
+    from switchkd.analysis.calibration import calibrate as solve
     from switchkd.report.plots import save_calibration
     from switchkd.report.terminal import calibration_table
+    from switchkd.rollout.policies import policy_named
     from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
@@ -62,7 +62,7 @@ def calibrate(
 
 
 def _for_the_run_file(found: Calibration, max_new_tokens: int) -> str:
-    from switchkd.policies import Switch
+    from switchkd.rollout.policies import Switch
 
     policy = found.policy
     decay = policy.decay if policy.decay != Switch.decay else None
@@ -91,11 +91,11 @@ def diagnose(
     output: Annotated[Path, typer.Option(help="Folder for diagnosis.json and .png.")] = Path("diagnosis"),
 ) -> None:
     """Measure whether the teacher misguides: what it makes of text by the student, by SWITCH and by itself."""
-    from switchkd.calibration import calibrate as solve
-    from switchkd.diagnosis import diagnose as measure
-    from switchkd.policies import policy_named
+    from switchkd.analysis.calibration import calibrate as solve
+    from switchkd.analysis.diagnosis import diagnose as measure
     from switchkd.report.plots import save_diagnosis
     from switchkd.report.terminal import diagnosis_table
+    from switchkd.rollout.policies import policy_named
     from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()

@@ -14,17 +14,17 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from switchkd.data.rows import SourceRow, to_examples
 from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
-from switchkd.models import load_pair, load_tokenizer
-from switchkd.plan import Plan
+from switchkd.methods.plan import Plan
+from switchkd.models.pair import load_pair, load_tokenizer
+from switchkd.models.sources import find_source
 from switchkd.records import Example
 from switchkd.report.plots import save_curves
 from switchkd.report.terminal import run_table
-from switchkd.run import RunConfig, Stage
-from switchkd.run_folder import LOG_FILE, RUN_FILE, admit, is_finished, record_run, save_final
-from switchkd.sources import find_source
-from switchkd.trainer import SwitchTrainer, last_complete_checkpoint
-from switchkd.training.callbacks import ConsoleProgress, LogFile, StopCleanly, read_log
+from switchkd.run.callbacks import ConsoleProgress, LogFile, StopCleanly, read_log
+from switchkd.run.file import RunConfig, Stage
+from switchkd.run.folder import LOG_FILE, RUN_FILE, admit, is_finished, record_run, save_final
 from switchkd.training.teachers import SELF
+from switchkd.training.trainer import SwitchTrainer, last_complete_checkpoint
 
 
 @dataclass(frozen=True)

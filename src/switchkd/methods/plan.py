@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchkd.divergences import DIVERGENCE_SETTINGS, DIVERGENCES, divergence_named
+from switchkd.distributions.divergences import DIVERGENCE_SETTINGS, DIVERGENCES, divergence_named
 from switchkd.errors import UserError
-from switchkd.methods import METHODS, ROW_SETTINGS, Method, method_named
-from switchkd.objective import DivergenceFunction, Objective
-from switchkd.policies import Policy, Switch
+from switchkd.loss.objective import DivergenceFunction, Objective
+from switchkd.methods.table import METHODS, ROW_SETTINGS, Method, method_named
+from switchkd.rollout.policies import Policy, Switch
 
 if TYPE_CHECKING:
-    from switchkd.config import SwitchConfig
+    from switchkd.methods.config import SwitchConfig
 
 # The threshold that a run finds itself.
 AUTO = "auto"
@@ -25,18 +25,27 @@ POLICY_SETTINGS = tuple(
 
 
 @dataclass(frozen=True)
+class AutoThreshold:
+    """`threshold: auto`: calibrate to a teacher share on the first `prompts` prompts, again every `every` steps (0: once)."""
+
+    teacher_share: float = 0.53
+    prompts: int = 64
+    every: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """A method with the run's settings filled in: what the trainer carries out.
 
     Of the sequences, `rollout_share` are rolled out (with `share_rise`, at the start); of these the teacher alone writes
     `teacher_text_share`, and `policy` the others. `teacher_text` is the file of the teacher's text that takes the data set's
-    place. `finds_threshold`: the policy is a Switch, whose threshold is to be calibrated (auto_threshold.py).
+    place. `auto_threshold`: the policy is a Switch, whose threshold is to be calibrated (training/auto_threshold.py).
     """
 
     policy: Policy
     rollout_share: float
     objective: Objective
-    finds_threshold: bool = False
+    auto_threshold: AutoThreshold | None = None
     teacher_text_share: float = 0.0
     share_rise: float = 0.0
     replay_capacity: int = 0
@@ -91,7 +100,9 @@ def plan_of(config: SwitchConfig) -> Plan:
             teacher_text_divergence=of_teacher_text,
             long_term_weight=row["long_term_weight"],
         ),
-        finds_threshold=config.threshold == AUTO and isinstance(policy, Switch),
+        auto_threshold=AutoThreshold(config.target_teacher_share, config.calibration_prompts, config.recalibrate_every)
+        if config.threshold == AUTO and isinstance(policy, Switch)
+        else None,
         teacher_text=_teacher_text(config, method),
         **{key: row[key] for key in ("teacher_text_share", "share_rise", "replay_capacity", "replay_share")},
     )

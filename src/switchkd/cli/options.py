@@ -15,9 +15,9 @@ from rich.console import Console
 from switchkd.errors import UserError
 
 if TYPE_CHECKING:
-    from switchkd.models import ModelPair
-    from switchkd.policies import Policy
+    from switchkd.models.pair import ModelPair
     from switchkd.records import Prompt, Sampling
+    from switchkd.rollout.policies import Policy
 
 Set = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the run file's; repeatable.")
@@ -87,7 +87,7 @@ class PairAndPrompts:
         """The pair and the prompts; raises UserError unless these were given either as text or as a data set."""
         from switchkd.data.rows import read_rows, to_examples
         from switchkd.data.sets import resolve
-        from switchkd.models import load_pair
+        from switchkd.models.pair import load_pair
 
         if bool(self.prompt) == (self.data is not None):
             raise UserError("give the prompts either with --prompt or with --data")
@@ -139,7 +139,7 @@ class PolicyAndPrompts(PairAndPrompts):
     @property
     def writer(self) -> Policy:
         """The policy; raises UserError for settings out of range, or that it does not take."""
-        from switchkd.policies import policy_named
+        from switchkd.rollout.policies import policy_named
 
         _policy, *settings = (each.name for each in fields(self)[len(fields(PairAndPrompts)) :])
         try:

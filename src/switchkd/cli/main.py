@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from switchkd import __version__
-from switchkd.cli_measure import calibrate, diagnose
-from switchkd.cli_options import (
+from switchkd.cli.measure import calibrate, diagnose
+from switchkd.cli.options import (
     DataDir,
     Dtype,
     Limit,
@@ -98,8 +98,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
 ) -> None:
     """Train a student as a run file says. Ctrl-C finishes the step, saves and stops."""
-    from switchkd.launch import train_run
-    from switchkd.run import read_run
+    from switchkd.run.file import read_run
+    from switchkd.run.launch import train_run
 
     quiet_transformers()
     run = read_run(run_file, assignments)
@@ -132,7 +132,7 @@ def evaluate(
     """Score a student's answers: ROUGE-L and exact match, mean and deviation over seeds."""
     from switchkd.data.sets import resolve
     from switchkd.evaluation.score import evaluate as score
-    from switchkd.models import load_pair
+    from switchkd.models.pair import load_pair
     from switchkd.records import Sampling
     from switchkd.rollout.speculative import SpeculativeEngine
 
@@ -214,7 +214,7 @@ def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print all of them as docs/methods.md has it.")] = False,
 ) -> None:
     """List the methods, or show one: its settings, its source and where it departs from it."""
-    from switchkd.methods import METHODS, method_named
+    from switchkd.methods.table import METHODS, method_named
     from switchkd.report.methods_page import methods_page
     from switchkd.report.terminal import method_details, methods_table
 
@@ -233,7 +233,7 @@ def demo(
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
 ) -> None:
     """Distil the embedded student with SWITCH, in minutes on two CPU cores, and compare before with after."""
-    from switchkd.demo import run_demo
+    from switchkd.cli.demo import run_demo
 
     quiet_transformers()
     changes: dict[str, Any] = {"output_dir": str(output), "max_steps": steps, "seed": seed}

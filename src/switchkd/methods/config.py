@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from transformers import TrainingArguments
 
-from switchkd.calibration import PAPER_SHARE
-from switchkd.objective import TrainOn
-from switchkd.policies import DecayName
+from switchkd.analysis.calibration import PAPER_SHARE
+from switchkd.loss.objective import TrainOn
 from switchkd.records import Sampling
+from switchkd.rollout.policies import DecayName
 
 
 @dataclass
@@ -171,6 +173,13 @@ class SwitchConfig(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Where to report; as in transformers."}
     )
+
+    @cached_property
+    def plan(self) -> Any:
+        """What the trainer carries out."""
+        from switchkd.methods.plan import plan_of
+
+        return plan_of(self)
 
     @property
     def sampling(self) -> Sampling:

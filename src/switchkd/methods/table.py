@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from switchkd.errors import UserError
-from switchkd.policies import AdaSwitch, Early, Interleave, Late, Mix, Policy, Student, Switch
+from switchkd.rollout.policies import AdaSwitch, Early, Interleave, Late, Mix, Policy, Student, Switch
 
 # Settings of a run that replace a value of its method's row, with the value where neither says anything.
 ROW_SETTINGS: dict[str, Any] = {

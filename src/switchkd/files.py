@@ -1,0 +1,39 @@
+"""Files that are written whole or not at all, and the time that is written into them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from secrets import token_hex
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`: write there, and it takes the place of `path` when the block ends without an error.
+
+    The folder is made. Two processes never share a temporary name. Raises OSError where writing fails; `path` is then as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{token_hex(4)}.partial")
+    try:
+        yield partial
+        # Without it, a crash of the machine can leave an empty file under the final name.
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def now() -> str:
+    """The time, UTC, to the second, as 2026-11-24T20:00:00+00:00."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
