@@ -1,4 +1,4 @@
-"""The pairs that are measured: the demo's, and random Llamas of real sizes whose student partly agrees with its teacher."""
+"""The measured pairs: the demo's, and random Llamas of real sizes whose student partly agrees with its teacher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from switchkd.data.world import make_rows
 from switchkd.models.layers import remove_layers
-from switchkd.models.pair import ModelPair, load_pair, parameter_count
+from switchkd.models.load import load_pair
+from switchkd.models.pair import ModelPair, parameter_count
 
 # As on a pair of 5.8M and 0.7M parameters trained on real text: blocks of 4 kept 0.62 of their drafts at 100 % teacher.
 DISTANCE = 0.3
@@ -34,7 +35,7 @@ RANDOM_PAIRS = {
     "quick": Sizes(vocabulary=512, hidden=64, layers=6, heads=4),
 }
 DEMO = "demo"
-# Of the ids of a random pair; a text then ends after about 1 / share tokens.
+# The share of a random pair's ids that end a text; texts then end after about 1 / share tokens.
 ENDING_SHARE = 0.015
 
 
@@ -46,7 +47,7 @@ def load(name: str) -> ModelPair:
 
 
 def cost_ratio(pair: ModelPair) -> float:
-    """How many times more multiplications a teacher's token takes than a student's: weights, without the lookup."""
+    """The ratio of multiplications per token, teacher to student: that of their weights, without the embedding lookup."""
 
     def weights(model: nn.Module) -> int:
         tied = model.config.tie_word_embeddings
@@ -56,9 +57,9 @@ def cost_ratio(pair: ModelPair) -> float:
 
 
 def random_pair(sizes: Sizes) -> ModelPair:
-    """A random teacher whose layers after the first add so little that its student is `DISTANCE` from it.
+    """A random teacher, and a student of its first layer at a total variation of `DISTANCE`, averaged over positions.
 
-    The distance is the total variation, averaged over positions. The student is a real smaller model: it runs one
+    The teacher's later layers are scaled until the two are that close. The student is a real, smaller model: it runs one
     layer, and its distribution is its own.
     """
     config = LlamaConfig(
@@ -78,9 +79,9 @@ def random_pair(sizes: Sizes) -> ModelPair:
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     with torch.no_grad():
-        # As initialised every distribution is flat; this one leaves about 2 nats, as language does.
+        # Initialization leaves every distribution flat; this scale leaves about 2 nats, as in language.
         teacher.model.norm.weight.fill_(3.5 / (config.initializer_range * sizes.hidden**0.5))
-        _scale_branches(teacher.model.layers[:1], 8.0)  # What follows a token depends on more than that token.
+        _scale_branches(teacher.model.layers[:1], 8.0)  # Else a token would depend on its predecessor alone.
     student = copy.deepcopy(teacher)
     remove_layers(student, f"1-{sizes.layers - 1}")
     ids = torch.randint(sizes.vocabulary, (8, 64))
@@ -118,7 +119,7 @@ def bisect(
     steps: int = 10,
     tolerance: float = 0.01,
 ) -> float:
-    """The argument at which a rising `measure` comes within `tolerance` of `target`, or the last of `steps` tried."""
+    """The argument at which an increasing `measure` comes within `tolerance` of `target`, or the last of `steps` tried."""
     at = (low + high) / 2 if start is None else start
     for _ in range(steps):
         value = measure(at)
@@ -130,7 +131,7 @@ def bisect(
 
 
 def with_ends(pair: ModelPair) -> ModelPair:
-    """The pair as one whose texts end: the demo's do so by themselves, random ones on any of a share of the ids."""
+    """The pair with texts that end: the demo's end by themselves, those of a random pair at a share of its ids."""
     if pair.eos_ids:
         return pair
     ids = torch.randperm(pair.vocabulary_size, generator=torch.Generator().manual_seed(2))
@@ -139,14 +140,14 @@ def with_ends(pair: ModelPair) -> ModelPair:
 
 
 def without_ends(pair: ModelPair) -> ModelPair:
-    """The pair as one whose texts never end, so that every row writes the same number of tokens."""
+    """The pair with texts that never end, so that every row writes the same number of tokens."""
     for model in (pair.student, pair.teacher):
         model.config.eos_token_id = model.generation_config.eos_token_id = None
     return ModelPair(pair.student, pair.teacher)
 
 
 def prompts_for(pair: ModelPair, count: int) -> list[list[int]]:
-    """Prompts of unequal lengths: instructions of the world, or 4 to 48 random ids."""
+    """Prompts of unequal lengths: the world's instructions, or 4 to 48 random ids."""
     if pair.tokenizer is not None:
         return [pair.tokenizer(row["prompt"])["input_ids"] for row in make_rows("test", count, seed=0)]
     generator = torch.Generator().manual_seed(1)

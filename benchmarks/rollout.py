@@ -2,7 +2,7 @@
 
     python benchmarks/rollout.py [--models demo 5M/40M] [--batch 8] [--repeats 5] [--write] [--quick]
 
-Both sides run in one process by turns; each time is a median. Leave the machine alone meanwhile.
+Both sides take turns in one process; each time is a median. Leave the machine idle otherwise.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ from rich.table import Table
 from pairs import DEMO, RANDOM_PAIRS, cost_ratio, load, prompts_for, with_ends, without_ends
 from switchkd.analysis.calibration import calibrate
 from switchkd.models.pair import ModelPair
-from switchkd.records import Rollout, Sampling
-from switchkd.rollout.engine import left_padded
+from switchkd.records import Rollout, Sampling, teacher_share_of
 from switchkd.rollout.policies import Policy, Student, Switch, Teacher
-from switchkd.rollout.reference import ReferenceEngine
+from switchkd.rollout.reference import ReferenceEngine, left_padded
 from switchkd.rollout.speculative import SpeculativeEngine
 from timing import THREADS, conditions, median_seconds, write_section
 
 SHARES = (0.1, 0.3, 0.5, 1.0)
-# What is measured by default, teacher shares by model and batch: about twenty minutes on two cores.
+# Teacher shares by model and batch, as measured by default: about twenty minutes on two cores.
 PLAN: dict[str, dict[int, tuple[float, ...]]] = {
     DEMO: {1: (0.5,), 8: SHARES, 32: (0.5,)},
     "5M/40M": {1: (0.5,), 8: SHARES, 32: (0.5,)},
     "10M/120M": {8: (0.1, 0.5, 1.0)},
 }
-# The price of the teacher needs no third size, and the largest pair would take minutes for it.
+# The teacher's cost shows on two sizes, and the largest pair would take minutes for it.
 PRICED = (DEMO, "5M/40M", "quick")
 QUICK: dict[str, dict[int, tuple[float, ...]]] = {"quick": {4: (0.5, 1.0)}}
-# Times faster than the reference engine that are aimed at, for a batch of 8 where the teacher costs 8 times the student.
+# Target speedups over the reference engine by teacher share, for a batch of 8 and a teacher that costs 8 times the student.
 TARGETS = {0.1: 3.0, 0.5: 2.0, 1.0: 1.7}
 GENERATE_TARGET, PRICE_TARGET = 1.3, 1.5
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -64,25 +63,18 @@ class Report:
         return f"### {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def share_of(rollouts: Sequence[Rollout]) -> float:
-    writers = [writer for rollout in rollouts for writer in rollout.written_by_teacher]
-    return sum(writers) / len(writers)
-
-
 def policy_with_share(pair: ModelPair, prompts: Sequence[list[int]], share: float, sampling: Sampling) -> Policy:
-    """The policy under which the teacher writes that share of the tokens, as near as calibration gets."""
+    """The policy under which the teacher writes that share of the tokens, as closely as calibration gets."""
     if share == 1:
         return Teacher()
-    shape = Switch(decay="constant")
-    return calibrate(
-        SpeculativeEngine(pair), prompts, sampling, teacher_share=share, policy=shape, tolerance=0.02
-    ).policy
+    engine, shape = SpeculativeEngine(pair), Switch(decay="constant")
+    return calibrate(engine, prompts, sampling, teacher_share=share, policy=shape, tolerance=0.02).policy
 
 
 def against_reference(
     name: str, pair: ModelPair, prompts: list[list[int]], policy: Policy, share: float, sampling: Sampling, repeats: int
 ) -> tuple[str, ...]:
-    """Times and teacher forwards of both engines; stops the benchmark where their tokens are not the same."""
+    """Times and teacher forwards of both engines. Stops the benchmark if their tokens differ."""
     reference, engine = ReferenceEngine(pair, len(prompts)), SpeculativeEngine(pair, max_rows=len(prompts))
     results: dict[str, list[Rollout]] = {}
 
@@ -104,7 +96,7 @@ def against_reference(
         name,
         f"{cost_ratio(pair):.1f}",
         str(len(prompts)),
-        f"{share_of(results['ours']):.0%}",
+        f"{teacher_share_of(results['ours']):.0%}",
         f"{seconds['reference']:.2f} s",
         f"{seconds['ours']:.2f} s",
         f"{ratio:.2f}",
@@ -116,16 +108,16 @@ def against_reference(
 
 
 def _same_rows(ours: list[Rollout], theirs: list[Rollout]) -> int:
-    """How many rows are the same; float32 may part a row at a tie (the tests check its margin), but not several."""
+    """The number of equal rows. float32 may part a row at a tie (the tests check the margin), but not several rows."""
     pairs = zip(ours, theirs, strict=True)
     same = sum((a.token_ids, a.written_by_teacher) == (b.token_ids, b.written_by_teacher) for a, b in pairs)
     if same < len(ours) - max(1, len(ours) // 8):
-        raise SystemExit(f"only {same} of {len(ours)} rows are those of the reference engine: a bug, not a rounding")
+        raise SystemExit(f"only {same} of {len(ours)} rows equal the reference engine's: a bug, not rounding")
     return same
 
 
 def against_generate(name: str, pair: ModelPair, rows: int, sampling: Sampling, repeats: int) -> tuple[str, ...]:
-    """The student alone against transformers' generate, in seconds a written token: texts end where they end."""
+    """The student alone against transformers' generate, per written token, with texts that end by themselves."""
     prompts = prompts_for(pair, 3 * rows)
     engine = SpeculativeEngine(ModelPair(pair.student, tokenizer=pair.tokenizer), max_rows=rows)
     written: dict[str, int] = {}
@@ -148,7 +140,7 @@ def against_generate(name: str, pair: ModelPair, rows: int, sampling: Sampling, 
     theirs()
     torch.manual_seed(0)
     seconds = median_seconds({"generate": theirs, "ours": ours}, repeats)
-    # Each side draws its own texts, so their lengths differ: compare the time of a token.
+    # Each side draws its own texts, and their lengths differ, so only the time per token compares.
     per_token = {side: seconds[side] / written[side] for side in seconds}
     ratio = per_token["generate"] / per_token["ours"]
     return (
@@ -164,7 +156,7 @@ def against_generate(name: str, pair: ModelPair, rows: int, sampling: Sampling, 
 def price_of_the_teacher(
     name: str, pair: ModelPair, prompts: list[list[int]], policy: Policy, sampling: Sampling, repeats: int
 ) -> tuple[str, ...]:
-    """Switch against the student alone, and against the student's text scored afterwards in one teacher forward."""
+    """Switch against the student alone, and against the student's text scored afterward in one teacher forward."""
     engine = SpeculativeEngine(pair, max_rows=len(prompts))
 
     def student() -> list[Rollout]:
@@ -179,7 +171,7 @@ def price_of_the_teacher(
     def switch() -> list[Rollout]:
         return engine.generate(prompts, policy, sampling)
 
-    share = share_of(switch())
+    share = teacher_share_of(switch())
     scored()
     seconds = median_seconds({"switch": switch, "student": student, "scored": scored}, repeats)
     to_student, to_scored = seconds["switch"] / seconds["student"], seconds["switch"] / seconds["scored"]
@@ -197,7 +189,7 @@ def price_of_the_teacher(
 
 
 def run(plan: dict[str, dict[int, tuple[float, ...]]], new_tokens: int, repeats: int, console: Console) -> list[Report]:
-    """All three tables for the models of a plan."""
+    """The three tables for the models of a plan."""
     engines = Report(
         f"Against the reference engine, {new_tokens} new tokens",
         (
@@ -207,7 +199,7 @@ def run(plan: dict[str, dict[int, tuple[float, ...]]], new_tokens: int, repeats:
         [],
     )  # fmt: skip
     generate = Report(
-        f"The student alone against transformers' generate, up to {new_tokens} new tokens, a written token",
+        f"The student alone against transformers' generate, per written token, up to {new_tokens} new tokens",
         ("student of", "prompts", "generate", "ours", "times faster", "target"),
         [],
     )

@@ -1,9 +1,9 @@
-"""What a whole optimiser step takes, rollouts included: ours against TRL's DistillationTrainer.
+"""What a whole optimizer step takes, rollouts included: ours against TRL's DistillationTrainer.
 
     python benchmarks/step.py [--models demo 5M/40M] [--batch 8 32] [--blocks 2] [--write] [--quick]
 
-Every side trains its own copy of one student on the same prompts and response lengths, in float32, by AdamW, for reverse KL.
-The sides take turns in blocks of steps, the first two of which do not count. Leave the machine alone meanwhile.
+Each side trains its own copy of one student on the same prompts and response lengths: float32, AdamW, reverse KL. The sides
+take turns in blocks of steps; the first two steps of a block do not count. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ TRL, ON_POLICY, SWITCH = "TRL", "ours, on-policy", "ours, SWITCH"
 # Batch sizes by pair: about five minutes on two cores.
 PLAN: dict[str, tuple[int, ...]] = {DEMO: (8, 32), "5M/40M": (8, 32), "10M/120M": (8,)}
 QUICK: dict[str, tuple[int, ...]] = {"quick": (4,)}
-# Times TRL's time that are aimed at, at most.
+# The most that a step may take, as a multiple of TRL's time.
 TARGETS = {ON_POLICY: 0.8, SWITCH: 1.25}
 SHARE = 0.5
-# So small that a student stays what it was: the shares and lengths of the first step are those of the last.
+# So small that the student hardly changes: the shares and lengths of the first step are those of the last.
 LEARNING_RATE = 1e-7
 UNCOUNTED = 2
 
 
 @dataclass
 class Clock(TrainerCallback):
-    """When steps ended and what was logged; a step lasts from the end of the one before, so that nothing is left out."""
+    """When steps ended and what was logged. A step lasts from the end of the previous one, so that nothing is left out."""
 
     ends: list[float] = field(default_factory=list)
     logs: list[dict[str, float]] = field(default_factory=list)
@@ -61,14 +61,14 @@ class Clock(TrainerCallback):
             self.logs.append(logs)
 
     def seconds(self) -> list[float]:
-        """Of the steps that count."""
+        """The seconds of each step that counts."""
         ends = self.ends[UNCOUNTED - 1 :]
         return [after - before for before, after in pairwise(ends)]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every side is given."""
+    """What each side is given."""
 
     pair: ModelPair
     prompts: list[list[int]]
@@ -77,7 +77,7 @@ class Task:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What both trainers are told; a batch is all prompts, so that each step has the same."""
+        """The settings of both trainers. A batch is all prompts, so that all steps have the same."""
         return {
             "per_device_train_batch_size": len(self.prompts),
             "max_steps": self.steps,
@@ -94,7 +94,7 @@ class Task:
         }
 
     def student(self) -> PreTrainedModel:
-        """A copy that trains."""
+        """A copy of the student that trains."""
         student = copy.deepcopy(self.pair.student).requires_grad_(True)
         # A name would bring its tokenizer, and with it an end of text.
         student.name_or_path = ""
@@ -112,7 +112,7 @@ class Measured:
 
 
 def train_ours(task: Task, folder: str, measured: Measured, **settings: Any) -> None:
-    """A block of our steps."""
+    """Add a block of our steps to `measured`."""
     clock = Clock()
     trainer = SwitchTrainer(
         model=task.student(),
@@ -133,7 +133,7 @@ def train_ours(task: Task, folder: str, measured: Measured, **settings: Any) -> 
 
 
 def train_trl(task: Task, folder: str, measured: Measured) -> None:
-    """A block of TRL's steps, with its own generation by transformers."""
+    """Add a block of TRL's steps, with its own generation by transformers, to `measured`."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
@@ -186,7 +186,7 @@ def tokenizer_of_numbers(pair: ModelPair) -> Any:
 
 
 def measure(name: str, task: Task, policy: Switch, blocks: int) -> list[tuple[str, ...]]:
-    """A row for each side."""
+    """The rows of the table, one a side."""
     batch, wanted = len(task.prompts), len(task.prompts) * task.new_tokens
     sides: dict[str, Callable[[str, Measured], None]] = {
         ON_POLICY: lambda folder, measured: train_ours(task, folder, measured, method="gkd", student_share=1.0),

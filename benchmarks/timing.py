@@ -1,4 +1,4 @@
-"""How every benchmark here measures, and where it writes what it found."""
+"""How the benchmarks measure, and how they write their results."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import torch
 import transformers
 
 THREADS = 2
-TRL_MISSING = "TRL is not installed, so its side is left out; `pip install -e .[bench]` brings it."
+TRL_MISSING = "TRL is not installed, so its side is left out; install it with `pip install -e .[bench]`."
 
 
 def has_trl() -> bool:
-    """Whether TRL, the other side of some comparisons, is installed."""
+    """Whether TRL is installed, the other side of some comparisons."""
     return importlib.util.find_spec("trl") is not None
 
 
 def median_seconds(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median wall-clock seconds of each side, measured by turns so that the machine's moods fall on all alike."""
+    """The median wall-clock seconds of each side. The sides take turns, so that other load falls on all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
@@ -65,7 +65,7 @@ def _commit() -> str:
 
 
 def write_section(path: Path, name: str, text: str) -> None:
-    """Put `text` between the markers of section `name` in a Markdown file, which is made or added to where need be."""
+    """Put `text` between the markers of section `name` in a Markdown file; add the section or the file if it is missing."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     section = f"{start}\n{text.strip()}\n{end}"
     old = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"

@@ -18,7 +18,8 @@ import transformers.modeling_utils
 
 from runs import save, save_pair, switchkd, write_rows, write_run
 from switchkd.run.callbacks import read_log
-from switchkd.training.trainer import SwitchTrainer, last_complete_checkpoint
+from switchkd.training.checkpoints import last_complete_checkpoint
+from switchkd.training.trainer import SwitchTrainer
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 Refused = Callable[..., str]
@@ -318,26 +319,23 @@ def test_ctrl_c_outside_of_a_run(
         (["rollout", "--student", "{m}/student", "--policy", "student", "--prompt", " "], "empty prompt"),
         (
             ["rollout", "--student", "{m}/student", "--policy", "student", "--threshold", "1", "--prompt", "one"],
-            "threshold is 1.0, but policy 'student' takes no settings",
+            "threshold is 1, but policy 'student' takes no settings",
         ),
         (
-            [
-                "rollout",
-                "--student",
-                "{m}/student",
-                "--policy",
-                "interleave",
-                "--teacher-top-k",
-                "0",
-                "--prompt",
-                "one",
-            ],
-            "--teacher-top-k is 0; the teacher has to accept",
+            ["rollout", "--student", "{m}/student", "--policy", "interleave", "--keep-top-k=0", "--prompt", "one"],
+            "keep_top_k is 0; the teacher has to accept",
         ),
         (
-            ["rollout", "--student", "{m}/student", "--policy", "late", "--teacher-top-k", "3", "--prompt", "one"],
-            "--teacher-top-k is 3, but policy 'late' takes teacher_share",
+            ["rollout", "--student", "{m}/student", "--policy", "late", "--keep-top-k", "3", "--prompt", "one"],
+            "keep_top_k is 3, but policy 'late' takes teacher_share",
         ),
+        (
+            ["rollout", "--student", "{m}/student", "--thresold", "3", "--prompt", "one"],
+            "there is no option '--thresold'; did you mean '--threshold'?",
+        ),
+        (["rollout", "--student", "{m}/student", "--prompt", "one", "--threshold"], "option --threshold needs a value"),
+        (["rollout", "--student", "{m}/student", "--prompt", "one", "two"], "there is no option 'two'"),
+        (["calibrate", "--student", "a", "--teacher", "b", "--threshold", "1"], "is what calibrate finds"),
         (
             ["rollout", "--student", "{m}/student", "--policy", "student", "--prompt", "one", "--top-p", "2"],
             "top_p is 2",

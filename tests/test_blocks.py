@@ -1,4 +1,4 @@
-"""The block chooser: near the best size by measured costs, and never a size that it may not take."""
+"""The block chooser: near the best size by measured costs, and always within the room."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class World:
         return kept / (size * self.draft + self.verify(size))
 
     def run(self, chooser: BlockChooser, blocks: int, rng: Random, room: int = 256) -> list[int]:
-        """The sizes that the chooser takes, told after each block what it was."""
+        """The sizes that the chooser takes, with each block's cost reported to it."""
         sizes = []
         for _ in range(blocks):
             size = chooser.choose(room)
@@ -54,7 +54,7 @@ def test_finds_a_size_near_the_best(acceptance: float, base: float, slope: float
     best = max(world.kept_per_second(size) for size in range(1, 17))
     sizes = world.run(BlockChooser("auto", 256), 60, Random(0))
     reached = [world.kept_per_second(size) for size in sizes[-30:]]
-    # A block of two is the least it takes, and acceptance is measured on about 80 rows: within a tenth of the best.
+    # It takes blocks of at least two and measures acceptance on about 80 rows, hence within a tenth of the best.
     floor = min(best, max(world.kept_per_second(size) for size in range(2, 17)))
     assert sum(reached) / len(reached) > 0.9 * floor
 
@@ -68,9 +68,9 @@ def test_follows_a_change() -> None:
     assert max(again) < min(high)
 
 
-def test_a_dear_teacher_is_asked_less_often_than_a_cheap_one() -> None:
-    cheap, dear = (World(0.8, base=base).run(BlockChooser("auto", 256), 40, Random(2))[-1] for base in (1.0, 40.0))
-    assert cheap < dear
+def test_an_expensive_teacher_runs_less_often_than_a_cheap_one() -> None:
+    cheap, expensive = (World(0.8, base=base).run(BlockChooser("auto", 256), 40, Random(2))[-1] for base in (1.0, 40.0))
+    assert cheap < expensive
 
 
 @pytest.mark.parametrize("fixed", [1, 4, 16, 40])

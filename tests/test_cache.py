@@ -1,7 +1,11 @@
-"""The ragged cache: whatever was read, overwritten and moved before, a model's states are those without a cache."""
+"""The ragged cache: after any reading, overwriting and moving, a model's states are those without a cache."""
 
 from __future__ import annotations
 
+import gc
+import re
+import weakref
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,9 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from switchkd.models.heads import Head
-from switchkd.rollout.cache import CachedModel, why_not_ragged
-from tiny import VOCABULARY, tiny_model
+from switchkd.models.heads import Head, backbone
+from switchkd.records import Sampling
+from switchkd.rollout.cache import CachedModel, cache_mismatch, why_not_ragged
+from switchkd.rollout.policies import Teacher
+from switchkd.rollout.speculative import SpeculativeEngine
+from tiny import VOCABULARY, tiny_model, tiny_pair
 
 # Learned and rotary positions, and windows of 6 in all layers or in every second one.
 KINDS: dict[str, dict[str, Any]] = {
@@ -76,7 +83,7 @@ def test_any_order_of_reading_taking_back_and_moving(kind: str, data: st.DataObj
             texts[0] = texts[-1][:length]
         elif move == "drop" and len(texts) > 1:
             texts.pop()
-        elif move == "add" and len(texts) < reader.cache.rows:
+        elif move == "add" and len(texts) < reader.cache.shared.rows:
             texts.append([])
 
 
@@ -93,7 +100,7 @@ def test_a_prefix_read_elsewhere_is_continued(kind: str) -> None:
         assert_close(hidden[row], fresh(reader, text + more)[-2:])
 
 
-def test_memory_is_that_of_the_rows_and_slots_asked_for() -> None:
+def test_memory_is_that_of_the_given_rows_and_slots() -> None:
     reader = cached("llama", rows=3, slots=12)
     read(reader, [[5, 6, 7]], [0])
     read(reader, [[5, 6], [7, 8], [9, 10]], [3, 0, 0])
@@ -105,6 +112,28 @@ def test_memory_is_that_of_the_rows_and_slots_asked_for() -> None:
         assert layer.values is not None
         assert layer.keys.shape == layer.values.shape == expected
     assert reader.forwards == 2
+
+
+def test_keys_and_values_are_freed_when_generate_returns() -> None:
+    """By reference counting: on a GPU nothing triggers the collector of cycles before memory runs out."""
+    pair = tiny_pair("llama")
+    engine, seen = SpeculativeEngine(pair, 4), set()
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        for layer in kwargs["past_key_values"].layers:
+            seen.update((weakref.ref(layer.keys), weakref.ref(layer.values)))
+
+    hooks = [backbone(model).register_forward_hook(note, with_kwargs=True) for model in (pair.student, pair.teacher)]
+    gc.disable()
+    try:
+        engine.generate([[5, 6, 7], [8, 9]], Teacher(), Sampling(9))
+        alive = [tensor for tensor in seen if tensor() is not None]
+    finally:
+        gc.enable()
+        for hook in hooks:
+            hook.remove()
+    assert len(seen) == 2 * 2 * 2 * 2  # a prefill and a cache of two models, keys and values of two layers
+    assert not alive
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
@@ -120,6 +149,23 @@ def test_drafts_past_the_last_known_position_change_nothing_before_it(family: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_attention_models_can_be_ragged(kind: str) -> None:
     assert why_not_ragged(model_of(kind)) is None
+    assert cache_mismatch(cached(kind)) is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (lambda _, slot_AT, width: torch.ones(*slot_AT.shape, width, dtype=torch.bool)[:, None], "cache differ from"),
+        (lambda *_: {}["full_attention"], "does not take our cache and mask .KeyError"),
+    ],
+)
+def test_a_model_that_takes_the_mask_wrongly_is_found(
+    mask: Callable[..., Tensor], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CachedModel, "_mask", mask)
+    found = cache_mismatch(cached("llama"))
+    assert found is not None
+    assert re.search(reason, found)
 
 
 def test_models_that_cannot_take_a_token_back_say_why() -> None:

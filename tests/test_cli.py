@@ -19,6 +19,7 @@ from switchkd.records import FinishReason, Prompt, Rollout
 from switchkd.report.terminal import print_rollouts, rollout_text, visible, writer_runs
 from switchkd.rollout.policies import POLICIES
 from switchkd.run.callbacks import read_log
+from switchkd.settings.components import settings_of
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_methods_lists_all_and_shows_one(capsys: pytest.CaptureFixture[str]) -> 
     assert switchkd("methods", "gkd") == 0
     details = " ".join(capsys.readouterr().out.split())
     assert "arXiv 2306.13649" in details
-    assert "teacher_weight 0.1" in details
+    assert "divergence.teacher_weight 0.1" in details
 
 
 def test_train_leaves_a_run_that_others_read(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +155,7 @@ def test_greedy_interleaving_with_the_best_token_alone_is_the_teachers_text(mode
     pair = ("--student", models / "student", "--teacher", models / "teacher", "--output", output)
     call = ("rollout", *pair, "--prompt", "one two", "--max-new-tokens", "12", "--temperature", "0", "--policy")
     records = []
-    for policy in (("interleave", "--teacher-top-k", "1"), ("teacher",)):
+    for policy in (("interleave", "--keep-top-k", "1"), ("teacher",)):
         assert switchkd(*call, *policy) == 0
         records.append(json.loads(output.read_text()))
     assert records[0]["token_ids"] == records[1]["token_ids"]
@@ -165,6 +166,8 @@ def test_the_help_of_policy_names_every_policy(capsys: pytest.CaptureFixture[str
     assert switchkd("rollout", "--help") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in POLICIES)
+    settings = {key for policy in POLICIES.values() for key in settings_of(policy)}
+    assert all(f"--{key.replace('_', '-')}" in shown for key in settings)
 
 
 def test_a_student_alone_rolls_out_a_set_and_what_is_no_number_is_null(models: Path, tmp_path: Path) -> None:
@@ -260,7 +263,7 @@ def test_the_shown_text_is_the_decoded_one_in_runs_of_one_writer(llama_pair: Mod
     runs = list(writer_runs(rollout, tokenizer))
     assert [by_teacher for _, by_teacher in runs] == [False, True, False]
     assert "".join(run for run, _ in runs) == tokenizer.decode([7, 8, 9, 10])
-    marked = rollout_text(rollout, tokenizer, colour=False).plain
+    marked = rollout_text(rollout, tokenizer, color=False).plain
     assert "« two three»" in marked
 
 

@@ -49,11 +49,6 @@ def test_a_prompt_without_response_counts_nothing():
     assert batch.response_tokens == 0
 
 
-def test_width_is_rounded_up():
-    widths = [collate([example([1] * n, [2])], PAD, pad_to_multiple_of=8).input_ids_BT.shape[1] for n in (1, 7, 8)]
-    assert widths == [8, 8, 16]
-
-
 def test_no_sequences_are_refused():
     with pytest.raises(ValueError, match="no sequences"):
         collate([], PAD)
@@ -66,7 +61,7 @@ def test_teacher_hidden_is_in_the_order_of_the_counted_positions():
         rollout([1] * (r + 1), ids, [False] * len(ids), torch.tensor([[float(i), r, t] for t, i in enumerate(ids)]))
         for r, ids in enumerate(responses)
     ]
-    batch = collate(rollouts, PAD, pad_to_multiple_of=4)
+    batch = collate(rollouts, PAD)
     assert batch.teacher_hidden_NH.shape == (batch.response_tokens, HIDDEN)
     assert batch.teacher_hidden_NH[:, 0].tolist() == batch.input_ids_BT[batch.response_mask_BT].tolist()
 
@@ -88,10 +83,11 @@ def test_a_batch_moves_whole(hidden):
 ids = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 
 
-@given(st.lists(st.tuples(ids, st.lists(st.integers(0, 9), max_size=6)), min_size=1, max_size=5), st.integers(1, 5))
-def test_a_batch_says_what_its_sequences_say(pairs, multiple):
+@given(st.lists(st.tuples(ids, st.lists(st.integers(0, 9), max_size=6)), min_size=1, max_size=5))
+def test_a_batch_says_what_its_sequences_say(pairs):
     sequences = [example(prompt, response) for prompt, response in pairs]
-    batch = collate(sequences, PAD, pad_to_multiple_of=multiple)
+    batch = collate(sequences, PAD)
+    assert batch.input_ids_BT.shape[1] == max(len(prompt) + len(response) for prompt, response in pairs)
     for row, sequence in enumerate(sequences):
         there = batch.attention_mask_BT[row].bool()
         assert tuple(batch.input_ids_BT[row][there].tolist()) == sequence.prompt.token_ids + sequence.response_ids

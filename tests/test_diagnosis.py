@@ -9,7 +9,7 @@ import torch
 
 from switchkd.analysis import diagnosis
 from switchkd.analysis.diagnosis import diagnose
-from switchkd.distributions.divergences import jensen_shannon
+from switchkd.distributions.divergences import JensenShannon
 from switchkd.errors import UserError
 from switchkd.models.pair import ModelPair
 from switchkd.records import Sampling
@@ -30,7 +30,7 @@ def test_the_numbers_are_those_of_a_plain_forward(
     pair = tiny_pair(family, dtype=torch.float64)
     assert pair.teacher is not None
     # Chunks of 5 positions.
-    monkeypatch.setattr(diagnosis, "_NUMBERS", 5 * pair.vocabulary_size)
+    monkeypatch.setattr(diagnosis, "_LOGITS_AT_A_TIME", 5 * pair.vocabulary_size)
     texts = diagnose(pair, PROMPTS, sampling, switch=SWITCH, seed=3, engine=SpeculativeEngine(pair, block_size=4))
     policies: dict[str, Policy] = {"student": Student(), "switch": SWITCH, "teacher": Teacher()}
     assert texts.keys() == policies.keys()
@@ -47,7 +47,7 @@ def test_the_numbers_are_those_of_a_plain_forward(
             logp = teacher.log_softmax(-1)
             surprise = -logp[range(len(ids)), ids]
             entropy = torch.distributions.Categorical(logits=teacher).entropy()
-            divergence = jensen_shannon(*(diagnosis.shaped_logp(logits, sampling) for logits in (student, teacher)))
+            divergence = JensenShannon()(*(diagnosis.shaped_logp(logits, sampling) for logits in (student, teacher)))
             for t in range(len(ids)):
                 measures[t].append((float(surprise[: t + 1].mean()), float(divergence[t]), float(entropy[t])))
         text = texts[name]

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from switchkd.methods.config import SwitchConfig
 from switchkd.training.trainer import SwitchTrainer
-from test_trainer import EXAMPLES, TIMINGS, make_examples
 from tiny import tiny_pair
+from trainers import EXAMPLES, TIMINGS, make_examples
 
 METHODS: dict[str, dict[str, Any]] = {
     "switch": {"method": "switch"},
     "gkd": {"method": "gkd", "student_share": 0.5},
-    "auto": {"method": "switch", "threshold": "auto", "calibration_prompts": 12, "recalibrate_every": 2},
+    "auto": {"method": "switch", "threshold": {"name": "auto", "prompts": 12, "every": 2}},
     # Full after the first step: half of the second's sequences are replayed, from what either process wrote.
     "replay": {"method": "switch", "replay_capacity": 8},
     "distillm2": {"method": "distillm2"},

@@ -12,25 +12,25 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
-from checks.divergence import CHECKS, Reference, logp, random_logits
+from checks.divergence import CHECKS, Reference, divergence_named, logp, random_logits
 from reference.divergences import VALUES
-from switchkd.distributions.divergences import (
-    DIVERGENCE_SETTINGS,
-    DIVERGENCES,
-    _is_head,
-    divergence_named,
-    jensen_shannon,
-)
+from switchkd.distributions.divergences import DIVERGENCE, DIVERGENCES, JensenShannon, _is_head
 from switchkd.errors import UserError
+from switchkd.settings.components import settings_of
 
-# Away from the default on either side; powers may exceed 1.
-OTHER_VALUES = {name: (0.5, 1.5) if name.endswith("_power") else (0.1, 0.9) for name in DIVERGENCE_SETTINGS}
+DEFAULTS = {name: {key: each.default for key, each in settings_of(row).items()} for name, row in DIVERGENCES.items()}
+
+
+def other_values(setting: str) -> tuple[float, float]:
+    """Away from the default on either side; powers may exceed 1."""
+    return (0.5, 1.5) if setting.endswith("_power") else (0.1, 0.9)
+
 
 # Every row, at its defaults and with each setting away from them on either side.
 VARIANTS = [
-    pytest.param(name, dict(zip(row.settings, values, strict=True)), id="-".join([name, *map(str, values)]))
-    for name, row in DIVERGENCES.items()
-    for values in itertools.product(*({default, *OTHER_VALUES[key]} for key, default in row.settings.items()))
+    pytest.param(name, dict(zip(defaults, values, strict=True)), id="-".join([name, *map(str, values)]))
+    for name, defaults in DEFAULTS.items()
+    for values in itertools.product(*({default, *other_values(key)} for key, default in defaults.items()))
 ]
 
 
@@ -79,7 +79,7 @@ def test_jensen_shannon_is_finite_where_only_one_excludes(teacher_weight: float)
     assert (student_kept & ~teacher_kept).any()
     student = logp(student_logits.masked_fill(~student_kept, -torch.inf))
     teacher = logp(teacher_logits.masked_fill(~teacher_kept, -torch.inf))
-    value = jensen_shannon(student, teacher, teacher_weight=teacher_weight)
+    value = JensenShannon(teacher_weight)(student, teacher)
     expected = Reference.named("jensen_shannon", teacher_weight=teacher_weight).values(student, teacher)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)  # float64, 12 terms
     value.sum().backward()
@@ -94,22 +94,22 @@ def test_jensen_shannon_is_finite_where_only_one_excludes(teacher_weight: float)
 def test_jensen_shannon_is_bounded_by_the_entropy_of_its_weight_and_reaches_it(teacher_weight: float) -> None:
     bound = -sum(w * math.log(w) for w in (teacher_weight, 1 - teacher_weight))
     student, teacher = map(logp, random_logits((500, 7), scale=40))
-    values = jensen_shannon(student, teacher, teacher_weight=teacher_weight)
+    values = JensenShannon(teacher_weight)(student, teacher)
     assert values.max() <= bound + 1e-12
     disjoint = torch.eye(2, dtype=torch.float64).log()
-    reached = jensen_shannon(disjoint[0], disjoint[1], teacher_weight=teacher_weight)
+    reached = JensenShannon(teacher_weight)(disjoint[0], disjoint[1])
     assert float(reached) == pytest.approx(bound, rel=1e-12)
 
 
 def test_the_bound_at_equal_weights_is_ln_2() -> None:
     disjoint = torch.eye(2).log()
-    assert float(jensen_shannon(disjoint[0], disjoint[1])) <= math.log(2) + 1e-7  # one float32 rounding
+    assert float(JensenShannon()(disjoint[0], disjoint[1])) <= math.log(2) + 1e-7  # one float32 rounding
 
 
 def test_jensen_shannon_at_equal_weights_is_symmetric() -> None:
     student, teacher = map(logp, random_logits((20, 9)))
     torch.testing.assert_close(
-        jensen_shannon(student, teacher), jensen_shannon(teacher, student), rtol=1e-12, atol=1e-14
+        JensenShannon()(student, teacher), JensenShannon()(teacher, student), rtol=1e-12, atol=1e-14
     )
 
 
@@ -117,7 +117,7 @@ def test_jensen_shannon_is_continuous_in_its_weight_down_to_0_at_both_ends() -> 
     """A weight of 0.0001 is near weight 0, which is 0; it does not jump to a KL divergence."""
     student, teacher = map(logp, random_logits((20, 9)))
     for near_an_end in (1e-4, 1 - 1e-4):
-        value = jensen_shannon(student, teacher, teacher_weight=near_an_end)
+        value = JensenShannon(near_an_end)(student, teacher)
         # w (1 - w) times a divergence of the order of the two KLs, which are below 20 nats here.
         assert (value < 20 * 1e-4).all()
 
@@ -178,7 +178,7 @@ def test_known_pairs_mirror_each_other() -> None:
 @pytest.mark.parametrize("name", ["skewed_forward_kl", "skewed_reverse_kl"])
 @pytest.mark.parametrize("weight", [0.01, 0.1, 0.9])
 def test_a_skewed_kl_is_bounded_by_the_log_of_its_weight_and_reaches_it(name: str, weight: float) -> None:
-    (setting,) = DIVERGENCES[name].settings
+    (setting,) = DEFAULTS[name]
     divergence = divergence_named(name, **{setting: weight})
     disjoint = torch.eye(2, dtype=torch.float64).log()
     assert float(divergence(disjoint[0], disjoint[1])) == pytest.approx(-math.log(weight), rel=1e-12)
@@ -219,14 +219,14 @@ def test_a_weight_of_0_switches_an_infinite_kl_off_in_adaptive_kl() -> None:
 
 # --------------------------------------------------------------------------------------------- settings that are refused
 
-SETTINGS = [(name, setting) for name, row in DIVERGENCES.items() for setting in row.settings]
+SETTINGS = [(name, setting) for name, defaults in DEFAULTS.items() for setting in defaults]
 
 
 @pytest.mark.parametrize(("name", "setting"), SETTINGS)
 @pytest.mark.parametrize("value", [0.0, -0.1, math.inf, math.nan])
 def test_the_ends_of_a_setting_are_refused(name: str, setting: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"{setting} is {value}; it has to be "):
-        DIVERGENCES[name].function(*two_distributions(), **{setting: value})
+        DIVERGENCES[name](**{setting: value})
     with pytest.raises(UserError, match=setting):
         divergence_named(name, **{setting: value})
 
@@ -250,14 +250,15 @@ def test_a_name_has_to_be_exact_and_the_refusal_lists_the_choices(name: str) -> 
         assert choice in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", [name for name, row in DIVERGENCES.items() if not row.settings])
+@pytest.mark.parametrize("name", [name for name, defaults in DEFAULTS.items() if not defaults])
 def test_a_setting_that_a_divergence_does_not_take_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"teacher_weight is 0\.3"):
         divergence_named(name, teacher_weight=0.3)
-    divergence_named(name, teacher_weight=None)
 
 
-def test_a_setting_of_none_keeps_the_default() -> None:
-    student, teacher = map(logp, random_logits((4, 6)))
-    default = divergence_named("jensen_shannon", teacher_weight=None)(student, teacher)
-    assert torch.equal(default, jensen_shannon(student, teacher))
+@pytest.mark.parametrize(("name", "setting"), SETTINGS)
+def test_a_divergence_is_described_by_what_makes_it_again(name: str, setting: str) -> None:
+    made = divergence_named(name, **{setting: 0.35})
+    assert DIVERGENCE.describe(made) == {"name": name, **DEFAULTS[name], setting: 0.35}
+    assert DIVERGENCE.make(DIVERGENCE.describe(made)) == made
+    assert DIVERGENCE.make({setting: 0.35}, default=DIVERGENCES[name]()) == made

@@ -1,14 +1,17 @@
-"""The coupled draw: the teacher's token is drawn from the teacher, and is the proposal as often as any rule can make it."""
+"""The draws: both follow their laws, and the teacher's coupled token is the proposal as often as any rule can make it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
-from switchkd.distributions.draw import independent_token, student_proposal, teacher_token
-from switchkd.distributions.noise import Address, row_keys
+from switchkd.distributions import draw
+from switchkd.distributions.draw import Draft, student_proposal, written_tokens
+from switchkd.distributions.noise import Address, gumbel, row_keys
 from switchkd.records import Prompt
 
 # The chance that a right implementation fails a statistical test; on these fixed addresses it passes for good.
@@ -33,12 +36,30 @@ def addresses(count: int) -> Address:
     return Address(key.repeat_interleave(side), torch.arange(side).repeat(side))
 
 
-def draw(student: list[float], teacher: list[float], count: int = DRAWS) -> tuple[Tensor, Tensor]:
-    """Proposals and teacher's tokens at `count` addresses."""
-    address = addresses(count)
-    student_logp, teacher_logp = (torch.tensor(p).log().expand(len(address.key), len(p)) for p in (student, teacher))
-    proposal = student_proposal(student_logp, address, greedy=False)
-    return proposal, teacher_token(proposal, student_logp, teacher_logp, address, greedy=False)
+def drafted(student_logp: Tensor, address: Address, greedy: bool = False) -> Draft:
+    return Draft(student_proposal(student_logp, address, greedy=greedy), student_logp, address)
+
+
+def teacher_token(draft: Draft, teacher_logp: Tensor, *, greedy: bool = False, independent: bool = False) -> Tensor:
+    """The tokens of a teacher that writes everywhere."""
+    everywhere = torch.ones_like(draft.proposal, dtype=torch.bool)
+    return written_tokens(draft, teacher_logp, everywhere, greedy=greedy, independent=independent)[0]
+
+
+def proposal_and_token(
+    student: list[float], teacher: list[float], *, independent: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Proposals and teacher's tokens at `DRAWS` addresses."""
+    student_logp, teacher_logp = (torch.tensor(p).log().expand(DRAWS, len(p)) for p in (student, teacher))
+    draft = drafted(student_logp, addresses(DRAWS))
+    return draft.proposal, teacher_token(draft, teacher_logp, independent=independent)
+
+
+def random_logps(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two models' log-probabilities of that shape."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.log_softmax(torch.randn(shape, generator=generator) * 2, dim=-1) for _ in range(2))
+    return first, second
 
 
 def follows(tokens: Tensor, probabilities: Tensor) -> bool:
@@ -55,7 +76,7 @@ def follows(tokens: Tensor, probabilities: Tensor) -> bool:
 def test_the_proposal_is_drawn_from_the_student_and_the_token_from_the_teacher(
     student: list[float], teacher: list[float]
 ) -> None:
-    proposal, token = draw(student, teacher)
+    proposal, token = proposal_and_token(student, teacher)
     assert follows(proposal, torch.tensor(student))
     assert follows(token, torch.tensor(teacher))
 
@@ -70,7 +91,7 @@ def test_proposal_and_token_follow_the_joint_law_of_the_maximal_coupling(
     distance = (p_T - p_S).clamp(min=0).sum()
     if distance > 0:
         joint += torch.outer((p_S - p_T).clamp(min=0), (p_T - p_S).clamp(min=0)) / distance
-    proposal, token = draw(student, teacher)
+    proposal, token = proposal_and_token(student, teacher)
     assert follows(proposal * 5 + token, joint.flatten())
     agreed = int((proposal == token).sum())
     assert stats.binomtest(agreed, len(token), float(1 - distance)).pvalue > ALPHA
@@ -80,37 +101,47 @@ def test_proposal_and_token_follow_the_joint_law_of_the_maximal_coupling(
 def test_an_independent_token_follows_the_product_law_with_the_proposal(
     student: list[float], teacher: list[float]
 ) -> None:
-    proposal, _ = draw(student, teacher)
-    teacher_logp = torch.tensor(teacher).log().expand(len(proposal), 5)
-    token = independent_token(teacher_logp, addresses(DRAWS), greedy=False)
+    proposal, token = proposal_and_token(student, teacher, independent=True)
     assert follows(proposal * 5 + token, torch.outer(torch.tensor(student), torch.tensor(teacher)).flatten())
-    assert (independent_token(teacher_logp, addresses(DRAWS), greedy=True) == teacher.index(max(teacher))).all()
 
 
 def test_identical_distributions_never_replace() -> None:
     address = addresses(DRAWS)
     logits = torch.randn(len(address.key), 50, generator=torch.Generator().manual_seed(0)) * 3
     logp = torch.log_softmax(logits, dim=-1)
-    proposal = student_proposal(logp, address, greedy=False)
-    assert torch.equal(teacher_token(proposal, logp, logp, address, greedy=False), proposal)
+    draft = drafted(logp, address)
+    assert torch.equal(teacher_token(draft, logp), draft.proposal)
 
 
-def test_greedy_is_the_argmax_of_each() -> None:
-    address = addresses(400)
-    generator = torch.Generator().manual_seed(0)
-    student_logp, teacher_logp = (torch.log_softmax(torch.randn(400, 9, generator=generator), dim=-1) for _ in range(2))
-    proposal = student_proposal(student_logp, address, greedy=True)
-    assert torch.equal(proposal, student_logp.argmax(dim=-1))
-    token = teacher_token(proposal, student_logp, teacher_logp, address, greedy=True)
+@pytest.mark.parametrize("independent", [False, True])
+def test_greedy_is_the_argmax_of_each(independent: bool) -> None:
+    student_logp, teacher_logp = random_logps(400, 9)
+    draft = drafted(student_logp, addresses(400), greedy=True)
+    assert torch.equal(draft.proposal, student_logp.argmax(dim=-1))
+    token = teacher_token(draft, teacher_logp, greedy=True, independent=independent)
     assert torch.equal(token, teacher_logp.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("independent", [False, True])
+def test_where_the_student_writes_its_proposal_stands(independent: bool, greedy: bool) -> None:
+    student_logp, teacher_logp = random_logps(400, 9)
+    draft = drafted(student_logp, addresses(400), greedy=greedy)
+    by_teacher = torch.arange(400) % 3 == 0
+    token, replaced = written_tokens(draft, teacher_logp, by_teacher, greedy=greedy, independent=independent)
+    everywhere = teacher_token(draft, teacher_logp, greedy=greedy, independent=independent)
+    assert torch.equal(token, torch.where(by_teacher, everywhere, draft.proposal))
+    assert torch.equal(replaced, token != draft.proposal)
+    assert replaced.any()
+    assert (by_teacher & ~replaced).any()
 
 
 def test_a_proposal_that_the_teacher_excludes_is_always_replaced() -> None:
     address = addresses(DRAWS)
     student_logp = torch.tensor([0.9, 0.05, 0.05]).log().expand(DRAWS, 3)
     teacher_logp = torch.tensor([0.0, 0.5, 0.5]).log().expand(DRAWS, 3)
-    proposal = torch.zeros(DRAWS, dtype=torch.long)
-    assert (teacher_token(proposal, student_logp, teacher_logp, address, greedy=False) != proposal).all()
+    draft = Draft(torch.zeros(DRAWS, dtype=torch.long), student_logp, address)
+    assert (teacher_token(draft, teacher_logp) != draft.proposal).all()
 
 
 def test_a_proposal_that_the_teacher_excludes_is_replaced_though_its_share_is_lost_in_rounding() -> None:
@@ -118,38 +149,58 @@ def test_a_proposal_that_the_teacher_excludes_is_replaced_though_its_share_is_lo
     address = addresses(DRAWS)
     student_logp = torch.tensor([1e-12, 0.25, 0.75]).log().expand(DRAWS, 3)
     teacher_logp = torch.tensor([0.0, 0.25, 0.75]).log().expand(DRAWS, 3)
-    proposal = torch.zeros(DRAWS, dtype=torch.long)
-    token = teacher_token(proposal, student_logp, teacher_logp, address, greedy=False)
+    token = teacher_token(Draft(torch.zeros(DRAWS, dtype=torch.long), student_logp, address), teacher_logp)
     assert follows(token, teacher_logp[0].exp())
 
 
-def test_a_block_of_positions_is_drawn_as_its_positions_are() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student_logp, teacher_logp = (
-        torch.log_softmax(torch.randn(6, 5, 11, generator=generator) * 2, dim=-1) for _ in range(2)
-    )
-    key = row_keys(0, [Prompt((1,), prompt_id) for prompt_id in range(6)])
-    block = Address(key[:, None].expand(6, 5), torch.arange(5).expand(6, 5))
-    proposal = student_proposal(student_logp, block, greedy=False)
-    token = teacher_token(proposal, student_logp, teacher_logp, block, greedy=False)
-    assert (token != proposal).any()
+def block_address(rows: int, positions: int) -> Address:
+    key = row_keys(0, [Prompt((1,), prompt_id) for prompt_id in range(rows)])
+    return Address(key[:, None].expand(rows, positions), torch.arange(positions).expand(rows, positions))
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("independent", [False, True])
+def test_a_block_is_drawn_as_its_positions_are_up_to_the_first_replaced(independent: bool, greedy: bool) -> None:
+    student_logp, teacher_logp = random_logps(60, 5, 11)
+    # Nearer to the student than another random distribution, so that blocks end at every place, and not at all.
+    teacher_logp = torch.log_softmax(student_logp + 0.3 * teacher_logp, dim=-1)
+    draft = drafted(student_logp, block_address(60, 5), greedy=greedy)
+    by_teacher = torch.rand(60, 5, generator=torch.Generator().manual_seed(2)) < 0.6
+    token, replaced = written_tokens(draft, teacher_logp, by_teacher, greedy=greedy, independent=independent)
+    alone, alone_replaced = torch.empty_like(token), torch.empty_like(replaced)
     for column in range(5):
-        address = Address(key, torch.full_like(key, column))
-        alone = student_proposal(student_logp[:, column], address, greedy=False)
-        assert torch.equal(alone, proposal[:, column])
-        coupled = teacher_token(alone, student_logp[:, column], teacher_logp[:, column], address, greedy=False)
-        assert torch.equal(coupled, token[:, column])
+        at = (slice(None), column)
+        single = drafted(student_logp[at], draft.address.at(at), greedy=greedy)
+        assert torch.equal(single.proposal, draft.proposal[at])
+        alone[at], alone_replaced[at] = written_tokens(
+            single, teacher_logp[at], by_teacher[at], greedy=greedy, independent=independent
+        )
+    counted = alone_replaced.cumsum(dim=1) - alone_replaced.long() == 0
+    assert torch.equal(token[counted], alone[counted])
+    assert torch.equal(replaced[counted], alone_replaced[counted])
+    assert set(counted.sum(dim=1).tolist()) == {1, 2, 3, 4, 5}
+
+
+def test_no_noise_is_made_for_tokens_that_are_kept_or_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counting(address: Address, *arguments: Any) -> Tensor:
+        made.append(address.key.numel())
+        return gumbel(address, *arguments)
+
+    student_logp, teacher_logp = random_logps(6, 5, 11)
+    draft = drafted(student_logp, block_address(6, 5))
+    monkeypatch.setattr(draw, "gumbel", counting)
+    assert torch.equal(teacher_token(draft, student_logp), draft.proposal)
+    assert made == []
+    token = teacher_token(draft, teacher_logp)
+    assert made == [int((token != draft.proposal).any(dim=1).sum())] == [6]
 
 
 def test_a_row_is_drawn_the_same_alone_and_beside_others() -> None:
-    address = addresses(100)
-    generator = torch.Generator().manual_seed(1)
-    student_logp, teacher_logp = (
-        torch.log_softmax(torch.randn(100, 11, generator=generator) * 2, dim=-1) for _ in range(2)
-    )
-    proposal = student_proposal(student_logp, address, greedy=False)
-    token = teacher_token(proposal, student_logp, teacher_logp, address, greedy=False)
+    student_logp, teacher_logp = random_logps(100, 11, seed=1)
+    draft = drafted(student_logp, addresses(100))
+    token = teacher_token(draft, teacher_logp)
     for row in range(100):
-        one = torch.tensor([row])
-        alone = teacher_token(proposal[one], student_logp[one], teacher_logp[one], address.at(one), greedy=False)
-        assert torch.equal(alone, token[one])
+        single = slice(row, row + 1)
+        assert torch.equal(teacher_token(draft.rows(single), teacher_logp[single]), token[single])

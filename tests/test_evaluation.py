@@ -1,6 +1,5 @@
 import json
 import math
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from switchkd.data.rows import read_rows, to_examples
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import generate_answers
-from switchkd.evaluation.score import SEEDS, evaluate, exact_match, rouge_l
+from switchkd.evaluation.score import SEEDS, EvaluationSettings, evaluate, exact_match, rouge_l
 from switchkd.records import FinishReason, Rollout, Sampling
 from switchkd.rollout.policies import Student
 
@@ -47,7 +46,8 @@ class Parrot:
             reason = FinishReason.END_OF_TEXT if ended else FinishReason.LENGTH
             nothing = (math.nan,) * len(ids)
             rollouts.append(Rollout(prompt, ids, (False,) * len(ids), nothing, nothing, nothing, nothing, reason))
-            on_progress(len(rollouts))
+            if on_progress:
+                on_progress(len(rollouts))
         return rollouts
 
 
@@ -55,7 +55,7 @@ def rows_of(*answers, **columns):
     return read_rows([{"prompt": f"say {answer}", "completion": answer, **columns} for answer in answers])
 
 
-# ---------------------------------------------------------------- the two measures
+# ------ the two measures
 
 
 def test_rouge_l_by_hand():
@@ -108,7 +108,7 @@ def test_rouge_l_is_the_definition_and_the_maximum_over_references(answer, refer
     assert rouge_l(" ".join(answer), [" ".join(one) for one in references]) == pytest.approx(max(scores), rel=1e-12)
 
 
-# ---------------------------------------------------------------- answers
+# ------ answers
 
 
 def examples_of(rows, tokenizer):
@@ -119,20 +119,12 @@ def examples_of(rows, tokenizer):
 def test_answers_come_in_the_order_of_the_examples(tokenizer):
     rows = rows_of("one", "one two three", "red", "one two", "blue")
     engine, told = Parrot(tokenizer), []
-    answers = generate_answers(
-        engine,
-        tokenizer,
-        examples_of(rows, tokenizer),
-        sampling=ONCE,
-        seeds=(3,),
-        batch_size=2,
-        on_progress=told.append,
-    )
+    answers = generate_answers(engine, tokenizer, examples_of(rows, tokenizer), ONCE, 3, told.append)
     assert [answer.text for answer in answers] == [row.columns["completion"] for row in rows]
     assert [answer.prompt_id for answer in answers] == [0, 1, 2, 3, 4]
-    assert engine.calls == [(2, Student(), ONCE, 3), (2, Student(), ONCE, 3), (1, Student(), ONCE, 3)]
-    assert told[-1] == 5
-    assert all(earlier <= later for earlier, later in pairwise(told))
+    # One call: the engine fills the places of finished rows itself.
+    assert engine.calls == [(5, Student(), ONCE, 3)]
+    assert told == [1, 2, 3, 4, 5]
 
 
 def test_the_end_token_is_counted_but_not_in_the_text(tokenizer):
@@ -143,29 +135,36 @@ def test_the_end_token_is_counted_but_not_in_the_text(tokenizer):
         (3, "one two three", 3, FinishReason.LENGTH),
         (2, "one two", 2, FinishReason.LENGTH),
     ):
-        (answer,) = generate_answers(
-            Parrot(tokenizer), tokenizer, [example], sampling=Sampling(limit), seeds=(0,), batch_size=1
-        )
+        (answer,) = generate_answers(Parrot(tokenizer), tokenizer, [example], Sampling(limit), 0)
         assert (answer.text, answer.tokens, answer.finish_reason) == (text, tokens, reason)
 
 
 def test_an_end_token_that_the_tokenizer_does_not_know_as_one_is_left_out_too(tokenizer):
     engine = Parrot(tokenizer, end="stop")
-    (answer,) = generate_answers(
-        engine, tokenizer, examples_of(rows_of("one"), tokenizer), sampling=ONCE, seeds=(0,), batch_size=1
-    )
+    (answer,) = generate_answers(engine, tokenizer, examples_of(rows_of("one"), tokenizer), ONCE, 0)
     assert (answer.text, answer.tokens) == ("one", 2)
 
 
 def test_special_tokens_inside_an_answer_are_not_text(tokenizer):
     engine = Parrot(tokenizer, lambda prompt, seed: "one <|end|> two", end="stop")
-    (answer,) = generate_answers(
-        engine, tokenizer, examples_of(rows_of("one"), tokenizer), sampling=ONCE, seeds=(0,), batch_size=1
-    )
+    (answer,) = generate_answers(engine, tokenizer, examples_of(rows_of("one"), tokenizer), ONCE, 0)
     assert answer.text == "one two"
 
 
-# ---------------------------------------------------------------- evaluations
+# ------ evaluations
+
+
+def evaluated(engine, tokenizer, sets, out_folder=None, show_progress=False, **settings):
+    settings = EvaluationSettings(**settings)
+    return evaluate(
+        engine,
+        tokenizer,
+        sets,
+        model_name="tiny",
+        settings=settings,
+        out_folder=out_folder,
+        show_progress=show_progress,
+    )
 
 
 def right_on_seed_10(prompt, seed):
@@ -173,10 +172,8 @@ def right_on_seed_10(prompt, seed):
 
 
 def test_mean_and_deviation_over_seeds(tokenizer):
-    result = evaluate(
-        Parrot(tokenizer, right_on_seed_10), tokenizer, {"x": rows_of("one two", "red")}, model_name="m",
-        sampling=ONCE, seeds=(10, 20),
-    ).sets["x"].overall  # fmt: skip
+    engine, rows = Parrot(tokenizer, right_on_seed_10), rows_of("one two", "red")
+    result = evaluated(engine, tokenizer, {"x": rows}, sampling=ONCE, seeds=(10, 20)).sets["x"].overall
     assert result.rows == 2
     assert result.per_seed[10].exact_match == result.per_seed[10].rouge_l == 100
     assert result.per_seed[20].exact_match == result.per_seed[20].rouge_l == 0
@@ -194,25 +191,21 @@ def test_buckets_are_scored_each_for_itself(tokenizer):
             for answer in ("one", "red", "one two three")
         ]
     )
-    result = evaluate(
-        Parrot(tokenizer), tokenizer, {"world": rows}, model_name="m", sampling=Sampling(2), seeds=(1,)
-    ).sets["world"]
+    result = evaluated(Parrot(tokenizer), tokenizer, {"world": rows}, sampling=Sampling(2), seeds=(1,)).sets["world"]
     assert {name: (one.rows, one.mean.exact_match, one.mean.ended_share) for name, one in result.by_bucket.items()} == {
         "short": (2, 100, 1),
         "long": (1, 0, 0),
     }
     assert result.overall.mean.exact_match == pytest.approx(200 / 3, rel=1e-12)
     assert result.overall.deviation is None
-    assert evaluate(Parrot(tokenizer), tokenizer, {"x": rows_of("one")}, model_name="m").sets["x"].by_bucket == {}
+    assert evaluated(Parrot(tokenizer), tokenizer, {"x": rows_of("one")}).sets["x"].by_bucket == {}
 
 
 def test_what_is_written_is_what_is_returned(tokenizer, tmp_path):
     sampling = Sampling(max_new_tokens=8, top_p=0.9)
     folder = tmp_path / "new" / "run"
-    evaluation = evaluate(
-        Parrot(tokenizer, right_on_seed_10), tokenizer, {"owner/x:test": rows_of("one two", "red")}, model_name="tiny",
-        sampling=sampling, seeds=(10, 20), out_folder=folder,
-    )  # fmt: skip
+    engine, sets = Parrot(tokenizer, right_on_seed_10), {"owner/x:test": rows_of("one two", "red")}
+    evaluation = evaluated(engine, tokenizer, sets, folder, sampling=sampling, seeds=(10, 20))
     assert {path.name for path in folder.iterdir()} == {"eval.json", "answers_owner_x_test.jsonl"}
 
     saved = json.loads((folder / "eval.json").read_text())
@@ -236,7 +229,7 @@ def test_what_is_written_is_what_is_returned(tokenizer, tmp_path):
 
 def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer):
     rows = read_rows([{"prompt": "say " * 9, "completion": "one"}, {"prompt": "say two", "completion": "two"}])
-    result = evaluate(Parrot(tokenizer), tokenizer, {"x": rows}, model_name="m", seeds=(1,), max_prompt_tokens=8)
+    result = evaluated(Parrot(tokenizer), tokenizer, {"x": rows}, seeds=(1,), max_prompt_tokens=8)
     assert [(bad.where, bad.reason) for bad in result.sets["x"].skipped] == [
         ("row 0", "the prompt has 9 tokens; the limit is 8")
     ]
@@ -247,10 +240,10 @@ def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer):
 def test_nothing_is_generated_when_one_set_has_no_row_to_use(tokenizer):
     engine = Parrot(tokenizer)
     with pytest.raises(UserError, match="No row is left"):
-        evaluate(engine, tokenizer, {"x": rows_of("one"), "y": read_rows([{"prompt": "say"}])}, model_name="m")
-    with pytest.raises(UserError, match="seeds is empty"):
-        evaluate(engine, tokenizer, {"x": rows_of("one")}, model_name="m", seeds=())
+        evaluated(engine, tokenizer, {"x": rows_of("one"), "y": read_rows([{"prompt": "say"}])})
     assert engine.calls == []
+    with pytest.raises(UserError, match="seeds is empty"):
+        EvaluationSettings(seeds=())
 
 
 @pytest.mark.parametrize(
@@ -258,23 +251,13 @@ def test_nothing_is_generated_when_one_set_has_no_row_to_use(tokenizer):
 )
 def test_seeds_are_used_once_and_greedy_decoding_needs_one(tokenizer, temperature, seeds, used):
     engine = Parrot(tokenizer)
-    evaluation = evaluate(
-        engine, tokenizer, {"x": rows_of("one")}, model_name="m", sampling=Sampling(8, temperature), seeds=seeds
-    )
+    evaluation = evaluated(engine, tokenizer, {"x": rows_of("one")}, sampling=Sampling(8, temperature), seeds=seeds)
     assert evaluation.seeds == used == tuple(seed for *_, seed in engine.calls)
 
 
-def test_limit_keeps_the_first_rows(tokenizer):
-    rows = rows_of("one", "two", "red")
-    result = evaluate(Parrot(tokenizer), tokenizer, {"x": rows}, model_name="m", seeds=(1,), limit=2)
-    assert result.sets["x"].overall.rows == 2
-
-
 def test_the_table_shows_sets_buckets_and_deviations(tokenizer):
-    evaluation = evaluate(
-        Parrot(tokenizer, right_on_seed_10), tokenizer, {"x": rows_of("one", bucket="short")}, model_name="tiny",
-        sampling=ONCE, seeds=(10, 20),
-    )  # fmt: skip
+    engine, rows = Parrot(tokenizer, right_on_seed_10), rows_of("one", bucket="short")
+    evaluation = evaluated(engine, tokenizer, {"x": rows}, sampling=ONCE, seeds=(10, 20))
     console = Console(width=120, record=True, file=None, quiet=False)
     with console.capture() as captured:
         console.print(evaluation.table())
@@ -286,7 +269,7 @@ def test_the_table_shows_sets_buckets_and_deviations(tokenizer):
 
 def test_the_progress_bar_counts_all_answers(tokenizer, capsys):
     sets = {"x": rows_of("one", "two"), "y": rows_of("red")}
-    evaluate(Parrot(tokenizer), tokenizer, sets, model_name="m", seeds=(1, 2), show_progress=True)
+    evaluated(Parrot(tokenizer), tokenizer, sets, seeds=(1, 2), show_progress=True)
     assert "6/6" in capsys.readouterr().out
-    evaluate(Parrot(tokenizer), tokenizer, sets, model_name="m", seeds=(1, 2))
+    evaluated(Parrot(tokenizer), tokenizer, sets, seeds=(1, 2))
     assert capsys.readouterr().out == ""

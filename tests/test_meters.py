@@ -32,7 +32,7 @@ def test_what_was_not_seen_is_left_out_and_a_zero_is_not() -> None:
     assert meters.drain(alone) == {"seen": 1.5, "zero": 0.0}
 
 
-def test_draining_starts_anew() -> None:
+def test_draining_starts_from_nothing() -> None:
     meters = Meters(["loss"])
     meters.add("loss", 6, 1)
     meters.drain(alone)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +13,25 @@ from typing import Any
 import pytest
 import torch
 
-from switchkd.distributions.divergences import DIVERGENCES, divergence_named
+from switchkd.distributions.divergences import (
+    DIVERGENCES,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+)
 from switchkd.errors import UserError
-from switchkd.methods.config import SwitchConfig
-from switchkd.methods.plan import Plan, plan_of
-from switchkd.methods.table import METHODS, ROW_SETTINGS, method_named
-from switchkd.report.methods_page import methods_page
-from switchkd.report.terminal import settings_of
-from switchkd.rollout.policies import Early, Interleave, Late, Mix, Student, Switch
+from switchkd.methods.config import HEADLINE, MOVED, SwitchConfig
+from switchkd.methods.plan import AutoThreshold, Plan
+from switchkd.methods.table import METHOD, METHODS, REPLACEABLE, Method
+from switchkd.report.methods_page import method_settings, methods_page
+from switchkd.rollout.policies import POLICIES, POLICY, Early, Interleave, Late, Mix, Student, Switch
+from switchkd.settings.components import settings_of
 
 
 def plan(**settings: Any) -> Plan:
-    return plan_of(SwitchConfig(output_dir="unused", **settings))
+    return SwitchConfig(output_dir="unused", **settings).plan
 
 
 def divergence_in_force(settings: dict[str, Any]) -> torch.Tensor:
@@ -62,34 +72,32 @@ def test_every_row_says_what_it_is_and_makes_a_plan(name: str) -> None:
     assert row.source
     assert row.departs
     made = plan(method=name)
-    assert (made.objective.divergence is not None) == (row.divergence is not None)
+    assert made.objective.divergence == row.divergence
     assert made.needs_teacher == (name != "sft")
     assert made.objective.divergence is not None or made.objective.cross_entropy_weight > 0
 
 
 def test_the_divergence_can_be_replaced_in_every_method() -> None:
-    expected = divergence_named("reverse_kl")
     for name in METHODS:
-        assert plan(method=name, divergence="reverse_kl").objective.divergence is expected
+        for given in ("reverse_kl", {"name": "reverse_kl"}, ReverseKL()):
+            assert plan(method=name, divergence=given).objective.divergence == ReverseKL()
 
 
-def test_the_rows_own_weight_stays_with_the_rows_own_divergence() -> None:
-    own = divergence_in_force({"method": "gkd"})
-    assert own == divergence_in_force({"method": "gkd", "teacher_weight": 0.1})
-    assert own != divergence_in_force({"method": "gkd", "teacher_weight": 0.5})
-    assert divergence_in_force({"method": "gkd", "divergence": "forward_kl"}) == divergence_in_force({"method": "kd"})
-    # Where another method takes that divergence, the divergence's own default holds.
-    even = divergence_in_force({"method": "gkd", "teacher_weight": 0.5})
-    assert divergence_in_force({"method": "kd", "divergence": "jensen_shannon"}) == even
-    assert divergence_in_force({"method": "kd", "divergence": "jensen_shannon", "teacher_weight": 0.1}) == own
+def test_settings_without_a_name_change_the_rows_own_part_and_a_name_starts_from_its_defaults() -> None:
+    assert plan(method="gkd").objective.divergence == JensenShannon(0.1)
+    assert plan(method="gkd", divergence={"teacher_weight": 0.5}).objective.divergence == JensenShannon(0.5)
+    assert plan(method="gkd", divergence="jensen_shannon").objective.divergence == JensenShannon(0.5)
+    assert plan(method="gkd", divergence="forward_kl").objective.divergence == ForwardKL()
+    named = {"name": "jensen_shannon", "teacher_weight": "2e-1"}
+    assert plan(method="kd", divergence=named).objective.divergence == JensenShannon(0.2)
+    assert plan(method="minillm", policy={"teacher_share": 0.4}).policy == Mix(0.4)
+    assert plan(method="minillm", policy={"name": "late"}).policy == Late(0.2)
 
 
-@pytest.mark.parametrize(
-    ("name", "setting"), [(name, key) for name, row in DIVERGENCES.items() for key in row.settings]
-)
+@pytest.mark.parametrize(("name", "setting"), [(n, key) for n, row in DIVERGENCES.items() for key in settings_of(row)])
 def test_every_setting_of_every_divergence_is_in_force(name: str, setting: str) -> None:
-    given = {"method": "kd", "divergence": name, setting: 0.35}
-    expected = divergence_named(name, **{setting: 0.35})
+    given = {"method": "kd", "divergence": {"name": name, setting: 0.35}}
+    expected = DIVERGENCES[name](**{setting: 0.35})
     assert divergence_in_force(given) == expected(STUDENT_LOGP, TEACHER_LOGP)
     # At the default of 0.5 the head of these two is the same as at 0.35.
     assert setting == "head_mass" or divergence_in_force(given) != divergence_in_force(
@@ -97,18 +105,27 @@ def test_every_setting_of_every_divergence_is_in_force(name: str, setting: str) 
     )
 
 
+@pytest.mark.parametrize(("name", "setting"), [(n, key) for n, row in POLICIES.items() for key in settings_of(row)])
+def test_every_setting_of_every_policy_is_in_force(name: str, setting: str) -> None:
+    other = {"decay": "linear", "keep_top_k": 3, "window": 3}.get(setting, 0.35)
+    policy = plan(method="switch", policy={"name": name, setting: other}).policy
+    assert type(policy) is POLICIES[name]
+    assert getattr(policy, setting) == other != getattr(POLICIES[name](), setting)
+
+
 # What replaces each setting of a row or a policy, and where it arrives.
 REPLACED: dict[str, tuple[dict[str, Any], Callable[[Plan], Any]]] = {
-    "keep_top_k": ({"method": "skd", "keep_top_k": 3}, lambda made: made.policy.keep_top_k),
-    "factor": ({"method": "adaswitch", "factor": 3.5}, lambda made: made.policy.factor),
-    "window": ({"method": "adaswitch", "window": 5}, lambda made: made.policy.window),
-    "teacher_share": ({"method": "minillm", "teacher_share": 0.4}, lambda made: made.policy.teacher_share),
     "long_term_weight": ({"method": "minillm", "long_term_weight": 0.5}, lambda made: made.objective.long_term_weight),
     "teacher_text_share": ({"method": "gkd", "teacher_text_share": 0.25}, lambda made: made.teacher_text_share),
     "share_rise": ({"method": "distillm", "share_rise": 0.2}, lambda made: made.share_rise),
     "replay_capacity": ({"method": "switch", "replay_capacity": 7}, lambda made: made.replay_capacity),
     "replay_share": ({"method": "distillm", "replay_share": 0.75}, lambda made: made.replay_share),
     "teacher_text": ({"method": "seqkd", "teacher_text": "there.jsonl"}, lambda made: str(made.teacher_text)),
+    "cross_entropy_weight": (
+        {"method": "kd", "cross_entropy_weight": 0.25},
+        lambda made: made.objective.cross_entropy_weight,
+    ),
+    "student_share": ({"method": "gkd", "student_share": 0.25}, lambda made: made.rollout_share),
 }
 
 
@@ -130,16 +147,18 @@ def test_rows_bring_their_own_settings() -> None:
 
 
 def test_the_teachers_text_has_a_divergence_of_its_own() -> None:
-    objective = plan(method="distillm2", teacher_weight=0.2, student_weight=0.3).objective
+    objective = plan(
+        method="distillm2", divergence={"student_weight": 0.3}, teacher_text_divergence={"teacher_weight": 0.2}
+    ).objective
     assert objective.divergence is not None
     student, teacher = STUDENT_LOGP.expand(2, 3), TEACHER_LOGP.expand(2, 3)
     by_student, by_teacher = objective.divergence_by_writer(student, teacher, torch.tensor([False, True]))
-    assert by_student == divergence_named("skewed_reverse_kl", student_weight=0.3)(STUDENT_LOGP, TEACHER_LOGP)
-    assert by_teacher == divergence_named("skewed_forward_kl", teacher_weight=0.2)(STUDENT_LOGP, TEACHER_LOGP)
+    assert by_student == SkewedReverseKL(0.3)(STUDENT_LOGP, TEACHER_LOGP)
+    assert by_teacher == SkewedForwardKL(0.2)(STUDENT_LOGP, TEACHER_LOGP)
     mixed = plan(method="switch", teacher_text_divergence="reverse_kl").objective
     by_student, by_teacher = mixed.divergence_by_writer(student, teacher, torch.tensor([False, True]))
-    assert by_student == divergence_named("forward_kl")(STUDENT_LOGP, TEACHER_LOGP)
-    assert by_teacher == divergence_named("reverse_kl")(STUDENT_LOGP, TEACHER_LOGP)
+    assert by_student == ForwardKL()(STUDENT_LOGP, TEACHER_LOGP)
+    assert by_teacher == ReverseKL()(STUDENT_LOGP, TEACHER_LOGP)
 
 
 def test_settings_of_the_loss_are_in_force() -> None:
@@ -161,6 +180,45 @@ def test_settings_of_the_policy_are_in_force() -> None:
         0.2, decay_rate=0.01, decay="linear"
     )
     assert plan(method="switch", final_fraction=0.5).policy == Switch(0.3, final_fraction=0.5)
+    whole = Switch(threshold=0.2, decay_rate=0.01)
+    assert (
+        plan(method="switch", policy=whole).policy
+        == plan(policy={"threshold": 0.2, "decay_rate": 0.01}).policy
+        == whole
+    )
+    # The stages of a run share them.
+    assert plan(method="gkd", threshold=0.2).policy == Student()
+
+
+def test_auto_is_an_object_from_the_start() -> None:
+    assert plan().auto_threshold is None
+    found = AutoThreshold(teacher_share=0.1, every=50)
+    for given in (found, {"teacher_share": 0.1, "every": 50}, {"name": "auto", "teacher_share": "1e-1", "every": 50}):
+        assert plan(threshold=given).auto_threshold == found
+    assert plan(threshold="auto", decay="linear").auto_threshold == AutoThreshold()
+    assert plan(threshold="auto", decay="linear").policy == Switch(decay="linear")
+    assert plan(method="gkd", threshold="auto").auto_threshold is None
+
+
+def test_a_configuration_is_written_as_what_it_was_made_of() -> None:
+    config = SwitchConfig(output_dir="unused", policy=Mix(0.4), divergence=JensenShannon(0.3))
+    written = json.loads(config.to_json_string())
+    assert written["policy"] == {"name": "mix", "teacher_share": 0.4}
+    assert written["divergence"] == {"name": "jensen_shannon", "teacher_weight": 0.3}
+    assert copy.deepcopy(config).plan == config.plan
+    assert dataclasses.replace(config, divergence=None).plan.objective.divergence == ForwardKL()
+
+
+@pytest.mark.parametrize("key", MOVED)
+def test_a_setting_that_moved_names_its_new_place(key: str) -> None:
+    with pytest.raises(UserError, match=f"{key} is now a setting of the .*--set {MOVED[key]}="):
+        SwitchConfig(output_dir="unused", **{key: 1})
+
+
+def test_everything_of_one_part_has_left_the_flat_list() -> None:
+    flat = {each.name for each in dataclasses.fields(SwitchConfig)}
+    parts = [*POLICIES.values(), *DIVERGENCES.values()]
+    assert {key for part in parts for key in settings_of(part)} & flat == set(HEADLINE)
 
 
 @pytest.mark.parametrize(
@@ -173,31 +231,45 @@ def test_settings_of_the_policy_are_in_force() -> None:
         ({"method": "sft", "student_share": 0.0}, "student_share is 0.0, but method 'sft'"),
         ({"method": "gkd", "student_share": 1.5}, "student_share is 1.5; .* from 0 to 1"),
         ({"method": "gkd", "student_share": -0.1}, "student_share is -0.1"),
+        ({"method": "gkd", "divergence": "js"}, "no divergence named 'js'"),
         (
-            {"method": "kd", "teacher_weight": 0.5},
+            {"method": "kd", "divergence": {"teacher_weight": 0.5}},
             "teacher_weight is 0.5, but divergence 'forward_kl' takes no settings",
         ),
-        ({"method": "sft", "teacher_weight": 0.5}, "teacher_weight is 0.5, but method 'sft' has no divergence"),
         (
-            {"method": "gkd", "student_weight": 0.5},
-            "student_weight is 0.5, but divergence 'jensen_shannon' takes teacher_weight; leave student_weight out",
+            {"method": "sft", "divergence": {"teacher_weight": 0.5}},
+            "divergence is .*; give it a name, one of forward_kl",
         ),
-        ({"method": "sft", "head_mass": 0.5}, "head_mass is 0.5, but method 'sft' has no divergence"),
-        ({"divergence": "alpha_beta", "teacher_power": 0.0}, "teacher_power is 0.0; it has to be positive"),
-        ({"method": "gkd", "teacher_weight": 0.0}, "teacher_weight is 0.0; it has to be strictly between 0 and 1"),
-        ({"method": "gkd", "teacher_weight": 1.0}, "teacher_weight is 1.0"),
-        ({"method": "skd", "keep_top_k": 0}, "keep_top_k is 0; .* at least its 1 best"),
-        ({"method": "kd", "train_on": "student"}, "train_on is 'student'.* act on rollouts, but method 'kd' has none"),
-        ({"method": "seqkd", "train_on": "teacher"}, "act on rollouts, but method 'seqkd' has none here"),
+        (
+            {"method": "gkd", "divergence": {"student_weight": 0.5}},
+            "student_weight is 0.5, but divergence 'jensen_shannon' takes teacher_weight; leave it out",
+        ),
+        ({"divergence": {"name": "alpha_beta", "teacher_power": 0.0}}, "teacher_power is 0.0; it has to be positive"),
+        ({"divergence": {"name": "alpha_beta", "teacher_power": "x"}}, "divergence.teacher_power is 'x'; .* a number"),
+        (
+            {"method": "gkd", "divergence": {"teacher_weight": 0.0}},
+            "teacher_weight is 0.0; .* strictly between 0 and 1",
+        ),
+        ({"divergence": [1]}, r"divergence is \[1\]; give a name, or a mapping"),
+        ({"method": "skd", "policy": {"keep_top_k": 0}}, "keep_top_k is 0; .* at least its 1 best"),
+        ({"method": "skd", "policy": {"keep_top_k": 2.5}}, "policy.keep_top_k is 2.5; it has to be a whole number"),
+        ({"policy": "pupil"}, "no policy named 'pupil'; choose one of student, teacher, switch"),
+        ({"threshold": 0.1, "policy": {"threshold": 0.2}}, "threshold is 0.1, but the policy brings its own"),
+        ({"decay": "linear", "policy": Switch(0.2)}, "decay is linear, but the policy brings its own"),
+        ({"method": "kd", "train_on": "student"}, "train_on is 'student'.* act on rollouts, but this method has none"),
+        ({"method": "seqkd", "train_on": "teacher"}, "act on rollouts, but this method has none here"),
         ({"method": "gkd", "train_on": "teacher"}, "train_on is 'teacher'.* written by student, .*set train_on to all"),
         ({"method": "gkd", "student_share": 0.5, "train_on": "teacher"}, "written by student, "),
-        ({"method": "late", "teacher_share": 0.0, "train_on": "teacher"}, "written by student, "),
-        ({"method": "late", "teacher_share": 1.0, "train_on": "student"}, "written by teacher, "),
+        ({"method": "late", "policy": {"teacher_share": 0.0}, "train_on": "teacher"}, "written by student, "),
+        ({"method": "late", "policy": {"teacher_share": 1.0}, "train_on": "student"}, "written by teacher, "),
         ({"method": "distillm2", "teacher_text_share": 1.0, "train_on": "student"}, "written by teacher, "),
         ({"student_token_weight": 0.0, "teacher_token_weight": 0.0}, "written by student and teacher"),
-        ({"method": "gkd", "keep_top_k": 3}, "keep_top_k is 3, but method 'gkd' does not read it"),
-        ({"method": "switch", "teacher_share": 0.3}, "teacher_share is 0.3, but method 'switch' does not read it"),
-        ({"method": "kd", "factor": 2.0}, "factor is 2.0, but method 'kd' does not read it"),
+        ({"method": "gkd", "policy": {"keep_top_k": 3}}, "keep_top_k is 3, but policy 'student' takes no settings"),
+        (
+            {"method": "switch", "policy": {"teacher_share": 0.3}},
+            "teacher_share is 0.3, but policy 'switch' takes threshold",
+        ),
+        ({"method": "kd", "policy": "mix"}, "policy is mix, but method 'kd' has no rollouts here"),
         ({"method": "switch", "teacher_text": "x"}, "teacher_text is 'x', but method 'switch' does not read it"),
         ({"method": "kd", "replay_capacity": 5}, "replay_capacity is 5, but method 'kd' has no rollouts"),
         ({"method": "switch", "replay_share": 0.5}, "replay_share is 0.5, but replay_capacity is 0"),
@@ -210,18 +282,21 @@ def test_settings_of_the_policy_are_in_force() -> None:
             "long_term_weight is 1.0, which needs text of the student as it is",
         ),
         ({"method": "skd", "long_term_weight": 1.0}, "the probability of what Interleave writes is not known"),
-        ({"method": "random", "teacher_share": 1.5}, "teacher_share is 1.5"),
+        ({"method": "random", "policy": {"teacher_share": 1.5}}, "teacher_share is 1.5"),
         ({"loss_temperature": 0.0}, "loss_temperature is 0.0; it has to be positive"),
         ({"loss_temperature": -1.0}, "loss_temperature is -1.0"),
         ({"cross_entropy_weight": -0.5}, "cross_entropy_weight is -0.5"),
-        ({"method": "sft", "cross_entropy_weight": 0.0}, "there is nothing to minimise"),
+        ({"method": "sft", "cross_entropy_weight": 0.0}, "there is nothing to minimize"),
         ({"threshold": -0.1}, "threshold is -0.1"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"threshold": "high"}, "threshold is 'high'.*a number of nats, or auto"),
-        ({"threshold": "auto", "target_teacher_share": 1.0}, "target_teacher_share is 1.0"),
-        ({"threshold": "auto", "calibration_prompts": 0}, "calibration_prompts is 0"),
-        ({"threshold": "auto", "recalibrate_every": -1}, "recalibrate_every is -1"),
-        ({"recalibrate_every": 5}, "recalibrate_every is 5, but threshold is 0.3"),
+        ({"threshold": {"teacher_share": 1.0}}, "threshold.teacher_share is 1.0"),
+        ({"threshold": {"prompts": 0}}, "threshold.prompts is 0"),
+        ({"threshold": {"every": -1}}, "threshold.every is -1"),
+        ({"threshold": {"evry": 1}}, "evry is 1, but threshold 'auto' takes teacher_share, prompts, every"),
+        ({"rollout_rows": 0}, "rollout_rows is 0; it has to be at least 1"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens is 0; it has to be at least 1"),
+        ({"block_size": "fast"}, "block_size is 'fast'; give 1 or more tokens, or auto"),
         ({"decay": "sudden"}, "no decay named 'sudden'; choose one of exponential, linear, constant"),
         ({"decay_rate": 0.1, "final_fraction": 0.1}, "two ways to say the same thing"),
         ({"decay_rate": -0.1}, "decay_rate is -0.1"),
@@ -241,8 +316,8 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
     "settings",
     [
         {"method": "switch"},
-        {"method": "late", "teacher_share": 0.5},
-        {"method": "late", "teacher_share": 0.0, "teacher_text_share": 0.5},
+        {"method": "late", "policy": {"teacher_share": 0.5}},
+        {"method": "late", "policy": {"teacher_share": 0.0}, "teacher_text_share": 0.5},
         {"method": "distillm2"},
     ],
 )
@@ -252,35 +327,34 @@ def test_where_both_write_either_may_train_alone(settings: dict[str, Any], train
 
 def test_a_method_is_found_by_its_exact_name_only() -> None:
     for name in METHODS:
-        assert method_named(name) is METHODS[name]
+        assert METHOD.find(name) is METHODS[name]
         with pytest.raises(UserError, match="choose one of"):
-            method_named(name + " ")
+            METHOD.find(name + " ")
 
 
-def test_the_tables_names_are_known() -> None:
-    assert SwitchConfig.method in METHODS
-    assert all(row.divergence in DIVERGENCES for row in METHODS.values() if row.divergence is not None)
+def test_a_method_of_ones_own_is_a_row_with_its_parts_replaced() -> None:
+    own = dataclasses.replace(METHODS["minillm"], policy=Mix(teacher_share=0.3), divergence=ForwardKL())
+    made = plan(method=own, long_term_weight=0.5)
+    assert (made.policy, made.objective.divergence, made.objective.long_term_weight) == (Mix(0.3), ForwardKL(), 0.5)
 
 
-class ReadSettings(SwitchConfig):
-    """A configuration that knows which of its fields were asked for."""
+def test_what_a_run_may_replace_is_in_the_row_and_in_the_configuration() -> None:
+    row = {each.name for each in dataclasses.fields(Method)}
+    settings = {each.name: each for each in dataclasses.fields(SwitchConfig)}
+    assert set(REPLACEABLE) <= row
+    assert all(settings[key].default is None for key in REPLACEABLE)
+    assert row - set(REPLACEABLE) == {"summary", "source", "departs", "teacher_writes_data", "start"}
 
-    def __getattribute__(self, name: str) -> Any:
-        if not name.startswith("_"):
-            self.__dict__.setdefault("_read", set()).add(name)
-        return super().__getattribute__(name)
 
-
-def test_every_row_reads_the_settings_it_lists() -> None:
-    listed: set[str] = set()
-    for name, row in METHODS.items():
-        config = ReadSettings(output_dir="unused", method=name)
-        config._read.clear()
-        plan_of(config)
-        assert set(settings_of(name, row)) <= config._read
-        listed |= set(settings_of(name, row))
-    assert {*ROW_SETTINGS} <= config._read
-    assert {"threshold", "teacher_share", "keep_top_k", "factor", "window", "teacher_text"} <= listed
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_that_is_listed_acts(name: str) -> None:
+    """What is listed as in force, given in full, makes the same plan."""
+    given: dict[str, Any] = {}
+    for key, value, sentence in method_settings(METHODS[name]):
+        part, _, inner = key.partition(".")
+        assert sentence
+        given[part] = {**POLICY.as_mapping(given[part]), inner: value} if inner else value
+    assert plan(method=name, **given) == plan(method=name)
 
 
 def test_the_page_of_methods_is_that_of_the_table() -> None:

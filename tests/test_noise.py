@@ -16,7 +16,8 @@ from scipy import stats
 
 from reference.sampling import shaped
 from switchkd.distributions import noise
-from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, shaped_logp, uniform
+from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, uniform
+from switchkd.distributions.shaping import shaped_logp
 from switchkd.records import Prompt, Sampling
 
 ALPHA = 1e-4
@@ -40,7 +41,7 @@ def uniforms_of(gumbel_noise: torch.Tensor) -> torch.Tensor:
     return -torch.expm1(-torch.exp(-gumbel_noise.double()))
 
 
-# ----------------------------------------------------------------------------------------------------------- purity
+# ------ purity
 
 
 @pytest.mark.parametrize("stream", list(Stream))
@@ -84,17 +85,17 @@ def test_every_part_of_the_address_changes_every_draw() -> None:
 
 
 def test_the_last_position_of_one_stream_is_not_another_stream() -> None:
-    """Position and stream share one counter: neighbours in it must not be confused."""
+    """Position and stream share one counter: neighbors in it must not be confused."""
     grid = addresses(range(1), range(50))
     draws = torch.cat([gumbel(grid, stream, 8).reshape(-1, 8) for stream in Stream])
     assert len(draws.unique(dim=0)) == len(draws)
 
 
-# ------------------------------------------------------------------------------------------------------------- keys
+# ------ keys
 
 
 def test_keys_do_not_collide() -> None:
-    # Of 300,000 keys of 62 bits two coincide by chance with probability 1e-8. Small, equal and swapped ids are included.
+    # Two of 300,000 keys of 62 bits coincide by chance with probability 1e-8. The ids include small, equal and swapped ones.
     keys = [
         row_keys(
             seed, [Prompt((1,), prompt_id, sample_id) for prompt_id in range(-500, 500) for sample_id in range(60)]
@@ -123,9 +124,9 @@ def test_negative_and_huge_seeds_and_ids_are_addresses_like_any_other(extreme: i
         assert stats.kstest(uniforms_of(draws)[0], "uniform").pvalue > ALPHA
 
 
-# ------------------------------------------------------------------------------------------------------------- laws
+# ------ laws
 
-# Every axis along which draws are made in one run, 65,536 of them.
+# Every axis along which a run draws, with 65,536 draws each.
 AXES = {
     "prompts": lambda: uniform(addresses(range(65_536), range(1)), Stream.KEEP),
     "positions": lambda: uniform(addresses(range(1), range(65_536)), Stream.KEEP),
@@ -146,7 +147,7 @@ def test_uniforms_are_uniform(axis: str) -> None:
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("lag", [1, 2, 4, 64])
-def test_neighbours_are_independent(axis: str, lag: int) -> None:
+def test_neighbors_are_independent(axis: str, lag: int) -> None:
     draws = AXES[axis]().double().flatten()
     assert independent(draws[:-lag], draws[lag:])
 
@@ -197,13 +198,13 @@ def test_noise_is_finite_over_many_draws() -> None:
 
 @pytest.mark.parametrize("bits", [0, -1], ids=["smallest", "largest"])
 def test_the_ends_of_the_hash_give_finite_noise(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2^22 draws meet neither end; the ends are what gives inf."""
+    """The ends would give inf, and 2^22 draws meet neither."""
     monkeypatch.setattr(noise, "_mix_32_", lambda x: x.fill_(bits))
     assert 0 < float(uniform(addresses(range(1), range(1)), Stream.KEEP)) < 1
     assert gumbel(addresses(range(1), range(1)), Stream.PROPOSAL, 3).isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------------------- shaping
+# ------ shaping
 
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
 
@@ -213,18 +214,18 @@ def test_shaping_is_temperature_then_top_k_then_top_p(
     logits: list[float], temperature: float, top_k: int, top_p: float
 ) -> None:
     expected = shaped(logits, temperature, top_k, top_p)
-    # Where the mass in front of a token is top_p but for the last bit, either answer is right.
+    # If the mass in front of a token equals top_p up to the last bit, either answer is right.
     for near in (top_p * (1 - 1e-9), top_p * (1 + 1e-9)):
         assume(near > 1 or shaped(logits, temperature, top_k, near) == expected)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     logp = shaped_logp(torch.tensor(logits, dtype=torch.float64), sampling)
     assert [value == -torch.inf for value in logp.tolist()] == [p == 0 for p in expected]
-    # Two roundings of float64 a token, over at most 12 tokens and logits of at most 200.
+    # Two float64 roundings per token, over at most 12 tokens and logits of at most 200.
     torch.testing.assert_close(logp.exp(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-13)
 
 
 @given(logits=LOGITS, temperature=st.floats(0.1, 5), top_k=st.integers(0, 15), top_p=st.floats(0.01, 1))
-def test_shaped_distributions_are_normalised_and_keep_the_likeliest_token(
+def test_shaped_distributions_are_normalized_and_keep_the_likeliest_token(
     logits: list[float], temperature: float, top_k: int, top_p: float
 ) -> None:
     values = torch.tensor(logits)

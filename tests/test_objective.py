@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checks.divergence import divergence_named
 from checks.objective import CHECKS, Positions, assert_equal, random_head, random_positions
 from reference.objective import dense_loss
-from switchkd.distributions.divergences import divergence_named
-from switchkd.loss.objective import Objective, Report, TrainOn, dense_teacher, distillation_loss, token_weights
+from switchkd.loss.objective import Counted, DivergenceFunction, Objective, Report, TrainOn, distillation_loss
+from switchkd.loss.signals import DenseTeacher
 from switchkd.models.heads import Head
 
 
@@ -46,11 +49,10 @@ def our_loss(
 ) -> Tensor:
     """Ours, as `checks.objective` calls a loss."""
     loss, _ = distillation_loss(
-        student_hidden_NH,
+        Counted(student_hidden_NH, token_ids_N),
         head_of(student, vocabulary_size),
-        token_ids_N,
         Objective(divergence_named("forward_kl"), cross_entropy_weight),
-        teacher=dense_teacher(teacher_hidden_NH, head_of(teacher, vocabulary_size)),
+        teacher=DenseTeacher(teacher_hidden_NH, head_of(teacher, vocabulary_size)),
         denominator=denominator,
         chunk_positions=chunk_positions,
     )
@@ -60,23 +62,23 @@ def our_loss(
 def ours(
     positions: Positions,
     *,
-    divergence: str | None = "forward_kl",
+    divergence: str | DivergenceFunction | None = "forward_kl",
     denominator: Tensor | float = 50.0,
-    cross_entropy_weight: float = 0.0,
-    loss_temperature: float = 1.0,
-    **options: Any,
+    weight_N: Tensor | None = None,
+    chunk_positions: int | None = None,
+    **settings: float,
 ) -> tuple[Tensor, Report]:
-    """Loss and report for `positions`."""
-    function = None if divergence is None else divergence_named(divergence)
-    teacher = dense_teacher(positions.teacher_hidden_NH, head_of(positions.teacher), loss_temperature)
+    """Loss and report for `positions`; the settings are the objective's."""
+    function = divergence_named(divergence) if isinstance(divergence, str) else divergence
+    objective = Objective(function, **settings)
+    teacher = DenseTeacher(positions.teacher_hidden_NH, head_of(positions.teacher), objective.loss_temperature)
     return distillation_loss(
-        positions.student_hidden_NH,
+        Counted(positions.student_hidden_NH, positions.token_ids_N, weight_N),
         head_of(positions.student),
-        positions.token_ids_N,
-        Objective(function, cross_entropy_weight, loss_temperature),
+        objective,
         teacher=None if divergence is None else teacher,
         denominator=denominator,
-        **options,
+        chunk_positions=chunk_positions,
     )
 
 
@@ -169,11 +171,10 @@ def test_the_family_s_own_transform_of_the_logits_is_part_of_the_loss(transform:
     student = Head(positions.student, 29, transform)
     teacher = Head(positions.teacher, 29, transform)
     value, _ = distillation_loss(
-        positions.student_hidden_NH,
+        Counted(positions.student_hidden_NH, positions.token_ids_N),
         student,
-        positions.token_ids_N,
         Objective(divergence_named("forward_kl"), 0.5),
-        teacher=dense_teacher(positions.teacher_hidden_NH, teacher),
+        teacher=DenseTeacher(positions.teacher_hidden_NH, teacher),
         denominator=50,
         chunk_positions=8,
     )
@@ -225,11 +226,7 @@ def test_evaluation_makes_no_gradients_and_gives_the_same_value() -> None:
         return divergence_named("forward_kl")(student_logp, teacher_logp)
 
     with torch.no_grad():
-        value, _ = distillation_loss(
-            positions.student_hidden_NH.detach(), head_of(positions.student), positions.token_ids_N,
-            Objective(divergence), teacher=dense_teacher(positions.teacher_hidden_NH, head_of(positions.teacher)),
-            denominator=50,
-        )  # fmt: skip
+        value, _ = ours(positions, divergence=divergence)
     assert torch.equal(value, expected)
     assert tracked == [False]
 
@@ -267,20 +264,29 @@ def test_a_weight_multiplies_each_position_s_loss() -> None:
     torch.testing.assert_close(report.divergence_N, plain.divergence_N, rtol=1e-12, atol=1e-14)  # chunks of a product
 
 
-def test_a_token_weighs_what_its_writer_does() -> None:
-    written_by_teacher = torch.tensor([False, True, True, False])
-    assert token_weights(written_by_teacher).tolist() == [1, 1, 1, 1]
-    assert token_weights(written_by_teacher, "student").tolist() == [1, 0, 0, 1]
-    assert token_weights(written_by_teacher, "teacher").tolist() == [0, 1, 1, 0]
-    weigh = {"student_token_weight": 0.5, "teacher_token_weight": 3.0}
-    assert token_weights(written_by_teacher, **weigh).tolist() == [0.5, 3, 3, 0.5]
-    assert token_weights(written_by_teacher, "student", **weigh).tolist() == [0.5, 0, 0, 0.5]
-    assert token_weights(written_by_teacher[None], "teacher", **weigh).tolist() == [[0, 3, 3, 0]]
+@pytest.mark.parametrize(
+    ("settings", "student", "teacher"),
+    [
+        ({}, 1, 1),
+        ({"train_on": "student"}, 1, 0),
+        ({"train_on": "teacher"}, 0, 1),
+        ({"student_token_weight": 0.5, "teacher_token_weight": 3.0}, 0.5, 3),
+        ({"train_on": "student", "student_token_weight": 0.5}, 0.5, 0),
+        ({"train_on": "teacher", "teacher_token_weight": 3.0}, 0, 3),
+    ],
+)
+def test_a_token_weighs_what_its_writer_does(settings: dict[str, Any], student: float, teacher: float) -> None:
+    written_by_teacher_N = torch.tensor([False, True, True, False])
+    weight_N = Objective(None, 1.0, **settings).weights(written_by_teacher_N, torch.ones(4, dtype=torch.bool))
+    assert weight_N.dtype == torch.float32
+    assert weight_N.tolist() == [student, teacher, teacher, student]
 
 
 @pytest.mark.parametrize("train_on", ["all", "student", "teacher"])
 def test_text_that_no_model_wrote_always_weighs_1(train_on: TrainOn) -> None:
-    objective = Objective(None, 1.0, train_on=train_on, student_token_weight=0.5, teacher_token_weight=3.0)
+    weights = {"student": 0.5, "teacher": 3.0}
+    given = {f"{writer}_token_weight": weight for writer, weight in weights.items() if train_on in ("all", writer)}
+    objective = Objective(None, 1.0, train_on=train_on, **given)
     written_by_teacher_N, rolled_out_N = torch.tensor([[False, True, False, False], [True, True, False, True]])
     student, teacher = {"all": (0.5, 3), "student": (0.5, 0), "teacher": (0, 3)}[train_on]
     assert objective.weights(written_by_teacher_N, rolled_out_N).tolist() == [student, teacher, 1, student]
@@ -305,27 +311,29 @@ def test_the_report_is_empty_where_nothing_is_measured() -> None:
     assert ours(positions, divergence=None, cross_entropy_weight=1.0)[1].divergence_N.shape == (0,)
 
 
+class Refusing:
+    def compare(self, student_logp_PV: Tensor, at: slice, chunk: slice) -> tuple[Tensor, Tensor]:
+        raise AssertionError(f"the teacher was asked at {at}")
+
+
 def test_no_teacher_is_asked_without_a_divergence() -> None:
     positions = random_positions(50)
-
-    def refuse(chunk: slice) -> Tensor:
-        raise AssertionError(f"the teacher was asked for {chunk}")
-
-    objective = Objective(None, cross_entropy_weight=1.0)
-    distillation_loss(
-        positions.student_hidden_NH, head_of(positions.student), positions.token_ids_N, objective,
-        teacher=refuse, denominator=50,
-    )  # fmt: skip
+    counted = Counted(positions.student_hidden_NH, positions.token_ids_N)
+    for divergence in (None, divergence_named("forward_kl")):
+        objective = Objective(divergence, cross_entropy_weight=1.0)
+        with nullcontext() if divergence is None else pytest.raises(AssertionError, match="was asked"):
+            distillation_loss(counted, head_of(positions.student), objective, teacher=Refusing(), denominator=50)
 
 
-def test_a_divergence_without_a_teacher_is_refused() -> None:
-    positions = random_positions(5)
-    objective = Objective(divergence_named("forward_kl"))
-    with pytest.raises(ValueError, match="teacher"):
-        distillation_loss(
-            positions.student_hidden_NH, head_of(positions.student), positions.token_ids_N, objective,
-            teacher=None, denominator=5,
-        )  # fmt: skip
+@pytest.mark.parametrize("count", [0, 5])
+def test_a_divergence_without_a_teacher_is_refused(count: int) -> None:
+    positions = random_positions(count)
+    counted, objective = (
+        Counted(positions.student_hidden_NH, positions.token_ids_N),
+        Objective(divergence_named("forward_kl")),
+    )
+    with pytest.raises(ValueError, match="needs a teacher"):
+        distillation_loss(counted, head_of(positions.student), objective, teacher=None, denominator=5)
 
 
 # ------------------------------------------------------------------------------------------------- vocabulary and types
@@ -432,13 +440,45 @@ def test_by_default_a_chunk_is_bounded_however_large_the_vocabulary() -> None:
         return (student_logp - teacher_logp).square().sum(dim=-1)
 
     positions = random_positions(250, rows=40_000, hidden=2)
-    distillation_loss(
-        positions.student_hidden_NH.detach(), head_of(positions.student.requires_grad_(False)), positions.token_ids_N,
-        Objective(divergence), teacher=dense_teacher(positions.teacher_hidden_NH, head_of(positions.teacher)),
-        denominator=250,
-    )  # fmt: skip
+    with torch.no_grad():
+        ours(positions, divergence=divergence)
     assert sum(seen) == 250
     assert max(seen) * 40_000 <= 1 << 23
+
+
+@pytest.mark.parametrize("count", [40, 43])
+def test_one_chunk_of_the_teacher_s_logits_is_in_memory_at_a_time(count: int) -> None:
+    """None of them when its next chunk, or the student's, is made, and none when the loss is there."""
+    positions = random_positions(count)
+    made: list[weakref.ref[Tensor]] = []
+
+    def alive() -> list[Tensor]:
+        return [logits for each in made if (logits := each()) is not None]
+
+    def watched(logits_CV: Tensor) -> Tensor:
+        assert not alive()
+        made.append(weakref.ref(logits_CV))
+        return logits_CV
+
+    class WatchStudent(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            # The student's projection of a chunk; its hidden states are narrower than the teacher's.
+            if func is torch.ops.aten.addmm.default and args[1].shape[-1] == positions.student.in_features:
+                assert not alive()
+                projected.append(len(args[1]))
+            return func(*args, **(kwargs or {}))
+
+    projected: list[int] = []
+    counted = Counted(positions.student_hidden_NH, positions.token_ids_N)
+    teacher = DenseTeacher(positions.teacher_hidden_NH, Head(positions.teacher, 29, watched))
+    objective = Objective(divergence_named("forward_kl"))
+    with WatchStudent():
+        distillation_loss(
+            counted, head_of(positions.student), objective, teacher=teacher, denominator=1, chunk_positions=16
+        )
+    assert projected == [16, 16, count - 32]
+    assert len(made) == 3
+    assert not alive()
 
 
 def test_going_back_once_more_gives_the_same_gradients() -> None:
@@ -469,12 +509,12 @@ def test_the_head_has_one_gradient_only_in_memory() -> None:
     vocabulary_size = positions.student.out_features - 1
     positions.student.weight.grad = None
     weight = positions.student.weight.untyped_storage().data_ptr()
-    teacher = dense_teacher(positions.teacher_hidden_NH, head_of(positions.teacher, vocabulary_size))
+    teacher = DenseTeacher(positions.teacher_hidden_NH, head_of(positions.teacher, vocabulary_size))
+    counted = Counted(positions.student_hidden_NH, positions.token_ids_N.clamp(max=vocabulary_size - 1))
     with Watch():
         loss, _ = distillation_loss(
-            positions.student_hidden_NH,
+            counted,
             head_of(positions.student, vocabulary_size),
-            positions.token_ids_N.clamp(max=vocabulary_size - 1),
             Objective(divergence_named("forward_kl")),
             teacher=teacher,
             denominator=7.0,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchkd.distributions.divergences import divergence_named
-from switchkd.loss.objective import Objective, dense_teacher, distillation_loss
+from checks.divergence import divergence_named
+from switchkd.loss.objective import Counted, Objective, distillation_loss
+from switchkd.loss.signals import DenseTeacher
 from switchkd.models.heads import Head, last_hidden
 from tiny import VOCABULARY, tiny_model
 
@@ -41,7 +42,7 @@ def adapter(**options: Any) -> Callable[[nn.Module], nn.Module]:
         peft = pytest.importorskip("peft")
         torch.manual_seed(0)
         wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
-        # As initialised an adapter adds nothing, and half of its matrices get no gradient.
+        # As initialized, an adapter adds nothing, and half of its matrices get no gradient.
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter)
@@ -79,12 +80,12 @@ def gradients(student: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def ours(student: nn.Module, teacher: nn.Module, counted_BT: Tensor = COUNTED_BT, chunk: int | None = 4) -> Tensor:
     with torch.no_grad():
         teacher_hidden_NH = last_hidden(teacher, teacher, IDS_BT, MASK_BT)[:, :-1][counted_BT]
+    student_hidden_NH = last_hidden(student, student, IDS_BT, MASK_BT)[:, :-1][counted_BT]
     return distillation_loss(
-        last_hidden(student, student, IDS_BT, MASK_BT)[:, :-1][counted_BT],
+        Counted(student_hidden_NH, IDS_BT[:, 1:][counted_BT]),
         Head.of(student),
-        IDS_BT[:, 1:][counted_BT],
         OBJECTIVE,
-        teacher=dense_teacher(teacher_hidden_NH, Head.of(teacher), OBJECTIVE.loss_temperature),
+        teacher=DenseTeacher(teacher_hidden_NH, Head.of(teacher), OBJECTIVE.loss_temperature),
         denominator=14,
         chunk_positions=chunk,
     )[0]

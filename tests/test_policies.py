@@ -17,6 +17,7 @@ from switchkd.errors import UserError
 from switchkd.rollout.policies import (
     DECAYS,
     POLICIES,
+    POLICY,
     AdaSwitch,
     Decision,
     Early,
@@ -28,7 +29,6 @@ from switchkd.rollout.policies import (
     Student,
     Switch,
     Teacher,
-    policy_named,
 )
 
 FORMULAS = {
@@ -290,9 +290,9 @@ def test_adaswitch_by_hand() -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_is_made_by_its_name_and_refuses_what_it_does_not_take(name: str) -> None:
-    assert policy_named(name) == POLICIES[name]()
+    assert POLICY.make(name) == POLICY.make({"name": name}) == POLICY.make(f"{{name: {name}}}") == POLICIES[name]()
     with pytest.raises(UserError, match=f"speed is 3, but policy '{name}' takes"):
-        policy_named(name, speed=3)
+        POLICY.make({"name": name, "speed": 3})
 
 
 @pytest.mark.parametrize(

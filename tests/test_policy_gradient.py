@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchkd.distributions.divergences import reverse_kl
-from switchkd.loss.objective import Objective, dense_teacher, distillation_loss
+from switchkd.distributions.divergences import ReverseKL
+from switchkd.loss.objective import Counted, Objective, distillation_loss
 from switchkd.loss.policy_gradient import importance_and_returns
+from switchkd.loss.signals import DenseTeacher
 from switchkd.models.heads import Head
 from switchkd.records import Batch
 from switchkd.rollout.policies import Mix, Policy, Student
@@ -52,14 +53,11 @@ def loss_of(text: tuple[int, int], student: Tensor, teacher: Tensor, policy: Pol
     importance_BT, return_BT = importance_and_returns(batch, policy)
     states = STATES[[0, 1 + text[0]]]
     loss, _ = distillation_loss(
-        states,
+        Counted(states, torch.tensor(text), weight_N=importance_BT[response], return_N=return_BT[response]),
         head_of(student),
-        torch.tensor(text),
-        Objective(reverse_kl, long_term_weight=1.0),
-        teacher=dense_teacher(states, head_of(teacher)),
+        Objective(ReverseKL(), long_term_weight=1.0),
+        teacher=DenseTeacher(states, head_of(teacher)),
         denominator=1.0,
-        weight_N=importance_BT[response],
-        return_N=return_BT[response],
     )
     return loss
 

@@ -45,11 +45,10 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", sorted((FOLDER / "paper").glob("*.yaml")), ids=lambda path: path.stem)
 def test_paper_recipes_follow_the_protocol(path: Path) -> None:
     for stage in read_run(path).in_stages():
-        in_force = stage.config.in_force()
+        in_force = stage.run.effective_settings()
         assert {key: in_force[key] for key in PROTOCOL} == PROTOCOL
-        method = stage.config.training["method"]
-        expected = METHODS[method].policy if METHODS[method].rollout_share else Student
-        assert type(stage.plan().policy) is expected
+        row = METHODS[stage.config.method]
+        assert type(stage.config.plan.policy) is type(row.policy if row.student_share else Student())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
@@ -82,7 +81,7 @@ def test_a_recipe_runs_from_its_first_stage_to_a_model(path: Path, tmp_path: Pat
     events = read_log(tmp_path / "run" / "log.jsonl")
     stages = [stage.name for stage in run.in_stages()]
     assert [event["stage"] for event in events if "loss" in event] == stages
-    evaluated = [stage.name for stage in run.in_stages() if stage.config.arguments().do_eval]
+    evaluated = [stage.name for stage in run.in_stages() if stage.config.do_eval]
     assert [event["stage"] for event in events if "eval_loss" in event] == evaluated
     before = pair.student.state_dict()
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()

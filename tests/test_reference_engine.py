@@ -42,7 +42,7 @@ POLICIES: dict[str, Policy] = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def exact_pair(request: pytest.FixtureRequest) -> ModelPair:
-    """In float64, where batching and caching leave only a few roundings; eight ids end a text, so that many texts do."""
+    """In float64, where batching and caching leave only a few roundings. Eight ids end a text, so that many texts end."""
     pair = tiny_pair(request.param, dtype=torch.float64)
     pair.student.generation_config.eos_token_id = list(range(EOS_ID, EOS_ID + 8))
     return pair
@@ -66,15 +66,15 @@ def same(first: Rollout, second: Rollout) -> bool:
     return all(a == pytest.approx(b, rel=1e-9, abs=1e-9, nan_ok=True) for a, b in pairs)
 
 
-# ------------------------------------------------------------------------------------------------------- the exact law
+# ------ the exact law
 
-# The chance that a right engine fails; under this fixed seed it passes for good.
+# The chance that a correct engine fails; under this fixed seed the result never changes.
 ALPHA = 1e-3
 ROLLOUTS = 4000
 SHORT = Sampling(max_new_tokens=3)
 
 
-# Who is to have written somewhere in the enumeration, where the writer is a matter of the prefix alone.
+# The writers that must occur in the enumeration, for policies under which the prefix alone decides who writes.
 WRITERS: dict[type[Policy], set[bool]] = {
     Student: {False},
     Teacher: {True},
@@ -160,7 +160,7 @@ def test_responses_follow_the_exact_law(policy: Policy, sampling: Sampling, five
     assert stats.chisquare(observed, expected, sum_check=False).pvalue > ALPHA
 
 
-# --------------------------------------------------------------------------------------- against fresh, whole forwards
+# ------ against fresh, whole forwards
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_threshold_above_ln_2_is_the_student_and_one_of_0_the_teacher(exact_pa
     assert tokens(Student()) != tokens(Teacher())
 
 
-# ------------------------------------------------------------------------------------------------ batching and address
+# ------ batching and address
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -243,7 +243,7 @@ def test_a_batch_of_unequal_prompts_equals_one_by_one(exact_pair: ModelPair, pol
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral", "cohere", "granite"])
 def test_long_unequal_prompts_equal_one_by_one_in_every_family(family: str) -> None:
-    """Longer than the sliding windows of 16. Without Gemma 2: its only attention makes NaN of padding in float64."""
+    """Longer than the sliding windows of 16. Not Gemma 2: its only attention turns padding into NaN in float64."""
     pair = tiny_pair(family, dtype=torch.float64)
     prompts = [Prompt(tuple(range(2, 2 + length)), prompt_id=length) for length in (3, 25, 14)]
     together = ReferenceEngine(pair).generate(prompts, Switch(threshold=0.2), Sampling(12), seed=0)
@@ -287,7 +287,7 @@ def test_a_longer_limit_only_adds_tokens(exact_pair: ModelPair) -> None:
         assert second.token_ids[: len(first.token_ids)] == first.token_ids
 
 
-# ------------------------------------------------------------------------------------------------------------- the end
+# ------ the end
 
 
 def test_rows_end_at_their_own_end_of_text_or_at_the_limit(exact_pair: ModelPair) -> None:
@@ -322,7 +322,7 @@ def test_an_end_of_text_at_the_last_position_is_an_end_of_text(exact_pair: Model
 
 
 def test_a_prompt_may_hold_end_of_text_and_pad_ids(exact_pair: ModelPair) -> None:
-    """Padding goes by length: an id of the pad token inside a prompt is read like any other."""
+    """Padding is marked by length: the pad token's id inside a prompt is read like any other."""
     prompts = [Prompt((0, EOS_ID, 5, 0), prompt_id=1), Prompt(tuple(range(2, 12)), prompt_id=2)]
     together = ReferenceEngine(exact_pair).generate(prompts, POLICIES["switch"], Sampling(8), seed=0)
     (alone,) = ReferenceEngine(exact_pair).generate(prompts[:1], POLICIES["switch"], Sampling(8), seed=0)
@@ -336,7 +336,7 @@ def test_one_token_and_no_prompt_at_all(exact_pair: ModelPair) -> None:
     assert ReferenceEngine(exact_pair).generate([], Student(), Sampling(1)) == []
 
 
-# ------------------------------------------------------------------------------------------------- vocabulary, n-grams
+# ------ vocabulary, n-grams
 
 
 def test_the_surplus_rows_of_a_padded_teacher_are_never_written_nor_compared() -> None:
@@ -364,14 +364,14 @@ def test_no_ngram_is_repeated_and_nothing_else_changes(size: int, temperature: f
         prompt = rollout.prompt.token_ids
         for end in range(1, len(rollout.token_ids) + 1):
             text = prompt + rollout.token_ids[:end]
-            # The prompt may repeat itself: what is forbidden is that the new token completes a repetition.
+            # The prompt may repeat itself; only a new token must not complete a repetition.
             ngrams = [text[at : at + size] for at in range(len(text) - size + 1)]
             assert ngrams[-1] not in ngrams[:-1]
         if not repeats_an_ngram(prompt + unbound.token_ids, size):
             assert rollout.token_ids == unbound.token_ids
 
 
-# ------------------------------------------------------------------------------------------------- modes and refusals
+# ------ modes and refusals
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -428,7 +428,7 @@ def test_progress_is_told_and_ends_at_the_number_of_prompts(exact_pair: ModelPai
     assert told[-1] == 5
 
 
-def test_text_is_tokenised_without_special_tokens(llama_pair: ModelPair) -> None:
+def test_text_is_tokenized_without_special_tokens(llama_pair: ModelPair) -> None:
     (rollout,) = ReferenceEngine(llama_pair).generate(["one bird"], Student(), Sampling(2))
     tokenizer = llama_pair.tokenizer
     assert tokenizer.convert_ids_to_tokens(list(rollout.prompt.token_ids)) == ["one", "bird"]

@@ -44,7 +44,7 @@ def decoded(example):
     return TOKENIZER.decode(example.prompt.token_ids), TOKENIZER.decode(example.response_ids)
 
 
-# ---------------------------------------------------------------- sources
+# ------ sources
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "\u00e9\u2028", "completion": "d\n"}]
 
@@ -128,7 +128,7 @@ def test_importing_the_data_modules_does_not_import_datasets():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
-# ---------------------------------------------------------------- shapes
+# ------ shapes
 
 
 def test_alpaca_without_input():
@@ -234,7 +234,7 @@ def test_a_template_that_refuses_a_chat_makes_a_bad_row():
         to_examples(read_rows([{"messages": [{"role": "system", "content": "s"}, *CHAT]}]), picky, **LIMITS)
 
 
-# ---------------------------------------------------------------- bad rows together
+# ------ bad rows together
 
 
 def test_all_bad_rows_are_reported_at_once_and_twenty_are_shown():
@@ -268,7 +268,7 @@ def test_a_row_that_cannot_be_read_has_no_text():
         row_text(SourceRow({}, 6, "there:7", "broken"))
 
 
-# ---------------------------------------------------------------- token ids
+# ------ token ids
 
 
 def test_a_long_response_is_cut_and_then_has_no_end_token():
@@ -289,7 +289,7 @@ def test_a_token_that_spans_the_seam_is_split_there():
 
 
 def test_a_tokenizer_that_adds_a_token_before_the_response_has_its_tail_taken():
-    # Metaspace puts a blank before a text of its own, so a response that is tokenised alone is not the tail.
+    # Metaspace puts a blank before a text of its own, so a response that is tokenized alone is not the tail.
     symbols = ["<|end|>", "\u2581", "a", "b"]
     plain = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     plain.pre_tokenizer = pre_tokenizers.Metaspace()

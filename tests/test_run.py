@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
 from switchkd.errors import UserError
-from switchkd.methods.config import SwitchConfig
+from switchkd.methods.config import HEADLINE, SwitchConfig
 from switchkd.report.terminal import duration
+from switchkd.rollout.policies import AdaSwitch, Interleave, Switch
 from switchkd.run.callbacks import read_log
-from switchkd.run.file import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed
-from switchkd.run.folder import admit, record_run
+from switchkd.run.file import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed_setting
+from switchkd.run.folder import check_output_dir, record_run
 
 BASE = {"student": "a", "teacher": "b", "train_data": "dolly", "output_dir": "runs/x"}
 
@@ -34,7 +35,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("learning_rate", "5e-4", 5e-4),
         ("max_steps", "1e3", 1000),
         ("max_steps", 12.0, 12),
-        ("threshold", 1, 1),
+        ("threshold", 1, 1.0),
         ("threshold", "2e-2", 0.02),
         ("threshold", "auto", "auto"),
         ("eval_strategy", False, "no"),
@@ -44,11 +45,14 @@ def write(tmp_path: Path, text: str) -> Path:
         ("peft", {"r": 8}, {"r": 8}),
         ("block_size", "auto", "auto"),
         ("block_size", 4, 4),
+        ("policy", "mix", "mix"),
+        ("policy", {"name": "mix"}, {"name": "mix"}),
+        ("threshold", {"every": 5}, {"every": 5}),
     ],
 )
 def test_values_take_the_type_of_their_field(key: str, value: Any, expected: Any) -> None:
-    assert typed(key, value, "in a test") == expected
-    assert type(typed(key, value, "in a test")) is type(expected)
+    assert typed_setting(key, value, "in a test") == expected
+    assert type(typed_setting(key, value, "in a test")) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,8 @@ def test_values_take_the_type_of_their_field(key: str, value: Any, expected: Any
         ("max_steps", 2.5, "a whole number"),
         ("max_steps", True, "a whole number"),
         ("max_steps", math.inf, "a whole number"),
-        ("threshold", [0.3], "a number or text"),
+        ("threshold", [0.3], "a number or a mapping or text"),
+        ("policy", 3, "a mapping or text"),
         ("top_p", "high", "a number"),
         ("bf16", "yes", "true or false"),
         ("student", 5, "text"),
@@ -69,7 +74,7 @@ def test_values_take_the_type_of_their_field(key: str, value: Any, expected: Any
 )
 def test_a_wrong_type_names_key_value_and_type(key: str, value: Any, expected: str) -> None:
     with pytest.raises(UserError) as error:
-        typed(key, value, "in a test")
+        typed_setting(key, value, "in a test")
     assert key in str(error.value)
     assert repr(value) in str(error.value)
     assert expected in str(error.value)
@@ -78,7 +83,7 @@ def test_a_wrong_type_names_key_value_and_type(key: str, value: Any, expected: s
 @given(st.sampled_from(sorted(HINTS)), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()))
 def test_any_value_is_taken_or_refused_in_words(key: str, value: Any) -> None:
     try:
-        typed(key, value, "in a test")
+        typed_setting(key, value, "in a test")
     except UserError as error:
         assert key in str(error)  # noqa: PT017 - being taken is right too
 
@@ -98,6 +103,30 @@ def test_assignments_go_over_the_file_and_reach_stages(tmp_path: Path) -> None:
     assert run.peft == {"r": 4}
 
 
+def test_a_part_is_a_name_or_a_mapping_and_a_dotted_key_reaches_into_it(tmp_path: Path) -> None:
+    def policy(text: str, *assignments: str) -> Any:
+        path = write(tmp_path, f"student: a\nteacher: b\ntrain_data: dolly\n{text}\n")
+        (stage,) = read_run(path, assignments).in_stages()
+        return stage.config.plan.policy
+
+    assert policy("policy: interleave") == Interleave()
+    assert policy("policy: interleave", "policy.keep_top_k=3") == Interleave(3)
+    assert policy("method: skd", "policy.keep_top_k=3") == Interleave(3)
+    assert policy("policy: {name: adaswitch, factor: 3e0}", "policy.window=4") == AdaSwitch(3.0, 4)
+    assert policy("policy: {name: adaswitch, factor: 3e0}", "policy=interleave") == Interleave()
+    assert policy("threshold: 2e-1") == Switch(0.2)
+    path = write(tmp_path, "student: a\nteacher: b\ntrain_data: dolly\nthreshold: auto\n")
+    (stage,) = read_run(path, ["threshold.every=20", "threshold.teacher_share=0.1"]).in_stages()
+    assert (stage.config.plan.auto_threshold.every, stage.config.plan.auto_threshold.teacher_share) == (20, 0.1)
+
+
+@pytest.mark.parametrize("text", ["keep_top_k: 3", "stages: [{keep_top_k: 3}]"])
+def test_a_key_that_moved_names_its_new_place(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, f"student: a\ntrain_data: dolly\n{text}\n")
+    with pytest.raises(UserError, match=r"keep_top_k is now a setting of the policy.*--set policy\.keep_top_k="):
+        read_run(path)
+
+
 @pytest.mark.parametrize("assignment", ["max_steps", "=3", "stages.4.max_steps=3", "student.x=3", "x=[1"])
 def test_an_assignment_that_fits_nowhere_is_refused(tmp_path: Path, assignment: str) -> None:
     path = write(tmp_path, yaml.safe_dump(BASE))
@@ -114,9 +143,9 @@ def test_stages_follow_each_other() -> None:
     run = run_from_values({**BASE, "max_steps": 9, "student_drop_layers": "1", "stages": changes}, "in a test")
     first, second = run.in_stages()
     assert (first.name, second.name) == ("1-kd", "2-switch")
-    assert (first.config.student, second.config.student) == ("a", str(first.model_folder))
-    assert (first.config.training["max_steps"], second.config.training["max_steps"]) == (2, 9)
-    assert (first.config.student_drop_layers, second.config.student_drop_layers) == ("1", None)
+    assert (first.run.student, second.run.student) == ("a", str(first.model_folder))
+    assert (first.config.max_steps, second.config.max_steps) == (2, 9)
+    assert (first.run.student_drop_layers, second.run.student_drop_layers) == ("1", None)
     assert second.model_folder == Path("runs/x")
     assert {str(first.folder), str(second.folder)} == {"runs/x/1-kd", "runs/x/2-switch"}
     assert second.tokenizer == "a"
@@ -139,16 +168,31 @@ def test_what_is_saved_is_the_same_run_and_says_every_value(tmp_path: Path) -> N
     run = run_from_values(given_values, "in a test")
     record_run(run)
     saved = read_run(tmp_path / "x" / "run.yaml")
-    assert saved.in_force() == run.in_force()
+    assert saved.effective_settings() == run.effective_settings()
     assert saved.stages == run.stages
-    assert saved.arguments().to_dict() == run.arguments().to_dict()
-    assert {"threshold", "weight_decay", "seed", *OWN_HINTS} <= run.in_force().keys()
+    for ours, theirs in zip(saved.in_stages(), run.in_stages(), strict=True):
+        # SWITCH's defaults are written out, where the run left them open.
+        flat = dict.fromkeys(HEADLINE)
+        assert ours.config.to_dict() | flat == theirs.config.to_dict() | flat
+        assert ours.config.plan == theirs.config.plan
+    assert {"threshold", "weight_decay", "seed", *OWN_HINTS} <= run.effective_settings().keys()
+
+
+@pytest.mark.parametrize(
+    "given_values", [{"policy": "mix"}, {"policy": {"threshold": 0.2}}, {"threshold": "auto"}, {"decay_rate": 0.1}]
+)
+def test_what_is_saved_makes_the_same_plan(tmp_path: Path, given_values: dict[str, Any]) -> None:
+    run = run_from_values({**BASE, "output_dir": str(tmp_path / "x"), **given_values}, "in a test")
+    record_run(run)
+    (saved,), (stage,) = read_run(tmp_path / "x" / "run.yaml").in_stages(), run.in_stages()
+    assert saved.config.plan == stage.config.plan
 
 
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
         ({}, None),
+        ({"policy": {"name": "mix"}}, r"policy is .*started with None"),
         ({"max_steps": 50}, None),
         ({"logging_steps": 5, "save_steps": 3}, None),
         ({"threshold": 0.2}, r"threshold is 0.2.*started with 0.3"),
@@ -164,10 +208,10 @@ def test_a_resumed_run_may_change_its_length_but_not_its_nature(
 
     record_run(run())
     if refused is None:
-        admit(run(**changes), resume=True)
+        check_output_dir(run(**changes), resume=True)
         return
     with pytest.raises(UserError, match=refused):
-        admit(run(**changes), resume=True)
+        check_output_dir(run(**changes), resume=True)
 
 
 def test_of_a_step_logged_twice_the_last_counts_and_a_cut_line_is_left_out(tmp_path: Path) -> None:

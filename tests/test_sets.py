@@ -99,7 +99,7 @@ def test_the_world_by_split_and_bucket():
     assert resolve("world", limit=6) != resolve("world", "eval", limit=6)
 
 
-# ---------------------------------------------------------------- the real files
+# ------ the real files
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ Shape letters: V vocabulary, K ids kept, N counted positions.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,24 +16,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from checks.divergence import Reference, logp, random_logits
+from checks.divergence import Reference, divergence_named, logp, random_logits
 from checks.objective import assert_equal
-from switchkd.distributions.divergences import DIVERGENCES, divergence_named
+from switchkd.distributions.divergences import DIVERGENCES
 from switchkd.errors import UserError
-from switchkd.loss.objective import (
-    Objective,
-    Report,
-    TeacherSignal,
-    dense_teacher,
-    distillation_loss,
-    logp_teacher,
-    top_k_teacher,
-)
+from switchkd.loss.objective import Counted, Objective, Report, distillation_loss
+from switchkd.loss.signals import DenseTeacher, TeacherSignal, TopKTeacher
 from switchkd.models.heads import Head
 
 # A function of the ratio of the two probabilities, averaged: what merging events cannot raise.
 F_DIVERGENCES = [name for name in DIVERGENCES if name not in ("adaptive_kl", "alpha_beta")]
-WHOLE = slice(None)
+
+
+@dataclass(frozen=True)
+class LogpTeacher:
+    """The whole distributions kept as log-probabilities (N, V) at temperature 1, without heads or chunks: an oracle."""
+
+    logp_NV: Tensor
+    loss_temperature: float = 1.0
+
+    def compare(self, student_logp_PV: Tensor, at: slice, chunk: slice) -> tuple[Tensor, Tensor]:
+        return student_logp_PV, logp(self.logp_NV[at] / self.loss_temperature)
 
 
 def identity_head(vocabulary: int) -> Head:
@@ -55,9 +59,8 @@ def run(
     """The sum over positions, and its report."""
     function = None if divergence is None else divergence_named(divergence)
     return distillation_loss(
-        student_logits_NV,
+        Counted(student_logits_NV, torch.zeros(len(student_logits_NV), dtype=torch.long)),
         identity_head(student_logits_NV.shape[-1]),
-        torch.zeros(len(student_logits_NV), dtype=torch.long),
         Objective(function, cross_entropy_weight, loss_temperature),
         teacher=teacher,
         denominator=1.0,
@@ -73,7 +76,13 @@ def value_and_gradient(student_logits_NV: Tensor, teacher: TeacherSignal, **opti
 def top_k(teacher_logp_NV: Tensor, k: int, *, with_rest: bool = False) -> TeacherSignal:
     kept = teacher_logp_NV.topk(k, dim=-1)
     rest_logp_N = teacher_logp_NV.scatter(-1, kept.indices, -torch.inf).logsumexp(dim=-1) if with_rest else None
-    return top_k_teacher(kept.indices, kept.values, rest_logp_N=rest_logp_N)
+    return TopKTeacher(kept.indices, kept.values, rest_logp_N=rest_logp_N)
+
+
+def compared(signal: TeacherSignal, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Student and teacher over the same events, at all positions."""
+    whole = slice(0, len(student_logp_NV))
+    return signal.compare(student_logp_NV, whole, whole)
 
 
 def logits_of_both(count: int = 20, vocabulary: int = 11, **options: Any) -> tuple[Tensor, Tensor]:
@@ -81,32 +90,28 @@ def logits_of_both(count: int = 20, vocabulary: int = 11, **options: Any) -> tup
     return student, teacher.detach()
 
 
-# ------------------------------------------------------------------------------------------------------- log-probabilities
+# ----------------------------------------------------------------------------------------------------- whole distributions
 
 
 @pytest.mark.parametrize("loss_temperature", [0.4, 1.0, 2.5])
-def test_kept_log_probabilities_say_the_same_as_the_hidden_states(loss_temperature: float) -> None:
+def test_hidden_states_say_the_same_as_log_probabilities(loss_temperature: float) -> None:
     student, teacher = logits_of_both()
     options = {"divergence": "reverse_kl", "loss_temperature": loss_temperature, "chunk_positions": 7}
-    expected = value_and_gradient(student, dense_teacher(teacher, identity_head(11), loss_temperature), **options)
-    assert_equal(value_and_gradient(student, logp_teacher(logp(teacher), loss_temperature), **options), expected)
+    expected = value_and_gradient(student, DenseTeacher(teacher, identity_head(11), loss_temperature), **options)
+    assert_equal(value_and_gradient(student, LogpTeacher(logp(teacher), loss_temperature), **options), expected)
 
 
 def test_what_a_teacher_says_gets_no_gradient() -> None:
     student, teacher = random_logits((6, 11))
-    for signal in (logp_teacher(logp(teacher)), top_k(logp(teacher), 4)):
-        assert not signal(WHOLE)(logp(student), WHOLE)[1].requires_grad
+    for signal in (DenseTeacher(teacher, identity_head(11)), top_k(logp(teacher), 4)):
+        assert not compared(signal, logp(student))[1].requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_teacher_answers_in_the_student_s_type(dtype: torch.dtype) -> None:
     student, teacher = logits_of_both()
-    for signal in (
-        logp_teacher(logp(teacher.half())),
-        top_k(logp(teacher), 4),
-        dense_teacher(teacher, identity_head(11)),
-    ):
-        ours, theirs = signal(slice(2, 9))(logp(student.to(dtype))[3:8], slice(1, 6))
+    for signal in (top_k(logp(teacher.half()), 4), top_k(logp(teacher), 4), DenseTeacher(teacher, identity_head(11))):
+        ours, theirs = signal.compare(logp(student.to(dtype))[3:8], slice(3, 8), slice(2, 9))
         assert ours.dtype == theirs.dtype == dtype
         assert ours.shape == theirs.shape
         assert len(ours) == 5
@@ -118,11 +123,11 @@ def test_a_teacher_answers_in_the_student_s_type(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_all_ids_kept_is_the_dense_teacher(divergence: str) -> None:
     student, teacher = logits_of_both()
-    expected = value_and_gradient(student, logp_teacher(logp(teacher)), divergence=divergence)
+    expected = value_and_gradient(student, LogpTeacher(logp(teacher)), divergence=divergence)
     assert_equal(value_and_gradient(student, top_k(logp(teacher), 11), divergence=divergence), expected)
-    assert top_k(logp(teacher), 11)(WHOLE)(logp(student), WHOLE)[1].shape == (20, 11)
+    assert compared(top_k(logp(teacher), 11), logp(student))[1].shape == (20, 11)
     single = [each.float() for each in (student.detach(), teacher)]
-    value = divergence_named(divergence)(*top_k(logp(single[1]), 11)(WHOLE)(logp(single[0]), WHOLE)).sum()
+    value = divergence_named(divergence)(*compared(top_k(logp(single[1]), 11), logp(single[0]))).sum()
     torch.testing.assert_close(value.double(), expected[0], rtol=1e-6, atol=0)  # a few float32 roundings of 6e-8
 
 
@@ -162,7 +167,7 @@ def test_any_chunk_size_gives_a_few_ids_one_value_and_gradient(with_rest: bool) 
 def test_merging_events_never_raises_an_f_divergence(divergence: str) -> None:
     student, teacher = logits_of_both(200, scale=3.0)
     function = divergence_named(divergence)
-    values = [function(*top_k(logp(teacher), k, with_rest=True)(WHOLE)(logp(student), WHOLE)) for k in range(1, 12)]
+    values = [function(*compared(top_k(logp(teacher), k, with_rest=True), logp(student))) for k in range(1, 12)]
     torch.testing.assert_close(values[-1], function(logp(student), logp(teacher)), rtol=1e-12, atol=1e-14)
     for coarser, finer in pairwise(values):
         assert (coarser <= finer + 1e-13).all()  # float64, 11 terms, and a rest that is lifted by 2e-16
@@ -174,7 +179,7 @@ def test_a_few_ids_are_finite_whatever_the_distributions(k: int, scale: float, s
     """Peaked distributions have a rest that is 0 in float32."""
     student, teacher = random_logits((4, 6), scale=scale, seed=seed, dtype=torch.float32)
     for divergence in DIVERGENCES:
-        value = divergence_named(divergence)(*top_k(logp(teacher.detach()), k)(WHOLE)(logp(student), WHOLE))
+        value = divergence_named(divergence)(*compared(top_k(logp(teacher.detach()), k), logp(student)))
         # A kept id may itself be excluded, in effect, by the student: only the rest is lifted.
         assert not value.isnan().any()
         (gradient,) = torch.autograd.grad(value[value.isfinite()].sum(), student)
@@ -190,7 +195,7 @@ def test_an_empty_rest_is_finite_in_value_and_gradient(divergence: str, dtype: t
     excluded = torch.arange(11) >= 4
     student_logp = logp(student.masked_fill(excluded, -torch.inf) if empty != "teacher" else student)
     teacher_logp = logp(teacher.masked_fill(excluded, -torch.inf) if empty != "student" else teacher)
-    value = divergence_named(divergence)(*top_k_teacher(ids_NK, teacher_logp[:, :4])(WHOLE)(student_logp, WHOLE))
+    value = divergence_named(divergence)(*compared(TopKTeacher(ids_NK, teacher_logp[:, :4]), student_logp))
     assert value.isfinite().all()
     (gradient,) = torch.autograd.grad(value.sum(), student)
     assert gradient.isfinite().all()
@@ -204,17 +209,15 @@ def test_the_rest_may_be_told_and_is_exact_then() -> None:
     """What the K leave over is known to the rounding of their sum, what is told to its own."""
     teacher_logp = torch.tensor([[0.0, -30.0, -31.0]]).log_softmax(dim=-1)
     for with_rest in (True, False):
-        _, events = top_k(teacher_logp, 1, with_rest=with_rest)(WHOLE)(teacher_logp, WHOLE)
+        _, events = compared(top_k(teacher_logp, 1, with_rest=with_rest), teacher_logp)
         assert events[0, 1].item() == pytest.approx(
             math.log(torch.finfo(torch.float32).eps), abs=1e-5
         )  # the lift alone
     student, teacher = logits_of_both()
-    told, worked_out = (
-        top_k(logp(teacher), 3, with_rest=given)(WHOLE)(logp(student), WHOLE)[1] for given in (True, False)
-    )
+    told, worked_out = (compared(top_k(logp(teacher), 3, with_rest=given), logp(student))[1] for given in (True, False))
     torch.testing.assert_close(told, worked_out, rtol=1e-11, atol=0)  # float64: 2e-16 of a rest of 1e-3 or more
     told, worked_out = (
-        top_k(logp(teacher.float()), 10, with_rest=given)(WHOLE)(logp(student.float()), WHOLE)[1][:, -1].double()
+        compared(top_k(logp(teacher.float()), 10, with_rest=given), logp(student.float()))[1][:, -1].double()
         for given in (True, False)
     )
     exact = torch.logaddexp(logp(teacher).amin(dim=-1), torch.tensor(torch.finfo(torch.float32).eps).double().log())
@@ -225,12 +228,12 @@ def test_the_rest_may_be_told_and_is_exact_then() -> None:
 @pytest.mark.parametrize("loss_temperature", [0.5, 2.0])
 def test_a_few_ids_cannot_be_brought_to_another_temperature(loss_temperature: float) -> None:
     with pytest.raises(UserError, match=rf"loss_temperature is {loss_temperature}, .* set loss_temperature to 1"):
-        top_k_teacher(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1), loss_temperature)
+        TopKTeacher(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1), loss_temperature)
 
 
 def test_ids_and_log_probabilities_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
-        top_k_teacher(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 4))
+        TopKTeacher(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 4))
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
@@ -239,7 +242,7 @@ def test_ids_and_log_probabilities_of_other_shapes_are_refused() -> None:
 @pytest.mark.parametrize("loss_temperature", [1.0, 2.0])
 def test_entropies_and_agreement_are_those_of_the_compared_distributions(loss_temperature: float) -> None:
     student, teacher = logits_of_both(50)
-    signal = dense_teacher(teacher, identity_head(11), loss_temperature)
+    signal = DenseTeacher(teacher, identity_head(11), loss_temperature)
     _, report = run(student, signal, loss_temperature=loss_temperature, measure=True, chunk_positions=7)
     for entropy, logits in ((report.student_entropy_N, student), (report.teacher_entropy_N, teacher)):
         expected = torch.distributions.Categorical(logits=logits.detach() / loss_temperature).entropy()
@@ -251,8 +254,8 @@ def test_entropies_and_agreement_are_those_of_the_compared_distributions(loss_te
 
 def test_measuring_is_optional_and_changes_no_loss() -> None:
     student, teacher = logits_of_both()
-    plain, unmeasured = run(student, logp_teacher(logp(teacher)))
-    value, measured = run(student, logp_teacher(logp(teacher)), measure=True)
+    plain, unmeasured = run(student, LogpTeacher(logp(teacher)))
+    value, measured = run(student, LogpTeacher(logp(teacher)), measure=True)
     assert torch.equal(value, plain)
     assert torch.equal(*(torch.autograd.grad(each, student)[0] for each in (value, plain)))
     for name in ("student_entropy_N", "teacher_entropy_N", "agreement_N"):
@@ -281,8 +284,8 @@ def test_excluded_ids_have_no_part_in_an_entropy() -> None:
             lambda logits: logits.masked_fill(~kept[: logits.shape[-1]], -torch.inf),
         )
         return distillation_loss(
-            student_logits.nan_to_num(neginf=0.0), masked, torch.zeros(20, dtype=torch.long),
-            Objective(divergence_named("forward_kl")), teacher=logp_teacher(logp(teacher_logits)),
+            Counted(student_logits.nan_to_num(neginf=0.0), torch.zeros(20, dtype=torch.long)), masked,
+            Objective(divergence_named("forward_kl")), teacher=LogpTeacher(logp(teacher_logits)),
             denominator=1.0, measure=True,
         )[1]  # fmt: skip
 

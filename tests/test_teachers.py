@@ -10,14 +10,15 @@ import torch
 
 from switchkd.errors import UserError
 from switchkd.models.heads import backbone
-from switchkd.models.pair import ModelPair, load_model
+from switchkd.models.load import load_model
+from switchkd.models.pair import ModelPair
 from switchkd.records import Sampling
 from switchkd.rollout.policies import Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.teachers import TeacherPlace, self_teacher
-from test_trainer import assert_same_weights, make_trainer, weights
 from tiny import tiny_model, tiny_pair
+from trainers import assert_same_weights, make_trainer, weights
 
 PROMPTS = [[5, 6, 7], [9]]
 
@@ -101,12 +102,19 @@ def test_offloading_the_teacher_changes_no_weight(method: str, offload: str, tmp
     del trainer, pair
 
 
+def test_heads_prove_themselves_before_the_teacher_leaves(tmp_path: Path) -> None:
+    """With an engine of the user's, nothing else has asked for the heads."""
+    trainer = make_trainer(tmp_path, tiny_pair("llama"), method="kd", teacher_offload="disk", engine=object())
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
 def test_a_place_may_be_entered_twice_and_leaves_no_file(tmp_path: Path) -> None:
     teacher = tiny_model("gpt2")
     expected = {name: each.clone() for name, each in teacher.state_dict().items()}
     place = TeacherPlace(teacher, "disk", torch.device("cpu"), tmp_path)
-    with place.at_work():
-        with place.at_work():
+    with place.loaded():
+        with place.loaded():
             pass
         assert all(torch.equal(each, expected[name]) for name, each in teacher.state_dict().items())
     assert next(iter(place._moved.values())).numel() == 0
@@ -115,8 +123,9 @@ def test_a_place_may_be_entered_twice_and_leaves_no_file(tmp_path: Path) -> None
 
 
 def test_unknown_words_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="teacher_offload is 'gpu'; choose one of none, cpu, disk"):
-        make_trainer(tmp_path, tiny_pair("llama"), teacher_offload="gpu")
+    for pair in (tiny_pair("llama"), ModelPair(tiny_pair("llama").student)):
+        with pytest.raises(UserError, match="teacher_offload is 'gpu'; choose one of none, cpu, disk"):
+            make_trainer(tmp_path, pair, method="sft", teacher_offload="gpu")
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="choose 8bit or 4bit"):
         load_model(str(tmp_path), quantization="3bit")
@@ -125,8 +134,8 @@ def test_unknown_words_are_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_packed_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     (tmp_path / "x.gguf").touch()
-    with pytest.raises(UserError, match="4bit weights cannot be made of; save it to a folder"):
+    with pytest.raises(UserError, match="4bit weights need safetensors; save it to a folder"):
         load_model(str(tmp_path / "x.gguf"), quantization="4bit")
-    monkeypatch.setattr("switchkd.models.pair.find_spec", lambda name: None)
+    monkeypatch.setattr("switchkd.models.load.find_spec", lambda name: None)
     with pytest.raises(UserError, match="8bit weights need bitsandbytes, which is not installed: pip install"):
         load_model(str(tmp_path), quantization="8bit")

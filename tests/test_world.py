@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import pytest
 
+import switchkd
 from switchkd.data import world
 
+ASSETS = Path(switchkd.__file__).parent / "assets" / "world"
 BUCKETS = list(world.BUCKETS)
 FIRST_PROMPT = "Take from 55: a 1, b 4, c 4.\n"
 Row = dict[str, str]
@@ -163,7 +166,7 @@ def test_reverse_ends_with_the_letters_backwards() -> None:
 def test_the_tokenizer_is_lossless_and_counts_as_the_world_does(role: str) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(world.assets_folder() / role)
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / role)
     assert (tokenizer.pad_token, tokenizer.eos_token) == (world.PAD, world.END)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     for row in world.make_rows("test", 150, seed=2) + world.make_rows("train", 150, seed=2):
@@ -180,7 +183,7 @@ def test_the_tokenizer_is_lossless_and_counts_as_the_world_does(role: str) -> No
 def test_the_vocabulary_has_every_letter_digit_and_word_with_and_without_a_blank() -> None:
     from transformers import AutoTokenizer
 
-    vocabulary = AutoTokenizer.from_pretrained(world.assets_folder() / "teacher").get_vocab()
+    vocabulary = AutoTokenizer.from_pretrained(ASSETS / "teacher").get_vocab()
     every = [*world.LETTERS, *"0123456789", *world.WORDS, *world.NAMES, *world.CITIES]
     assert {blank + item for item in every for blank in ("", " ")} <= set(vocabulary)
 
@@ -188,25 +191,25 @@ def test_the_vocabulary_has_every_letter_digit_and_word_with_and_without_a_blank
 def test_both_models_have_one_vocabulary_and_are_small() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, limits = world.assets_folder(), {"teacher": 4_000_000, "student": 500_000}
+    limits = {"teacher": 4_000_000, "student": 500_000}
     vocabularies = []
     for role, limit in limits.items():
-        model = AutoModelForCausalLM.from_pretrained(folder / role)
+        model = AutoModelForCausalLM.from_pretrained(ASSETS / role)
         assert sum(p.numel() for p in model.parameters()) <= limit
         assert {str(p.dtype) for p in model.parameters()} == {"torch.float32"}
         assert model.config.model_type == "llama"
         assert model.config.max_position_embeddings >= 384
-        vocabularies.append(AutoTokenizer.from_pretrained(folder / role).get_vocab())
+        vocabularies.append(AutoTokenizer.from_pretrained(ASSETS / role).get_vocab())
         assert model.config.vocab_size == len(vocabularies[-1])
     assert vocabularies[0] == vocabularies[1]
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 12_000_000
+    assert sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file()) < 12_000_000
 
 
 def exact_share(role: str, bucket: str) -> float:
     """Return the share of 14 test rows that a shipped model answers exactly by greedy decoding."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = world.assets_folder() / role
+    folder = ASSETS / role
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     rows = world.make_rows("test", 14, seed=7, bucket=bucket)

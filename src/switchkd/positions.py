@@ -1,4 +1,4 @@
-"""Means by position in the response, over rows that end at different lengths, and the buckets they are shown in."""
+"""Means by position in the response, over rows of different lengths, and the buckets that they are shown in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUCKET_NAMES = (
 
 @dataclass(frozen=True)
 class Bucket:
-    """The mean over all `tokens` in a bucket of positions; `rows` reach its first position and its last one."""
+    """The mean over all `tokens` in a bucket of positions; `rows`: how many reach its first and its last position."""
 
     name: str
     mean: float
@@ -27,10 +27,10 @@ class Bucket:
 
 @dataclass(frozen=True)
 class ByPosition:
-    """The mean of a measure at each position from 0, and the number of rows that it is over.
+    """The mean of a measure at each position from 0, and the number of rows that it is taken over.
 
-    Rows end, so the mean at a late position is over the survivors alone, which may be other texts than those that
-    ended early: look at `rows` before comparing positions or curves.
+    The mean at a late position is over the rows that are that long, and these may be texts of another kind than those that
+    ended early. Look at `rows` before comparing positions or curves.
     """
 
     mean: tuple[float, ...]
@@ -41,12 +41,10 @@ class ByPosition:
         """The means over `rows`, one sequence of values a row, the first at position 0."""
         longest = max(map(len, rows), default=0)
         columns = [[row[position] for row in rows if position < len(row)] for position in range(longest)]
-        return cls(
-            tuple(math.fsum(column) / len(column) for column in columns), tuple(len(column) for column in columns)
-        )
+        return cls(tuple(math.fsum(column) / len(column) for column in columns), tuple(map(len, columns)))
 
     def buckets(self) -> list[Bucket]:
-        """The buckets that some row reaches."""
+        """The buckets that at least one row reaches."""
         ends = (*BUCKET_ENDS, max(len(self.rows), _STARTS[-1]))
         found = []
         for name, start, end in zip(BUCKET_NAMES, _STARTS, ends, strict=True):

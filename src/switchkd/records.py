@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Any
 
 import torch
 
@@ -141,11 +140,7 @@ class Batch:
         """The number of counted positions, N."""
         return int(self.response_mask_BT.sum())
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-            for name, tensor in tensors.items()
-        }
-        return replace(self, **moved)
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})

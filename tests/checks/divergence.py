@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from reference.divergences import GRADIENTS, HELD_WEIGHTS, NOT_SMOOTH, VALUES, Distribution
+from switchkd.distributions.divergences import DIVERGENCE, Divergence
 
 DivergenceFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def divergence_named(name: str, **settings: float) -> Divergence:
+    return DIVERGENCE.make({"name": name, **settings})
+
 
 SHAPES = ((), (1,), (7,), (2, 3))
 VOCABULARIES = (1, 2, 3, 17, 151)

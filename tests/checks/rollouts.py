@@ -1,4 +1,4 @@
-"""What two engines' rollouts have to share, and how near to a tie a decision was where float32 lets them part."""
+"""Compares the rollouts of two engines, and measures how near to a tie a decision was where float32 lets them part."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from switchkd.distributions.draw import student_proposal
-from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, shaped_logp, uniform
+from switchkd.distributions.draw import Draft, student_proposal
+from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, uniform
+from switchkd.distributions.shaping import shaped_logp
 from switchkd.models.pair import ModelPair
 from switchkd.records import Rollout, Sampling
-from switchkd.rollout.engine import RolloutLog, seen_by
+from switchkd.rollout.log import RolloutLog, observe
 from switchkd.rollout.policies import Interleave, Policy
 
-TIE = 1e-5  # The requirement's: below it, float32 kernels that choose by shape may decide either way.
+TIE = 1e-5  # Below this margin, float32 kernels that choose by shape may decide either way.
 
 
 def assert_same_rollouts(
@@ -26,14 +27,14 @@ def assert_same_rollouts(
     sampling: Sampling,
     seed: int = 0,
 ) -> int:
-    """Token for token, writer for writer, numbers to rounding; returns how many rows parted at a tie (float32 only).
+    """Compare token for token, writer for writer, numbers to rounding; return the number of rows that parted (float32 only).
 
-    A row may part where the decision was a tie to within `TIE`; from there on it is another text, and not compared.
+    A row may part where a decision was within `TIE` of a tie. From there on it is another text, and not compared.
     """
     assert [rollout.prompt for rollout in rollouts] == [rollout.prompt for rollout in expected]
     parted = 0
     float64 = pair.student.dtype == torch.float64
-    # transformers' eager attention takes its softmax in float32 whatever the model's type.
+    # transformers' eager attention takes its softmax in float32, in models of any type.
     exact = float64 and pair.student.config._attn_implementation != "eager"
     for ours, theirs in zip(rollouts, expected, strict=True):
         decided = list(zip(ours.token_ids, ours.written_by_teacher, strict=True))
@@ -52,8 +53,8 @@ def assert_same_rollouts(
 
 
 def _assert_close(ours: Rollout, theirs: Rollout, upto: int | None, exact: bool) -> None:
-    # Exact: roundings of a few layers of scaled weights. Else the requirement's 1e-5 for divergences; the logits of
-    # tests/tiny.py differ by up to 3e-5, and so do log-probabilities, relative to values as low as -40.
+    # Exact: roundings of a few layers of scaled weights. Else 1e-5 is required of divergences; the logits of tests/tiny.py
+    # differ by up to 3e-5, and so do log-probabilities, relative to values as low as -40.
     for name in ("divergence", "threshold", "student_logp", "teacher_logp"):
         a, b = (torch.tensor(getattr(each, name)[:upto], dtype=torch.float64) for each in (ours, theirs))
         tolerance, relative = (1e-10, 1e-10) if exact else (1e-5, 0.0) if name == "divergence" else (1e-4, 1e-4)
@@ -65,11 +66,10 @@ def _assert_close(ours: Rollout, theirs: Rollout, upto: int | None, exact: bool)
 def tie_margin(
     pair: ModelPair, rollout: Rollout, position: int, policy: Policy, sampling: Sampling, seed: int
 ) -> float:
-    """How far the nearest decision at a position was from falling otherwise, from a fresh forward over its prefix.
+    """The distance of the nearest decision at a position from its alternative, by a fresh forward over the prefix.
 
     The decisions: which ids top-k and top-p keep, the proposal, the writer, whether the teacher keeps the proposal,
-    and what it draws instead. Scores, log-ratios and the proposal's distance from the teacher's best in nats, top-p in
-    probability.
+    and what it draws instead. All margins are in nats but top-p's, which is a probability.
     """
     key = row_keys(seed, [rollout.prompt])
     address = Address(key, torch.full_like(key, position))
@@ -83,24 +83,24 @@ def tie_margin(
     teacher_logits = fresh_logits(pair, "teacher", ids)
     margins += _support_margins(teacher_logits, sampling)
     teacher_logp = shaped_logp(teacher_logits, sampling)
-    proposal = student_proposal(student_logp, address, greedy=sampling.greedy)
+    draft = Draft(student_proposal(student_logp, address, greedy=sampling.greedy), student_logp, address)
     log = RolloutLog(rollout.prompt)
     log.divergence += rollout.divergence[:position]
     log.written_by_teacher += rollout.written_by_teacher[:position]
-    seen = seen_by(policy, proposal, student_logp, teacher_logp, address, [log], sampling.max_new_tokens)
-    gap = float((seen.divergence - policy.decide(seen).threshold).abs())
+    positions = observe(policy, draft, teacher_logp, [log], sampling.max_new_tokens)
+    gap = float((positions.divergence - policy.decide(positions).threshold).abs())
     margins.append(math.inf if math.isnan(gap) else gap)
     if isinstance(policy, Interleave):
-        # Kept where the k-th best of the other ids is not better.
+        # The proposal is kept if the k-th best of the other ids is not better.
         logp = teacher_logp[0].tolist()
-        own = logp.pop(int(proposal))
+        own = logp.pop(int(draft.proposal))
         edge = sorted(logp, reverse=True)[policy.keep_top_k - 1 : policy.keep_top_k]
         margins += [abs(own - each) for each in edge if math.isfinite(own) and math.isfinite(each)]
     if policy.draws_anew:
         return min([*margins, _lead(_scores(teacher_logp, address, Stream.EXCESS, sampling))])
     if sampling.greedy:
         return min([*margins, _lead(teacher_logp)])
-    ratio = (teacher_logp - student_logp)[0, proposal]
+    ratio = (teacher_logp - student_logp)[0, draft.proposal]
     margins.append(float((uniform(address, Stream.KEEP).log() - ratio).abs()))
     excess = (teacher_logp.exp() - student_logp.exp()).clamp(min=0)
     margins.append(_lead(_scores(excess.log(), address, Stream.EXCESS, sampling)))

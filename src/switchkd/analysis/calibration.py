@@ -1,39 +1,34 @@
-"""From the share of tokens that the teacher is to write to the threshold that gives it, measured on real prompts.
-
-Knows engines by their protocol alone: `Switch.calibrated` leads here, and policies know no engine.
-"""
+"""From the share of tokens that the teacher is to write to the threshold that gives it, measured on real prompts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
 from switchkd.errors import UserError
 from switchkd.positions import ByPosition
-from switchkd.records import Rollout, Sampling
+from switchkd.records import Rollout, Sampling, teacher_share_of
+from switchkd.rollout.engine import Engine, PromptLike
 from switchkd.rollout.policies import Switch
+from switchkd.settings.paper import PAPER_SHARE
 
-if TYPE_CHECKING:
-    from switchkd.rollout.engine import Engine, PromptLike
-
-# The paper's best setting: 53 % of the tokens by the teacher.
-PAPER_SHARE = 0.53
-
-# Nats. A float32 model beside itself, drafting and scoring in blocks of different sizes, shows divergences of up to
-# 1e-11; the smallest of a trained pair are about 1e-8. Below this, a threshold would tell roundings apart.
+# Nats. A float32 model compared with itself, drafting and scoring in blocks of different sizes, shows divergences of up
+# to 1e-11; the smallest of a trained pair are about 1e-8. Below this, a threshold would tell roundings apart.
 _LEAST = 1e-10
+# A few hundred tokens may hold no threshold that is near enough; more rounds would then find none either.
+_MAX_ROUNDS = 12
 
 
 @dataclass(frozen=True)
 class Calibration:
     """A threshold that was solved for, and what was measured under it on `prompts` prompts of `tokens` tokens in all.
 
-    `policy` is the Switch found; shares are 0 to 1 over all tokens; `rounds` counts the rollouts of all prompts that it
-    took. By position: the mean divergence and the threshold in nats, and the share of rows where the teacher wrote.
+    `policy` is the Switch found; shares are 0 to 1 over all tokens; `rounds` is how often all prompts were rolled out. By
+    position: the mean divergence and the threshold in nats, and the share of rows where the teacher wrote.
     """
 
     policy: Switch
@@ -55,9 +50,8 @@ class Calibration:
     def as_json(self) -> dict[str, Any]:
         """All of it as JSON values: the policy's settings and the totals, and a list for each measure by position."""
         totals = ("wanted_share", "measured_share", "tolerance", "reached", "prompts", "tokens", "rounds")
-        settings = ("threshold", "decay", "decay_rate", "final_fraction")
         return {
-            **{name: getattr(self.policy, name) for name in settings},
+            **asdict(self.policy),
             **{name: getattr(self, name) for name in totals},
             "by_position": {
                 "rows": self.divergence.rows,
@@ -74,71 +68,76 @@ def calibrate(
     sampling: Sampling,
     *,
     teacher_share: float = PAPER_SHARE,
-    policy: Switch = Switch(),  # noqa: B008 - frozen
+    policy: Switch = Switch(),
     seed: int = 0,
     tolerance: float = 0.01,
-    max_rounds: int = 12,
 ) -> Calibration:
     """The threshold at which the teacher writes `teacher_share` of the tokens, with the decay of `policy` kept.
 
-    The share falls as the threshold rises, but the text depends on the threshold too. So each round rolls all prompts
-    out at the present threshold, and goes on with the one that would have given the wanted share on that very text, or
-    with a bisection where that leaves the bracket of thresholds known to give too much and too little. The same
-    arguments give the same result: draws have addresses.
+    The share falls as the threshold rises, but the text depends on the threshold too. So each round rolls out all prompts
+    at the current threshold and goes on with the one that would have given the wanted share on that text, or with a
+    bisection where that leaves the bracket of thresholds known to give too much and too little. Draws have addresses, so
+    the same arguments give the same result.
 
     Where no round comes within `tolerance` (a few hundred tokens can be too few for it), the nearest round is returned
     and `reached` is False. Raises UserError where no threshold can give the share: the models agree, up to float32's
     rounding, on too many tokens, or a linear decay has fallen to 0 and leaves too many to the teacher.
     """
     if not 0 < teacher_share < 1:
-        raise UserError(
-            f"the teacher share is {teacher_share}; it has to be above 0 and below 1, such as {PAPER_SHARE}"
-        )
+        raise UserError(f"the teacher share is {teacher_share}; it has to be between 0 and 1, such as {PAPER_SHARE}")
     if not prompts:
         raise UserError("there is no prompt to calibrate on; give at least one")
-    if tolerance < 0 or max_rounds < 1:
-        raise UserError(f"tolerance is {tolerance} and max_rounds {max_rounds}; give 0 or more, and at least 1")
-    # The thresholds that give too much and too little. The divergence is at most ln 2: above `most`, the teacher writes
-    # only where the decay has reached 0.
-    decay = _decay(policy, sampling.max_new_tokens)
-    most = math.log(2) / float(decay[decay > 0].min())
-    low, high = _LEAST, most
-    threshold, best = min(max(policy.threshold, low), high), None
-    for rounds in range(1, max_rounds + 1):
-        tried = replace(policy, threshold=threshold)
+    if tolerance < 0:
+        raise UserError(f"tolerance is {tolerance}; it has to be 0 or more")
+    bracket = _Bracket(policy, teacher_share, sampling.max_new_tokens)
+    rounds, nearest = 0, None
+    while True:
+        rounds += 1
+        tried = replace(policy, threshold=bracket.threshold)
         rollouts = engine.generate(prompts, policy=tried, sampling=sampling, seed=seed)
-        share = _share(rollouts)
-        if best is None or abs(share - teacher_share) < abs(_share(best[1]) - teacher_share):
-            best = tried, rollouts
-        if abs(share - teacher_share) <= tolerance:
-            break
-        if share > teacher_share:
-            if threshold == most:
-                raise UserError(_decayed_to_0(teacher_share, share, policy))
-            low = threshold
+        share = teacher_share_of(rollouts)
+        if nearest is None or abs(share - teacher_share) < abs(nearest.measured_share - teacher_share):
+            nearest = _measured(tried, rollouts, teacher_share, tolerance, sampling.max_new_tokens)
+        if not nearest.reached:
+            bracket.narrow(rollouts, share, bisect=rounds % 3 == 0)
+        if nearest.reached or rounds == _MAX_ROUNDS:
+            return replace(nearest, rounds=rounds)
+
+
+class _Bracket:
+    """The thresholds `low` and `high` that give too much and too little, and the `threshold` to try next.
+
+    `decay` (max_new_tokens,), float64, is the threshold at each position over that at the first.
+    """
+
+    def __init__(self, policy: Switch, wanted_share: float, max_new_tokens: int) -> None:
+        self.policy = policy
+        self.wanted_share = wanted_share
+        self.decay = replace(policy, threshold=1.0).thresholds(torch.arange(max_new_tokens), max_new_tokens)
+        # The divergence is at most ln 2: above this, the teacher writes only where the decay has reached 0.
+        self.most = math.log(2) / float(self.decay[self.decay > 0].min())
+        self.low, self.high = _LEAST, self.most
+        self.threshold = min(max(policy.threshold, _LEAST), self.most)
+
+    def narrow(self, rollouts: Sequence[Rollout], share: float, *, bisect: bool) -> None:
+        """Take in what the threshold gave, and choose the next. Raises UserError where none gives the wanted share."""
+        if share > self.wanted_share:
+            if self.threshold == self.most:
+                raise UserError(_decayed_to_0(self.wanted_share, share, self.policy))
+            self.low = self.threshold
         else:
-            if threshold == _LEAST:
-                raise UserError(_too_alike(teacher_share, share))
-            high = threshold
-        guess = _threshold_for(teacher_share, rollouts, decay)
+            if self.threshold == _LEAST:
+                raise UserError(_too_alike(self.wanted_share, share))
+            self.high = self.threshold
+        guess = _threshold_for(self.wanted_share, rollouts, self.decay)
         # A guess outside may mean that the share is at an end of the range, which is then measured, or out of reach.
-        if guess <= low == _LEAST or guess >= high == most:
-            threshold = min(max(guess, low), high)
-        elif low < guess < high and rounds % 3:
-            threshold = guess
+        if guess <= self.low == _LEAST or guess >= self.high == self.most:
+            self.threshold = min(max(guess, self.low), self.high)
+        elif self.low < guess < self.high and not bisect:
+            self.threshold = guess
         else:
-            threshold = math.sqrt(low * high)
-    assert best is not None
-    return _calibration(*best, teacher_share, tolerance, rounds, sampling.max_new_tokens)
-
-
-def _decay(policy: Switch, max_new_tokens: int) -> torch.Tensor:
-    """The threshold at each position over that at the first, (max_new_tokens,) float64."""
-    return replace(policy, threshold=1.0).thresholds(torch.arange(max_new_tokens), max_new_tokens)
-
-
-def _share(rollouts: Sequence[Rollout]) -> float:
-    return sum(sum(rollout.written_by_teacher) for rollout in rollouts) / sum(len(r.token_ids) for r in rollouts)
+            # Thresholds span ten orders of magnitude, so the middle is the geometric one.
+            self.threshold = math.sqrt(self.low * self.high)
 
 
 def _threshold_for(share: float, rollouts: Sequence[Rollout], decay: torch.Tensor) -> float:
@@ -173,24 +172,19 @@ def _decayed_to_0(wanted: float, share: float, policy: Switch) -> str:
     )
 
 
-def _calibration(
-    policy: Switch,
-    rollouts: Sequence[Rollout],
-    wanted_share: float,
-    tolerance: float,
-    rounds: int,
-    max_new_tokens: int,
+def _measured(
+    policy: Switch, rollouts: Sequence[Rollout], wanted_share: float, tolerance: float, max_new_tokens: int
 ) -> Calibration:
     divergence = ByPosition.of([rollout.divergence for rollout in rollouts])
     positions = torch.arange(len(divergence.rows))
     return Calibration(
         policy=policy,
         wanted_share=wanted_share,
-        measured_share=_share(rollouts),
+        measured_share=teacher_share_of(rollouts),
         tolerance=tolerance,
         prompts=len(rollouts),
         tokens=sum(divergence.rows),
-        rounds=rounds,
+        rounds=1,
         divergence=divergence,
         teacher_share=ByPosition.of([rollout.written_by_teacher for rollout in rollouts]),
         threshold=tuple(policy.thresholds(positions, max_new_tokens).tolist()),

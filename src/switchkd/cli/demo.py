@@ -13,13 +13,15 @@ from rich.text import Text
 
 from switchkd.data.sets import resolve
 from switchkd.errors import UserError
-from switchkd.evaluation.score import Evaluation, evaluate
-from switchkd.models.pair import ModelPair, load_pair
+from switchkd.evaluation.score import Evaluation, EvaluationSettings, evaluate
+from switchkd.methods.config import SwitchConfig
+from switchkd.models.load import load_pair
+from switchkd.models.pair import ModelPair
 from switchkd.records import Sampling
 from switchkd.report.terminal import comparison_table, print_rollouts
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.run.file import RunConfig, read_mapping, run_from_values
-from switchkd.run.folder import RUN_FILE, admit
+from switchkd.run.folder import RUN_FILE, check_output_dir
 from switchkd.run.launch import examples_of, train_run
 
 RUN_NAME = "switchkd demo"
@@ -39,20 +41,21 @@ def run_demo(changes: Mapping[str, Any], console: Console) -> None:
     folder = Path(run.output_dir)
     is_earlier_demo = _holds_demo(folder)
     if not is_earlier_demo:
-        admit(run, resume=False)
+        check_output_dir(run, resume=False)
+    config = run.config()
     assert run.teacher is not None
     pair = load_pair(run.student, run.teacher)
     if is_earlier_demo:
         shutil.rmtree(folder)
-    before = _measured("student before", pair, run, console)
-    teacher = _measured("teacher", load_pair(run.teacher, None), run, console)
+    before = _measured("student before", pair, config, console)
+    teacher = _measured("teacher", load_pair(run.teacher, None), config, console)
     train_run(run, console)
     trained = load_pair(str(folder), None)
-    after = _measured("student after", trained, run, console)
+    after = _measured("student after", trained, config, console)
     console.print("\nWhat the student was first trained on, written by student and teacher together:")
-    _show_training_text(pair, run, console)
+    _show_training_text(pair, run, config, console)
     console.print(comparison_table({"before": before, "after": after, "teacher": teacher}, TEST_SET))
-    console.print(Text(_next_steps(run)), soft_wrap=True)
+    console.print(Text(_next_steps(run, config)), soft_wrap=True)
 
 
 def _holds_demo(folder: Path) -> bool:
@@ -65,38 +68,32 @@ def _holds_demo(folder: Path) -> bool:
     return True
 
 
-def _measured(label: str, pair: ModelPair, run: RunConfig, console: Console) -> Evaluation:
-    arguments = run.arguments()
+def _measured(label: str, pair: ModelPair, config: SwitchConfig, console: Console) -> Evaluation:
     assert pair.tokenizer is not None
     console.print(Text(f"{label}: answering {TEST_SET} greedily"))
+    greedy = Sampling(config.max_new_tokens, temperature=0)
     return evaluate(
         SpeculativeEngine(pair),
         pair.tokenizer,
         {TEST_SET: resolve(TEST_SET, limit=TEST_ROWS)},
         model_name=label,
-        sampling=Sampling(arguments.max_new_tokens, temperature=0),
-        seeds=[arguments.seed],
-        max_prompt_tokens=arguments.max_prompt_tokens,
-        batch_size=64,
+        settings=EvaluationSettings(greedy, (config.seed,), config.max_prompt_tokens),
         show_progress=console.is_terminal,
     )
 
 
-def _show_training_text(pair: ModelPair, run: RunConfig, console: Console) -> None:
-    arguments = run.arguments()
+def _show_training_text(pair: ModelPair, run: RunConfig, config: SwitchConfig, console: Console) -> None:
     assert pair.tokenizer is not None
-    (stage,) = run.in_stages()
     rows = resolve(run.train_data, limit=SHOWN_ROLLOUTS)
-    examples = examples_of(run, rows, pair.tokenizer, need_response=False)
+    examples = examples_of(config, rows, pair.tokenizer, need_response=False)
     prompts = [example.prompt for example in examples]
-    policy = stage.plan().policy
-    rollouts = SpeculativeEngine(pair).generate(prompts, policy, arguments.sampling, seed=arguments.seed)
+    rollouts = SpeculativeEngine(pair).generate(prompts, config.plan.policy, config.sampling, seed=config.seed)
     print_rollouts(rollouts, pair.tokenizer, console)
 
 
-def _next_steps(run: RunConfig) -> str:
-    folder, arguments = run.output_dir, run.arguments()
-    lengths = f"--max-prompt-tokens {arguments.max_prompt_tokens} --max-new-tokens {arguments.max_new_tokens}"
+def _next_steps(run: RunConfig, config: SwitchConfig) -> str:
+    folder = run.output_dir
+    lengths = f"--max-prompt-tokens {config.max_prompt_tokens} --max-new-tokens {config.max_new_tokens}"
     return (
         f"The run is in {folder}: its model (AutoModelForCausalLM.from_pretrained reads it), run.yaml, log.jsonl.\n"
         f"Try next:\n"

@@ -14,18 +14,15 @@ from rich.text import Text
 from switchkd import __version__
 from switchkd.cli.measure import calibrate, diagnose
 from switchkd.cli.options import (
+    POLICY_OPTIONS,
     DataDir,
-    Dtype,
-    Limit,
-    MaxNewTokens,
-    MaxPromptTokens,
-    PolicyAndPrompts,
+    EvaluationOptions,
+    PairAndPrompts,
+    PolicyCommand,
     Set,
     SkipBadRows,
-    Temperature,
-    TopP,
-    TrustRemoteCode,
     new_console,
+    policy_named,
     quiet_transformers,
     with_options,
 )
@@ -89,9 +86,7 @@ def _options(
 
 @app.command()
 def train(
-    run_file: Annotated[
-        Path, typer.Argument(metavar="RUN.yaml", help="The run: models, data and settings, flat keys.")
-    ],
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run: models, data and settings.")],
     assignments: Set = [],  # noqa: B006 - typer makes a new one for each call
     data_dir: DataDir = None,
     skip_bad_rows: SkipBadRows = False,
@@ -109,54 +104,41 @@ def train(
 
 
 @app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, a model folder, a hub id, ...")],
-    sets: Annotated[
-        str, typer.Option(help="Sets, comma-separated: dolly,selfinst,vicuna,sni,unni, world, a file, ...")
-    ],
-    data_dir: DataDir = None,
-    seeds: Annotated[str, typer.Option(help="Seeds of the sampling, comma-separated.")] = "10,20,30,40,50",
-    limit: Limit = None,
-    max_prompt_tokens: MaxPromptTokens = 256,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    no_repeat_ngram: Annotated[int, typer.Option(min=0, help="Forbid repeated n-grams; published tables use 6.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers in flight at a time.")] = 32,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for eval.json and the answers; by default MODEL/eval.")
-    ] = None,
-    dtype: Dtype = "float32",
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
+@with_options
+def evaluate(options: EvaluationOptions) -> None:
     """Score a student's answers: ROUGE-L and exact match, mean and deviation over seeds."""
     from switchkd.data.sets import resolve
+    from switchkd.evaluation.score import EvaluationSettings
     from switchkd.evaluation.score import evaluate as score
-    from switchkd.models.pair import load_pair
+    from switchkd.models.load import load_pair
     from switchkd.records import Sampling
     from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
-    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram)
-    seed_numbers = _whole_numbers("--seeds", seeds)
-    names = [name.strip() for name in sets.split(",") if name.strip()]
+    sampling = Sampling(
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        no_repeat_ngram_size=options.no_repeat_ngram,
+    )
+    settings = EvaluationSettings(sampling, _whole_numbers("--seeds", options.seeds), options.max_prompt_tokens)
+    names = [name.strip() for name in options.sets.split(",") if name.strip()]
     if not names:
-        raise UserError(f"--sets is {sets!r}; name at least one set, such as dolly or world")
-    rows = {name: resolve(name, "eval", data_dir=data_dir, limit=limit) for name in names}
-    folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{_file_name(model)}")
-    pair = load_pair(model, None, dtype=dtype, trust_remote_code=trust_remote_code)
+        raise UserError(f"--sets is {options.sets!r}; name at least one set, such as dolly or world")
+    rows = {name: resolve(name, "eval", data_dir=options.data_dir, limit=options.limit) for name in names}
+    model = options.model
+    folder = Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{_file_name(model)}"
+    folder = options.output or folder
+    pair = load_pair(model, None, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     assert pair.tokenizer is not None
-    pair.check_room(max_prompt_tokens + max_new_tokens)
+    pair.check_room(options.max_prompt_tokens + options.max_new_tokens)
     console = new_console()
     evaluation = score(
-        SpeculativeEngine(pair, max_rows=batch_size),
+        SpeculativeEngine(pair, max_rows=options.batch_size),
         pair.tokenizer,
         rows,
         model_name=model,
-        sampling=sampling,
-        seeds=seed_numbers,
-        max_prompt_tokens=max_prompt_tokens,
-        batch_size=batch_size,
+        settings=settings,
         out_folder=folder,
         show_progress=console.is_terminal,
     )
@@ -168,44 +150,52 @@ def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in name).strip("-")
 
 
-def _whole_numbers(option: str, text: str) -> list[int]:
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        return [int(part) for part in text.split(",")]
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"{option} is {text!r}; give whole numbers with commas between, such as 10,20,30") from None
 
 
-@app.command()
+@app.command(cls=PolicyCommand, context_settings=POLICY_OPTIONS)
 @with_options
 def rollout(
-    asked: PolicyAndPrompts,
+    options: PairAndPrompts,
+    context: typer.Context,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Who writes: student, teacher, switch, adaswitch, interleave, mix (at random), early, late, module:NAME, "
+            "or a mapping as in a run file."
+        ),
+    ] = "switch",
     output: Annotated[Path, typer.Option(help="The file of rollouts, one JSON object a line.")] = Path(
         "rollouts.jsonl"
     ),
-    show: Annotated[int, typer.Option(min=0, help="Show the text of so many rollouts.")] = 10,
+    show: Annotated[int, typer.Option(min=0, help="Show the text of the first rollouts, this many.")] = 10,
 ) -> None:
-    """Roll out prompts without training: who wrote which token, as JSON lines and in colour."""
+    """Roll out prompts without training: who wrote which token, as JSON lines and in color."""
     from switchkd.report.terminal import print_rollouts
     from switchkd.rollout.jsonl import write_rollouts
     from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
-    writer = asked.writer
-    if writer.needs_teacher and asked.teacher is None:
-        raise UserError(f"--policy {asked.policy} needs a teacher; give --teacher, or --policy student")
-    sampling = asked.sampling
-    pair, prompts = asked.load()
+    writer = policy_named(policy, context)
+    if writer.needs_teacher and options.teacher is None:
+        raise UserError(f"--policy {policy} needs a teacher; give --teacher, or --policy student")
+    sampling = options.sampling
+    pair, prompts = options.load()
     assert pair.tokenizer is not None
     console = new_console()
     with console.status("rolling out ..."):
-        rollouts = SpeculativeEngine(pair).generate(prompts, writer, sampling, seed=asked.seed)
+        rollouts = SpeculativeEngine(pair).generate(prompts, writer, sampling, seed=options.seed)
     write_rollouts(rollouts, pair.tokenizer, output)
     print_rollouts(rollouts[:show], pair.tokenizer, console)
     console.print(Text(f"{len(rollouts)} rollouts are in {output}"), soft_wrap=True)
 
 
-app.command()(calibrate)
-app.command()(diagnose)
+for measure in (calibrate, diagnose):
+    app.command(cls=PolicyCommand, context_settings=POLICY_OPTIONS)(measure)
 
 
 @app.command()
@@ -214,14 +204,13 @@ def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print all of them as docs/methods.md has it.")] = False,
 ) -> None:
     """List the methods, or show one: its settings, its source and where it departs from it."""
-    from switchkd.methods.table import METHODS, method_named
-    from switchkd.report.methods_page import methods_page
-    from switchkd.report.terminal import method_details, methods_table
+    from switchkd.methods.table import METHOD, METHODS
+    from switchkd.report.methods_page import method_details, methods_page, methods_table
 
     if markdown:
         typer.echo(methods_page(METHODS), nl=False)
     else:
-        new_console().print(methods_table(METHODS) if name is None else method_details(name, method_named(name)))
+        new_console().print(methods_table(METHODS) if name is None else method_details(name, METHOD.find(name)))
 
 
 @app.command()

@@ -11,53 +11,51 @@ import typer
 from rich.text import Text
 
 from switchkd.cli.options import (
-    Decay,
-    DecayRate,
-    FinalFraction,
     MeasuredPair,
     new_console,
+    policy_named,
+    policy_settings,
     quiet_transformers,
     with_options,
 )
 from switchkd.errors import UserError
 from switchkd.files import write_atomically
+from switchkd.settings.paper import PAPER_SHARE
 
 if TYPE_CHECKING:
     from switchkd.analysis.calibration import Calibration
 
-# calibration.PAPER_SHARE, which would bring torch in: --help has to be quick.
-_SHARE = 0.53
-
 
 @with_options
 def calibrate(
-    asked: MeasuredPair,
-    share: Annotated[float, typer.Option(help="The share of tokens that the teacher is to write, 0 to 1.")] = _SHARE,
-    decay: Decay = "exponential",
-    decay_rate: DecayRate = None,
-    final_fraction: FinalFraction = None,
+    options: MeasuredPair,
+    context: typer.Context,
+    share: Annotated[
+        float, typer.Option(help="The share of tokens that the teacher is to write, 0 to 1.")
+    ] = PAPER_SHARE,
     output: Annotated[Path, typer.Option(help="Folder for calibration.json and .png.")] = Path("calibration"),
 ) -> None:
-    """Find the SWITCH threshold at which the teacher writes a given share of the tokens."""
+    """Find the SWITCH threshold at which the teacher writes a given share of the tokens; --decay and its rate shape it."""
     from switchkd.analysis.calibration import calibrate as solve
     from switchkd.report.plots import save_calibration
     from switchkd.report.terminal import calibration_table
-    from switchkd.rollout.policies import policy_named
     from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
-    shape: Any = policy_named("switch", decay=decay, decay_rate=decay_rate, final_fraction=final_fraction)
-    sampling = asked.sampling
-    pair, prompts = asked.load()
+    if "threshold" in policy_settings(context, "switch"):
+        raise UserError("--threshold is what calibrate finds; leave it out")
+    shape: Any = policy_named("switch", context)
+    sampling = options.sampling
+    pair, prompts = options.load()
     console = new_console()
     with console.status(f"rolling out {len(prompts)} prompts, several times ..."):
         engine = SpeculativeEngine(pair)
-        found = solve(engine, prompts, sampling, teacher_share=share, policy=shape, seed=asked.seed)
+        found = solve(engine, prompts, sampling, teacher_share=share, policy=shape, seed=options.seed)
     console.print(calibration_table(found))
     place = output / "calibration.json"
-    _write(place, {**found.as_json(), "max_new_tokens": asked.max_new_tokens, "seed": asked.seed})
+    _write(place, {**found.as_json(), "max_new_tokens": options.max_new_tokens, "seed": options.seed})
     plot = save_calibration(found, place.with_suffix(".png"))
-    console.print(Text(_for_the_run_file(found, asked.max_new_tokens)), soft_wrap=True)
+    console.print(Text(_for_the_run_file(found, options.max_new_tokens)), soft_wrap=True)
     console.print(Text(_where(place, plot)), soft_wrap=True)
 
 
@@ -78,16 +76,12 @@ def _for_the_run_file(found: Calibration, max_new_tokens: int) -> str:
 
 @with_options
 def diagnose(
-    asked: MeasuredPair,
-    threshold: Annotated[
-        float | None, typer.Option(help="SWITCH's tau_0 in nats; else it is found for --share.")
-    ] = None,
+    options: MeasuredPair,
+    context: typer.Context,
     share: Annotated[
-        float | None, typer.Option(help=f"Find the threshold of this teacher share; by default {_SHARE}.")
+        float | None,
+        typer.Option(help=f"Without --threshold, find the threshold for this teacher share; by default {PAPER_SHARE}."),
     ] = None,
-    decay: Decay = "exponential",
-    decay_rate: DecayRate = None,
-    final_fraction: FinalFraction = None,
     output: Annotated[Path, typer.Option(help="Folder for diagnosis.json and .png.")] = Path("diagnosis"),
 ) -> None:
     """Measure whether the teacher misguides: what it makes of text by the student, by SWITCH and by itself."""
@@ -95,29 +89,28 @@ def diagnose(
     from switchkd.analysis.diagnosis import diagnose as measure
     from switchkd.report.plots import save_diagnosis
     from switchkd.report.terminal import diagnosis_table
-    from switchkd.rollout.policies import policy_named
     from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
-    if threshold is not None and share is not None:
+    finds_threshold = "threshold" not in policy_settings(context, "switch")
+    if not finds_threshold and share is not None:
         raise UserError("--threshold and --share are two ways to say the same thing; give one of them")
-    switch: Any = policy_named(
-        "switch", threshold=threshold, decay=decay, decay_rate=decay_rate, final_fraction=final_fraction
-    )
-    sampling = asked.sampling
-    pair, prompts = asked.load()
+    switch: Any = policy_named("switch", context)
+    sampling = options.sampling
+    pair, prompts = options.load()
     console = new_console()
     with console.status(f"rolling out {len(prompts)} prompts, several times ..."):
         engine = SpeculativeEngine(pair)
-        if threshold is None:
-            wanted = _SHARE if share is None else share
-            switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=asked.seed).policy
-        texts = measure(pair, prompts, sampling, switch=switch, seed=asked.seed, engine=engine)
+        if finds_threshold:
+            wanted = PAPER_SHARE if share is None else share
+            switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=options.seed).policy
+        texts = measure(pair, prompts, sampling, switch=switch, seed=options.seed, engine=engine)
     console.print(diagnosis_table(texts))
     place = output / "diagnosis.json"
     by_text = {name: text.as_json() for name, text in texts.items()}
     _write(
-        place, {"prompts": len(prompts), "max_new_tokens": asked.max_new_tokens, "seed": asked.seed, "texts": by_text}
+        place,
+        {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens, "seed": options.seed, "texts": by_text},
     )
     plot = save_diagnosis(texts, place.with_suffix(".png"))
     by_teacher = f"threshold {switch.threshold:.3g}: {texts['switch'].teacher_share:.1%} of its tokens by the teacher"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
+from typer.core import TyperCommand
 
-from switchkd.errors import UserError
+from switchkd.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from switchkd.models.pair import ModelPair
@@ -35,9 +37,6 @@ SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used; else refuse them.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first rows of each set.")]
-Decay = Annotated[str | None, typer.Option(help="switch: how the threshold falls: exponential, linear or constant.")]
-DecayRate = Annotated[float | None, typer.Option(help="switch: the decay per token.")]
-FinalFraction = Annotated[float | None, typer.Option(help="switch: threshold at the last position / at the first.")]
 
 
 def new_console() -> Console:
@@ -46,7 +45,7 @@ def new_console() -> Console:
 
 
 def quiet_transformers() -> None:
-    """Leave out what transformers tells developers; the commands say what people need."""
+    """Silence what transformers tells developers; the commands say what people need."""
     import transformers
 
     logging: Any = transformers.logging
@@ -87,7 +86,7 @@ class PairAndPrompts:
         """The pair and the prompts; raises UserError unless these were given either as text or as a data set."""
         from switchkd.data.rows import read_rows, to_examples
         from switchkd.data.sets import resolve
-        from switchkd.models.pair import load_pair
+        from switchkd.models.load import load_pair
 
         if bool(self.prompt) == (self.data is not None):
             raise UserError("give the prompts either with --prompt or with --data")
@@ -110,64 +109,100 @@ class PairAndPrompts:
 
 
 @dataclass(frozen=True)
-class PolicyAndPrompts(PairAndPrompts):
-    """As `PairAndPrompts`, with the policy that writes and the settings of all policies."""
-
-    policy: Annotated[
-        str,
-        typer.Option(
-            help="Who writes: student, teacher, switch, adaswitch, interleave, mix (at random), early or late."
-        ),
-    ] = "switch"
-    threshold: Annotated[float | None, typer.Option(help="switch: tau_0, in nats.")] = None
-    decay: Decay = None
-    decay_rate: DecayRate = None
-    final_fraction: FinalFraction = None
-    factor: Annotated[float | None, typer.Option(help="adaswitch: threshold / mean of the last divergences.")] = None
-    window: Annotated[int | None, typer.Option(help="adaswitch: how many divergences that mean is over.")] = None
-    keep_top_k: Annotated[
-        int | None,
-        typer.Option(
-            "--teacher-top-k", help="interleave: keep the student's token if among so many best of the teacher."
-        ),
-    ] = None
-    teacher_share: Annotated[
-        float | None,
-        typer.Option(help="mix, early, late: the teacher's share of tokens (of --max-new-tokens), 0 to 1."),
-    ] = None
-
-    @property
-    def writer(self) -> Policy:
-        """The policy; raises UserError for settings out of range, or that it does not take."""
-        from switchkd.rollout.policies import policy_named
-
-        _policy, *settings = (each.name for each in fields(self)[len(fields(PairAndPrompts)) :])
-        try:
-            return policy_named(self.policy, **{name: getattr(self, name) for name in settings})
-        except UserError as error:
-            # The one setting whose option has another name: --top-k is the sampling's.
-            raise UserError(str(error).replace("keep_top_k", "--teacher-top-k")) from None
-
-
-@dataclass(frozen=True)
 class MeasuredPair(PairAndPrompts):
-    """As `PairAndPrompts`, of the commands that measure: these need the teacher."""
+    """As `PairAndPrompts`, for the commands that measure: these need the teacher."""
 
     teacher: Annotated[str, typer.Option(help="As --student.")] = field()
     # A whole data set would take hours, and the numbers settle long before.
     limit: Limit = 64
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The options of `switchkd eval`; see `with_options`."""
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, a model folder, a hub id, ...")]
+    sets: Annotated[str, typer.Option(help="Sets, comma-separated: dolly,selfinst,vicuna,sni,unni, world, a file, ...")]
+    data_dir: DataDir = None
+    seeds: Annotated[str, typer.Option(help="Seeds of the sampling, comma-separated.")] = "10,20,30,40,50"
+    limit: Limit = None
+    max_prompt_tokens: MaxPromptTokens = 256
+    max_new_tokens: MaxNewTokens = 256
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    no_repeat_ngram: Annotated[int, typer.Option(min=0, help="Forbid repeated n-grams; published tables use 6.")] = 0
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers in flight at a time.")] = 32
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for eval.json and the answers; by default MODEL/eval.")
+    ] = None
+    dtype: Dtype = "float32"
+    trust_remote_code: TrustRemoteCode = False
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer takes it: the fields of its first parameter, a dataclass, are options beside its own."""
-    asked, *own = inspect.signature(command, eval_str=True).parameters.values()
-    shared = inspect.signature(asked.annotation, eval_str=True).parameters
+    """The command as typer takes it: the fields of its first parameter, a dataclass, become options beside its own."""
+    shared_by, *own = inspect.signature(command, eval_str=True).parameters.values()
+    shared = inspect.signature(shared_by.annotation, eval_str=True).parameters
 
     @wraps(command)
     def with_plain_options(**given: Any) -> None:
-        command(asked.annotation(**{name: given.pop(name) for name in shared}), **given)
+        command(shared_by.annotation(**{name: given.pop(name) for name in shared}), **given)
 
-    # Python wants those that are keyword-only last, and sorting leaves the others as they are.
-    parameters = sorted([*shared.values(), *own], key=lambda parameter: parameter.kind)
+    # Python wants required parameters first and keyword-only ones last; sorting is stable and leaves the others in order.
+    parameters = sorted(
+        [*shared.values(), *own], key=lambda each: (each.kind, each.default is not inspect.Parameter.empty)
+    )
     with_plain_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return with_plain_options
+
+
+# A policy's settings are options as well, --keep-top-k for keep_top_k. They are known only once the policy is, which may come from
+# another package, so they reach the command unparsed.
+POLICY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def policy_settings(context: typer.Context, policy: str) -> dict[str, Any]:
+    """What was given as --KEY VALUE beyond a command's own options; raises UserError for what no policy takes."""
+    from switchkd.rollout.policies import POLICIES
+    from switchkd.settings.components import settings_of
+
+    words = [part for word in context.args for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    known = {key for each in POLICIES.values() for key in settings_of(each)}
+    settings = {}
+    for option, text in zip(words[::2], [*words[1::2], None], strict=False):
+        key = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or (policy in POLICIES and key not in known):
+            options = [name for each in context.command.params for name in each.opts]
+            every = [*options, *(f"--{name.replace('_', '-')}" for name in known)]
+            raise UserError(f"there is no option {option!r}{did_you_mean(option, every)}")
+        if text is None:
+            raise UserError(f"option {option} needs a value")
+        settings[key] = yaml.safe_load(text)
+    return settings
+
+
+class PolicyCommand(TyperCommand):
+    """A command whose help ends with the settings of every policy, read from their dataclasses when it is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """As in typer, with the settings of the policies at the end."""
+        self.epilog = _policy_help()
+        super().format_help(ctx, formatter)
+
+
+def _policy_help() -> str:
+    from switchkd.rollout.policies import POLICIES
+    from switchkd.settings.components import settings_of
+
+    lines = ["Settings of the policies, as options:"]
+    for name, policy in POLICIES.items():
+        for key, each in settings_of(policy).items():
+            lines.append(f"{name}: --{key.replace('_', '-')}  {each.metadata['help']}")
+    return "\n\n".join(lines)
+
+
+def policy_named(name: str, context: typer.Context) -> Policy:
+    """The policy that --policy names (or describes, as a mapping), with its settings; raises UserError where they do not fit."""
+    from switchkd.rollout.policies import POLICY
+
+    return POLICY.make({**POLICY.as_mapping(name), **policy_settings(context, name)})

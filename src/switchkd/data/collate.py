@@ -11,24 +11,24 @@ import torch
 
 from switchkd.records import Batch, Example, Rollout
 
-# With fewer tokens a forward of a large model costs as much as with these: it reads all weights.
+# Tokens. A forward over fewer costs a large model as much, since it reads all weights.
 _FULL_FORWARD = 256
 
 
-def collate(sequences: Sequence[Example | Rollout], pad_id: int, *, pad_to_multiple_of: int = 1) -> Batch:
-    """Return prompts and responses as one Batch of shape (B, T), padded on the right by length, never by id.
+def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
+    """Prompts and responses as one Batch of shape (B, T), padded on the right to the longest sequence.
 
-    T is the longest sequence, rounded up to `pad_to_multiple_of`. Examples and rollouts may be mixed; what an example
-    says counts as not written by the teacher. Without `teacher_hidden` on every sequence the batch has none. Raises
-    ValueError for no sequences.
+    Examples and rollouts may be mixed; an example's response counts as not written by the teacher. The batch has
+    `teacher_hidden` only where every sequence has. Raises ValueError for no sequences.
     """
     if not sequences:
         raise ValueError("there are no sequences to collate; give at least one")
     prompts = [sequence.prompt.token_ids for sequence in sequences]
     responses = [response_ids(sequence) for sequence in sequences]
     longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
-    shape = (len(sequences), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
+    shape = (len(sequences), longest)
 
+    # Masks go by length, never by id: the padding token of many models is their end-of-text token, which does count.
     input_ids_BT = torch.full(shape, pad_id)
     attention_mask_BT = torch.zeros(shape, dtype=torch.long)
     response_mask_BT = torch.zeros(shape, dtype=torch.bool)
@@ -58,7 +58,7 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int, *, pad_to_multi
 
 
 def response_ids(sequence: Example | Rollout) -> tuple[int, ...]:
-    """Return the token ids after the prompt, the end-of-text token included."""
+    """The token ids after the prompt, the end-of-text token included."""
     return sequence.token_ids if isinstance(sequence, Rollout) else sequence.response_ids
 
 
@@ -68,9 +68,9 @@ def _packed_teacher_hidden(sequences: Sequence[Example | Rollout]) -> torch.Tens
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Return the indices of `lengths` in groups of at most `size` of similar length, so that padding is small.
+    """The indices of `lengths` in groups of `size` of similar length, so that little is padded; the last may be smaller.
 
-    The longest come first, so that a run that will be out of memory is so at once; equal lengths keep their order.
+    The longest come first, so that a run that does not fit into memory fails at once; equal lengths keep their order.
     Raises ValueError for a size below 1.
     """
     if size < 1:
@@ -80,10 +80,9 @@ def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def groups_of_like_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Return the indices of `lengths`, the longest first, in groups of at most `size` that hold little padding.
+    """The indices of `lengths`, the longest first, in groups of at most `size`, for forwards that may be of any size.
 
-    For forwards that may be of any size: a group of 256 tokens or more is closed once the next row is a tenth shorter than its
-    longest.
+    A group of 256 tokens or more is closed once the next row is over a tenth shorter than its longest.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):

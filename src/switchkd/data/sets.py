@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from switchkd.data.rows import SourceRow, is_data_file, load_hub_rows, read_rows
-from switchkd.data.world import BUCKETS, make_rows
+from switchkd.data.world import BUCKETS, Split, make_rows
 from switchkd.errors import UserError
 
 DATA_DIR_VARIABLE = "SWITCHKD_DATA_DIR"
@@ -15,7 +15,7 @@ DATA_DIR_VARIABLE = "SWITCHKD_DATA_DIR"
 
 @dataclass(frozen=True)
 class Part:
-    """One split: its file in a local folder; its file on the hub, and the slice of that file in `datasets` notation."""
+    """One split: its file in a local folder, its file on the hub, and the slice of the latter in `datasets` notation."""
 
     local_file: str
     hub_file: str
@@ -24,7 +24,7 @@ class Part:
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """One set: its hub name, where it is from and under which licence, and its splits."""
+    """One set: its hub name, where it is from and under which license, and its splits."""
 
     hub_name: str
     origin: str
@@ -65,13 +65,13 @@ SETS = {
 }
 
 WORLD_SEED = 0
-WORLD_ROWS = {"train": 4096, "test": 192}
+WORLD_ROWS: dict[Split, int] = {"train": 4096, "test": 192}
 
 
 def load_set(name: str, split: str = "eval", data_dir: str | Path | None = None) -> list[SourceRow]:
-    """Return the rows of an instruction set, from a local folder or else from the hub through `datasets`.
+    """The rows of an instruction set, from a local folder or else from the hub through `datasets`.
 
-    The folder is `data_dir` or what the variable SWITCHKD_DATA_DIR names. Raises UserError for an unknown name or
+    The folder is `data_dir`, or else what the variable SWITCHKD_DATA_DIR names. Raises UserError for an unknown name or
     split, and for a folder without the file.
     """
     if name not in SETS:
@@ -87,28 +87,28 @@ def load_set(name: str, split: str = "eval", data_dir: str | Path | None = None)
 
 
 def load_world(split: str, bucket: str | None = None, limit: int | None = None) -> list[SourceRow]:
-    """Return the first `limit` rows of the embedded world (by default 4,096 to train, 192 to test), always the same.
+    """The first `limit` rows of the embedded world (by default 4,096 to train, 192 to test), always the same.
 
     `split` is "train" or "test" ("eval" means test); `bucket` is a length, "short", "medium" or "long", or None for all
     in turn. Raises UserError for another split or bucket.
     """
-    world_split = "test" if split == "eval" else split
-    if world_split not in ("train", "test"):
+    if split not in ("train", "test", "eval"):
         raise UserError(f"the world has no split {split!r}; it has train and test")
     if bucket is not None and bucket not in BUCKETS:
         raise UserError(f"the world has no bucket {bucket!r}; it has {', '.join(BUCKETS)}")
+    world_split: Split = "train" if split == "train" else "test"
     count = WORLD_ROWS[world_split] if limit is None else limit
-    return read_rows(make_rows("train" if world_split == "train" else "test", count, seed=WORLD_SEED, bucket=bucket))
+    return read_rows(make_rows(world_split, count, seed=WORLD_SEED, bucket=bucket))
 
 
 def resolve(
     source: str | Path, split: str = "train", *, data_dir: str | Path | None = None, limit: int | None = None
 ) -> list[SourceRow]:
-    """Return the rows that a data set's name in a config or on the command line stands for.
+    """The rows that a data set's name in a run file or on the command line stands for; with `limit`, the first ones.
 
     `source` is a file, or NAME or NAME:SPLIT where NAME is an instruction set, a local data set folder or a hub name,
-    or world, world:SPLIT or world:SPLIT:BUCKET; `split` is meant where none is written. With `limit` only so many
-    rows, the first, are returned. Raises UserError where there is no such data set.
+    or world, world:SPLIT or world:SPLIT:BUCKET. `split` counts where the name says none. Raises UserError for an
+    unknown data set.
     """
     name, *rest = [str(source)] if is_data_file(Path(source)) else str(source).split(":")
     if len(rest) > (2 if name == "world" else 1):

@@ -1,9 +1,8 @@
 """A small world of our own: instructions with exact answers that grow long.
 
-Every task is a function of a random generator and a size (the number of items); it
-returns a prompt and the one right completion. A new task is a function and a row in
-`TASKS`. Rows are sorted into `BUCKETS` by the number of response tokens, and split into
-train and test by a stable hash of the prompt, so the two never share one.
+A task is a function of a random generator and a size (the number of items). It gives a prompt and the one right
+completion. A new task is a function and a row in `TASKS`. Rows are sorted into `BUCKETS` by the number of response tokens.
+A stable hash of the prompt splits them into train and test, so the two never share a prompt.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from random import Random
 from typing import Literal
 
@@ -23,24 +20,22 @@ Task = Callable[[Random, int], tuple[str, str]]
 
 BUCKETS: dict[str, tuple[int, int]] = {"short": (1, 32), "medium": (33, 96), "long": (97, 224)}
 PAD, END, UNK = "<|pad|>", "<|end|>", "<unk>"
-# One token: a word, a digit, or a run of marks, each with the blank before it.
+# One token: a word, a digit, or a run of marks, each with the blank before it. The shipped tokenizers split in the same way.
 TOKEN_PATTERN = r" ?[A-Za-z]+| ?[0-9]| ?[^A-Za-z0-9\s]+|\s"
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # fmt: off
 WORDS = [
-    "sun", "rain", "snow", "wind", "leaf", "tree", "river", "stone", "bird",
-    "horse", "mouse", "fish", "bread", "apple", "honey", "salt", "lamp", "chair",
-    "table", "door", "window", "house", "garden", "road", "bridge", "boat", "train",
-    "wheel", "paper", "book", "music", "dance", "green", "blue", "silver", "winter",
+    "sun", "rain", "snow", "wind", "leaf", "tree", "river", "stone", "bird", "horse", "mouse", "fish",
+    "bread", "apple", "honey", "salt", "lamp", "chair", "table", "door", "window", "house", "garden", "road",
+    "bridge", "boat", "train", "wheel", "paper", "book", "music", "dance", "green", "blue", "silver", "winter",
 ]
 NAMES = [
-    "Ann", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo",
-    "Jane", "Karl", "Lena", "Max", "Nora", "Otto", "Pia",
+    "Ann", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana",
+    "Ivo", "Jane", "Karl", "Lena", "Max", "Nora", "Otto", "Pia",
 ]
 CITIES = [
-    "Rome", "Paris", "Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Bern", "Quito",
-    "Prague", "Dublin", "Vienna",
+    "Rome", "Paris", "Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Bern", "Quito", "Prague", "Dublin", "Vienna",
 ]
 # fmt: on
 
@@ -51,20 +46,20 @@ def _check(size: int, low: int, high: int) -> None:
 
 
 def take(rng: Random, size: int) -> tuple[str, str]:
-    """Take lettered digits from a number one by one; returns the prompt and a line for each."""
+    """Take lettered digits from a number one by one: a line for each."""
     _check(size, 2, len(LETTERS))
     number = 9 * size + rng.randint(10, 99)
     digits = [(LETTERS[i], rng.randint(1, 9)) for i in range(size)]
-    asked = f"Take from {number}: {', '.join(f'{label} {digit}' for label, digit in digits)}.\n"
+    prompt = f"Take from {number}: {', '.join(f'{label} {digit}' for label, digit in digits)}.\n"
     lines = []
     for label, digit in digits:
         lines.append(f"{label}: {number} - {digit} = {number - digit}")
         number -= digit
-    return asked, "\n".join(lines)
+    return prompt, "\n".join(lines)
 
 
 def sort(rng: Random, size: int) -> tuple[str, str]:
-    """Insert letters one by one into a sorted row; returns the prompt and a line for each."""
+    """Insert letters one by one into a sorted row: a line for each."""
     _check(size, 2, len(LETTERS))
     letters = rng.sample(LETTERS, size)
     lines = [f"{letters[i]}: {' '.join(sorted(letters[: i + 1]))}" for i in range(size)]
@@ -72,7 +67,7 @@ def sort(rng: Random, size: int) -> tuple[str, str]:
 
 
 def add(rng: Random, size: int) -> tuple[str, str]:
-    """Add two numbers column by column, lowest first; returns the prompt and the sums."""
+    """Add two numbers column by column, lowest first: a line for each column."""
     _check(size, 2, len(LETTERS))
     columns = [(LETTERS[i], rng.randint(0, 9), rng.randint(0, 9)) for i in range(size)]
     lines, carry = [], 0
@@ -85,14 +80,14 @@ def add(rng: Random, size: int) -> tuple[str, str]:
 
 
 def spell(rng: Random, size: int) -> tuple[str, str]:
-    """Spell distinct words letter by letter; returns the prompt and a line for each word."""
+    """Spell distinct words letter by letter: a line for each word."""
     _check(size, 2, len(WORDS))
     words = rng.sample(WORDS, size)
     return f"Spell: {', '.join(words)}.\n", "\n".join(f"{w}: {' '.join(w)}" for w in words)
 
 
 def extract(rng: Random, size: int) -> tuple[str, str]:
-    """Pull fields out of sentences about people; returns the prompt and a JSON list."""
+    """Pull fields out of sentences about people: a JSON list."""
     _check(size, 1, len(CITIES))
     keys = rng.choice((("name", "city"), ("name", "age", "city")))
     people: list[dict[str, str | int]] = [
@@ -105,16 +100,15 @@ def extract(rng: Random, size: int) -> tuple[str, str]:
 
 
 def order(rng: Random, size: int) -> tuple[str, str]:
-    """Put lettered rows in alphabetical order; returns the prompt and the ordered rows."""
+    """Put lettered rows in alphabetical order."""
     _check(size, 2, len(LETTERS))
     rows = [(x, rng.choice(WORDS), rng.randint(0, 9)) for x in rng.sample(LETTERS, size)]
     asked = ", ".join(f"{x} {word} {number}" for x, word, number in rows)
-    answer = "\n".join(f"{x}: {word} {number}" for x, word, number in sorted(rows))
-    return f"Order by letter: {asked}.\n", answer
+    return f"Order by letter: {asked}.\n", "\n".join(f"{x}: {word} {number}" for x, word, number in sorted(rows))
 
 
 def reverse(rng: Random, size: int) -> tuple[str, str]:
-    """Reverse letters by putting each in front; returns the prompt and the growing rows."""
+    """Reverse letters by putting each in front: the growing row at each step."""
     _check(size, 2, len(LETTERS))
     letters = rng.sample(LETTERS, size)
     lines = [" ".join(reversed(letters[: i + 1])) for i in range(size)]
@@ -133,24 +127,24 @@ TASKS: dict[str, Task] = {
 
 
 def token_count(completion: str) -> int:
-    """Return the number of tokens of a completion in the world's tokenizer, the end included."""
+    """The number of tokens of a completion in the world's tokenizer, the end included."""
     return len(re.findall(TOKEN_PATTERN, completion)) + 1
 
 
 def bucket_of(completion: str) -> str | None:
-    """Return the length bucket of a completion, or None if it is longer than all of them."""
+    """The length bucket of a completion, or None if it is longer than all of them."""
     length = token_count(completion)
     return next((name for name, (low, high) in BUCKETS.items() if low <= length <= high), None)
 
 
 def split_of(prompt: str) -> Split:
-    """Return the split a prompt belongs to: one in eight is test, by a stable hash."""
+    """The split that a prompt belongs to: one in eight is test, by a stable hash."""
     return "test" if zlib.crc32(prompt.encode()) % 8 == 0 else "train"
 
 
 @cache
 def _sizes(task: str, bucket: str) -> tuple[int, ...]:
-    """Return the sizes with which a task can give a completion in a bucket."""
+    """The sizes at which a task can give a completion in a bucket, found by trying."""
     rng, found = Random(0), []
     for size in range(1, 1 + BUCKETS["long"][1]):
         try:
@@ -163,10 +157,9 @@ def _sizes(task: str, bucket: str) -> tuple[int, ...]:
 
 
 def stream(split: Split, seed: int, *, bucket: str | None = None, task: str | None = None) -> Iterator[dict[str, str]]:
-    """Yield rows of one split without end; rows may repeat.
+    """Rows of one split, as `make_rows` describes them, without end; rows may repeat.
 
-    Buckets and then tasks take turns when they are not given, so that each gets an equal
-    share. Returns an iterator over rows as `make_rows` describes them.
+    Where no bucket or task is given, buckets and then tasks take turns, so that each gets an equal share.
     """
     if bucket is not None and bucket not in BUCKETS:
         raise ValueError(f"unknown bucket {bucket!r}: one of {', '.join(BUCKETS)}")
@@ -182,26 +175,21 @@ def stream(split: Split, seed: int, *, bucket: str | None = None, task: str | No
         if not turns[wanted]:
             raise ValueError(f"task {task!r} gives no {wanted} completion")
         name = turns[wanted][turn % len(turns[wanted])]
+        # A task knows neither split nor bucket, so its rows are drawn until one lies in both.
         while True:
             prompt, completion = TASKS[name](rng, rng.choice(_sizes(name, wanted)))
             if split_of(prompt) == split and bucket_of(completion) == wanted:
                 break
         source = f"world/{split}/{seed}/{bucket or 'all'}/{number}"
         number += 1
-        yield {
-            "prompt": prompt,
-            "completion": completion,
-            "task": name,
-            "bucket": wanted,
-            "source_id": source,
-        }
+        yield {"prompt": prompt, "completion": completion, "task": name, "bucket": wanted, "source_id": source}
 
 
 def make_rows(split: Split, count: int, *, seed: int, bucket: str | None = None) -> list[dict[str, str]]:
-    """Return `count` rows of a split with distinct prompts, the same for the same arguments.
+    """`count` rows of a split with distinct prompts, the same for the same arguments.
 
-    Each row has "prompt", "completion", "task", "bucket" and "source_id". Without a bucket
-    the three take turns; the tasks take turns within each.
+    Each row has "prompt", "completion", "task", "bucket" and "source_id". Without a bucket the three take turns; the tasks
+    take turns within each. Raises ValueError where the bucket has fewer rows.
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: train or test")
@@ -219,8 +207,3 @@ def make_rows(split: Split, count: int, *, seed: int, bucket: str | None = None)
             raise ValueError(f"there are fewer than {count} {split} rows in bucket {bucket}")
         rows.setdefault(row["prompt"], row)
     return list(rows.values())
-
-
-def assets_folder() -> Path:
-    """Return the folder that holds the shipped `teacher` and `student` model folders."""
-    return Path(str(files("switchkd") / "assets" / "world"))

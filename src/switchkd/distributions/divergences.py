@@ -1,22 +1,23 @@
-"""Divergences between two next-token distributions: pure functions, log-probabilities in, nats per position out.
+"""Divergences between two next-token distributions: log-probabilities in, nats per position out.
 
-Every function takes `student_logp` and `teacher_logp` of shape (..., V), natural log, normalised over V, and returns
-shape (...). None knows of masks, temperatures or chunks (that is objective.py). All are 0 exactly where the two
-distributions are equal, never negative, and finite in value and gradient where an id is excluded (-inf) in both.
-A new divergence is a function and a row of `DIVERGENCES`.
+A divergence is called with `student_logp` and `teacher_logp` of shape (..., V), natural log, normalized over V, and returns shape
+(...). It knows no mask, temperature or chunk; those are the objective's. It is 0 exactly where the two distributions are equal,
+never negative, and finite in value and gradient where an id is excluded (-inf) in both.
+
+A new divergence is a frozen dataclass and a row of `DIVERGENCES`, or a class of another package (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from switchkd.errors import UserError
+from switchkd.settings.components import Registry, setting
 
 # exp(60) is far inside float32, and the probability that a larger ratio multiplies is below exp(-60) of its rival's.
 _LARGEST_LOG_RATIO = 60.0
@@ -57,6 +58,14 @@ def _kl_to_mixture(p_logp: Tensor, q_logp: Tensor, p_weight: float) -> Tensor:
     return _at_least_zero(-(p_logp.exp() * to_p).sum(dim=-1))
 
 
+class Divergence(ABC):
+    """A divergence with its settings filled in; a frozen dataclass extends it."""
+
+    @abstractmethod
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        """The divergence at each position, (...), from log-probabilities (..., V)."""
+
+
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise UserError(
@@ -70,84 +79,128 @@ def _check_power(name: str, value: float) -> None:
         raise UserError(f"{name} is {value}; it has to be positive (for the limit at 0 use forward_kl or reverse_kl)")
 
 
-def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
     """KL(teacher || student) in nats: the student must cover what the teacher does (Hinton et al. 2015)."""
-    return _kullback_leibler(teacher_logp, student_logp)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return _kullback_leibler(teacher_logp, student_logp)
 
 
-def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
     """KL(student || teacher) in nats: the student keeps to what the teacher would do (MiniLLM, arXiv 2306.08543)."""
-    return _kullback_leibler(student_logp, teacher_logp)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return _kullback_leibler(student_logp, teacher_logp)
 
 
-def symmetric_kl(student_logp: Tensor, teacher_logp: Tensor, *, forward_weight: float = 0.5) -> Tensor:
+@dataclass(frozen=True)
+class SymmetricKL(Divergence):
     """w KL(teacher || student) + (1 - w) KL(student || teacher) in nats, with w = `forward_weight`.
 
-    At 1/2 half of Jeffreys' divergence, and symmetric. Raises UserError unless 0 < w < 1.
+    At 1/2 this is half of Jeffreys' divergence, and symmetric. Raises UserError unless 0 < w < 1.
     """
-    _check_share("forward_weight", forward_weight)
-    forward, reverse = forward_kl(student_logp, teacher_logp), reverse_kl(student_logp, teacher_logp)
-    return forward_weight * forward + (1 - forward_weight) * reverse
+
+    forward_weight: float = setting(0.5, "Weight of the forward KL, inside 0..1; the reverse KL has the rest.")
+
+    def __post_init__(self) -> None:
+        _check_share("forward_weight", self.forward_weight)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        forward, reverse = _kullback_leibler(teacher_logp, student_logp), _kullback_leibler(student_logp, teacher_logp)
+        return self.forward_weight * forward + (1 - self.forward_weight) * reverse
 
 
-def jensen_shannon(student_logp: Tensor, teacher_logp: Tensor, *, teacher_weight: float = 0.5) -> Tensor:
+@dataclass(frozen=True)
+class JensenShannon(Divergence):
     """The Jensen-Shannon divergence in nats, at most ln 2 for equal weights.
 
     w KL(teacher || m) + (1 - w) KL(student || m) with m = w teacher + (1 - w) student and w = `teacher_weight`
     (GKD, arXiv 2306.13649, equation 1, with its beta = w). Raises UserError unless 0 < w < 1: at its ends this is 0,
     not a KL divergence.
     """
-    _check_share("teacher_weight", teacher_weight)
-    log_ratio = _bounded_log_ratio(student_logp, teacher_logp)
-    to_teacher = _log_of_mixture_to_p(log_ratio, teacher_weight)
-    of_teacher = teacher_weight * (teacher_logp.exp() * to_teacher).sum(dim=-1)
-    of_student = (1 - teacher_weight) * (student_logp.exp() * (to_teacher - log_ratio)).sum(dim=-1)
-    return _at_least_zero(-(of_teacher + of_student))
+
+    teacher_weight: float = setting(0.5, "The teacher's weight in the mixture, inside 0..1.")
+
+    def __post_init__(self) -> None:
+        _check_share("teacher_weight", self.teacher_weight)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        log_ratio = _bounded_log_ratio(student_logp, teacher_logp)
+        to_teacher = _log_of_mixture_to_p(log_ratio, self.teacher_weight)
+        of_teacher = self.teacher_weight * (teacher_logp.exp() * to_teacher).sum(dim=-1)
+        of_student = (1 - self.teacher_weight) * (student_logp.exp() * (to_teacher - log_ratio)).sum(dim=-1)
+        return _at_least_zero(-(of_teacher + of_student))
 
 
-def skewed_forward_kl(student_logp: Tensor, teacher_logp: Tensor, *, teacher_weight: float = 0.1) -> Tensor:
+@dataclass(frozen=True)
+class SkewedForwardKL(Divergence):
     """KL(teacher || w teacher + (1 - w) student) in nats, at most -log w, with w = `teacher_weight`.
 
     DistiLLM (arXiv 2402.03898), equation 4, with its alpha = w. Raises UserError unless 0 < w < 1.
     """
-    _check_share("teacher_weight", teacher_weight)
-    return _kl_to_mixture(teacher_logp, student_logp, teacher_weight)
+
+    teacher_weight: float = setting(0.1, "The teacher's weight in the mixture, inside 0..1.")
+
+    def __post_init__(self) -> None:
+        _check_share("teacher_weight", self.teacher_weight)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return _kl_to_mixture(teacher_logp, student_logp, self.teacher_weight)
 
 
-def skewed_reverse_kl(student_logp: Tensor, teacher_logp: Tensor, *, student_weight: float = 0.1) -> Tensor:
+@dataclass(frozen=True)
+class SkewedReverseKL(Divergence):
     """KL(student || w student + (1 - w) teacher) in nats, at most -log w, with w = `student_weight`.
 
     DistiLLM (arXiv 2402.03898), with its alpha = w. Raises UserError unless 0 < w < 1.
     """
-    _check_share("student_weight", student_weight)
-    return _kl_to_mixture(student_logp, teacher_logp, student_weight)
+
+    student_weight: float = setting(0.1, "The student's weight in the mixture, inside 0..1.")
+
+    def __post_init__(self) -> None:
+        _check_share("student_weight", self.student_weight)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return _kl_to_mixture(student_logp, teacher_logp, self.student_weight)
 
 
-def total_variation(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
     """1/2 sum |student - teacher|, from 0 to 1, no unit: the probability that the best coupling of the two differs.
 
-    Its gradient has no part from ids of equal probability (the subgradient 0).
+    Ids of equal probability add nothing to its gradient (the subgradient 0).
     """
-    return (student_logp.exp() - teacher_logp.exp()).abs().sum(dim=-1) / 2
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return (student_logp.exp() - teacher_logp.exp()).abs().sum(dim=-1) / 2
 
 
-def adaptive_kl(student_logp: Tensor, teacher_logp: Tensor, *, head_mass: float = 0.5) -> Tensor:
+@dataclass(frozen=True)
+class AdaptiveKL(Divergence):
     """w KL(teacher || student) + (1 - w) KL(student || teacher) in nats, with w the head's part of sum |student - teacher|.
 
-    The head is the smallest set of the teacher's likeliest ids that has at least `head_mass` of its probability. No gradient
-    goes through w (AKL, arXiv 2404.02657). We depart where ids are equally likely: they are in the head together, so
-    that the order of ids has no part. Raises UserError unless 0 < `head_mass` < 1.
+    The head is the smallest set of the teacher's likeliest ids that holds at least `head_mass` of its probability. No gradient
+    goes through w (AKL, arXiv 2404.02657). We depart where ids are equally likely: they enter the head together, so that the order
+    of ids does not matter. Raises UserError unless 0 < `head_mass` < 1.
     """
-    _check_share("head_mass", head_mass)
-    with torch.no_grad():
-        difference = (student_logp.exp() - teacher_logp.exp()).abs()
-        of_all = difference.sum(dim=-1)
-        of_head = (difference * _is_head(teacher_logp, head_mass)).sum(dim=-1)
-        forward_weight = of_head / of_all.clamp(min=torch.finfo(of_all.dtype).tiny)
-    forward, reverse = forward_kl(student_logp, teacher_logp), reverse_kl(student_logp, teacher_logp)
-    # A weight of 0 switches its divergence off, an infinite one too.
-    forward = torch.where(forward_weight > 0, forward_weight * forward, 0.0)
-    return forward + torch.where(forward_weight < 1, (1 - forward_weight) * reverse, 0.0)
+
+    head_mass: float = setting(0.5, "The teacher's probability in the head, inside 0..1.")
+
+    def __post_init__(self) -> None:
+        _check_share("head_mass", self.head_mass)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            difference = (student_logp.exp() - teacher_logp.exp()).abs()
+            of_all = difference.sum(dim=-1)
+            of_head = (difference * _is_head(teacher_logp, self.head_mass)).sum(dim=-1)
+            forward_weight = of_head / of_all.clamp(min=torch.finfo(of_all.dtype).tiny)
+        forward, reverse = _kullback_leibler(teacher_logp, student_logp), _kullback_leibler(student_logp, teacher_logp)
+        # A weight of 0 switches its divergence off, even an infinite one.
+        forward = torch.where(forward_weight > 0, forward_weight * forward, 0.0)
+        return forward + torch.where(forward_weight < 1, (1 - forward_weight) * reverse, 0.0)
 
 
 def _is_head(logp: Tensor, head_mass: float) -> Tensor:
@@ -159,71 +212,47 @@ def _is_head(logp: Tensor, head_mass: float) -> Tensor:
     return logp >= falling.masked_fill(~is_head, torch.inf).amin(dim=-1, keepdim=True)
 
 
-def alpha_beta(
-    student_logp: Tensor, teacher_logp: Tensor, *, teacher_power: float = 0.2, student_power: float = 0.7
-) -> Tensor:
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
     """The alpha-beta divergence, no unit (nats in the limit of the KLs), with a = `teacher_power` and b = `student_power`.
 
     sum over ids of (a/(a+b) teacher^(a+b) + b/(a+b) student^(a+b) - teacher^a student^b) / (a b): ABKD (arXiv 2505.04560),
-    with its alpha = a and beta = b. At (1, 1) half the squared distance; towards (1, 0) forward KL, towards (0, 1)
-    reverse KL. We depart from the paper in that powers of 0 or below are refused: the KLs have their own names. Raises
-    UserError unless both are positive.
+    with its alpha = a and beta = b. At (1, 1) this is half the squared distance; towards (1, 0) forward KL, towards (0, 1)
+    reverse KL. We depart from the paper in refusing powers of 0 or below: the KLs have their own names. Raises UserError
+    unless both are positive.
     """
-    _check_power("teacher_power", teacher_power)
-    _check_power("student_power", student_power)
-    both = teacher_power + student_power
-    # Relative to the larger of the two no exponent is positive, and at equality each term is exactly 0.
-    larger_logp = torch.maximum(student_logp, teacher_logp)
-    smaller_to_larger = -_log_ratio(student_logp, teacher_logp, -torch.inf, torch.inf).abs()
-    of_teacher, of_student = (student_logp.new_tensor(power) for power in (teacher_power, student_power))
-    smaller_power = torch.where(student_logp >= teacher_logp, of_teacher, of_student)
-    gap = smaller_power / both * torch.expm1(both * smaller_to_larger) - torch.expm1(smaller_power * smaller_to_larger)
-    return _at_least_zero(((both * larger_logp).exp() * gap).sum(dim=-1) / (teacher_power * student_power))
+
+    teacher_power: float = setting(0.2, "The power of the teacher's probability, above 0.")
+    student_power: float = setting(0.7, "The power of the student's probability, above 0.")
+
+    def __post_init__(self) -> None:
+        _check_power("teacher_power", self.teacher_power)
+        _check_power("student_power", self.student_power)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        both = self.teacher_power + self.student_power
+        # Relative to the larger of the two no exponent is positive, and at equality each term is exactly 0.
+        larger_logp = torch.maximum(student_logp, teacher_logp)
+        smaller_to_larger = -_log_ratio(student_logp, teacher_logp, -torch.inf, torch.inf).abs()
+        of_teacher, of_student = (student_logp.new_tensor(power) for power in (self.teacher_power, self.student_power))
+        smaller_power = torch.where(student_logp >= teacher_logp, of_teacher, of_student)
+        part = torch.expm1(both * smaller_to_larger)
+        gap = smaller_power / both * part - torch.expm1(smaller_power * smaller_to_larger)
+        scale = self.teacher_power * self.student_power
+        return _at_least_zero(((both * larger_logp).exp() * gap).sum(dim=-1) / scale)
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """A row of the table: the function and the settings that it takes, with their defaults."""
-
-    function: Callable[..., Tensor]
-    settings: Mapping[str, float] = field(default_factory=dict)
-
-
-DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": Divergence(forward_kl),
-    "reverse_kl": Divergence(reverse_kl),
-    "symmetric_kl": Divergence(symmetric_kl, {"forward_weight": 0.5}),
-    "jensen_shannon": Divergence(jensen_shannon, {"teacher_weight": 0.5}),
-    "skewed_forward_kl": Divergence(skewed_forward_kl, {"teacher_weight": 0.1}),
-    "skewed_reverse_kl": Divergence(skewed_reverse_kl, {"student_weight": 0.1}),
-    "total_variation": Divergence(total_variation),
-    "adaptive_kl": Divergence(adaptive_kl, {"head_mass": 0.5}),
-    "alpha_beta": Divergence(alpha_beta, {"teacher_power": 0.2, "student_power": 0.7}),
+DIVERGENCES: dict[str, type[Divergence]] = {
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "symmetric_kl": SymmetricKL,
+    "jensen_shannon": JensenShannon,
+    "skewed_forward_kl": SkewedForwardKL,
+    "skewed_reverse_kl": SkewedReverseKL,
+    "total_variation": TotalVariation,
+    "adaptive_kl": AdaptiveKL,
+    "alpha_beta": AlphaBeta,
 }
 
-# Every setting that any divergence takes; each is a setting of a run under the same name.
-DIVERGENCE_SETTINGS: tuple[str, ...] = tuple(
-    dict.fromkeys(name for row in DIVERGENCES.values() for name in row.settings)
-)
-
-
-def divergence_named(name: str, **settings: float | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The divergence of that exact name with its settings filled in; those that are None keep their default.
-
-    Raises UserError for an unknown name (listing the choices), for a setting that the divergence does not take, and for a
-    value that it refuses.
-    """
-    if name not in DIVERGENCES:
-        raise UserError(f"there is no divergence named {name!r}; choose one of {', '.join(DIVERGENCES)}")
-    row = DIVERGENCES[name]
-    given = {key: value for key, value in settings.items() if value is not None}
-    for key, value in given.items():
-        if key not in row.settings:
-            takes = ", ".join(row.settings) or "no settings"
-            raise UserError(f"{key} is {value}, but divergence {name!r} takes {takes}; leave {key} out")
-    if not row.settings:
-        return row.function
-    function = partial(row.function, **{**row.settings, **given})
-    # The function's own checks, now and not at the first step: on the one distribution over a single id.
-    function(torch.zeros(1), torch.zeros(1))
-    return function
+DIVERGENCE = Registry("divergence", "switchkd.divergences", Divergence, DIVERGENCES)  # type: ignore[type-abstract]
+jensen_shannon = JensenShannon()

@@ -1,11 +1,15 @@
-"""How a token is drawn from the student, and from the teacher coupled to the student's proposal.
+"""How a token is drawn: from the student, and from the teacher coupled to the student's proposal.
 
 The coupling is the maximal one: the teacher's token is an exact draw from the teacher, and equals the proposal with
-probability 1 - TV(teacher, student), as often as any rule can make it (the acceptance rule of speculative sampling:
-Leviathan et al. 2023, arXiv 2211.17192, section 2.3; Chen et al. 2023, arXiv 2302.01318).
+probability 1 - TV(teacher, student), the largest possible. It is the acceptance rule of speculative sampling (Leviathan et al.
+2023, arXiv 2211.17192, section 2.3; Chen et al. 2023, arXiv 2302.01318).
+
+Shape letters: B rows, K positions of a block, N selected positions, V vocabulary; `...` is (B,) or (B, K).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,15 +17,28 @@ from torch import Tensor
 from switchkd.distributions.noise import Address, Stream, gumbel, uniform
 
 
+@dataclass(frozen=True)
+class Draft:
+    """The student's proposals: ids (...), the log-probabilities (..., V) they were drawn from, and the draws' addresses."""
+
+    proposal: Tensor
+    student_logp: Tensor
+    address: Address
+
+    def rows(self, index: slice) -> Draft:
+        """The draft of some of the rows."""
+        return Draft(self.proposal[index], self.student_logp[index], self.address.at(index))
+
+
 def proposal_noise(address: Address, vocabulary_size: int) -> Tensor:
-    """The noise of the student's draws, the address's shape + (V,): it can be made before the positions are reached."""
+    """The noise (..., V) of the student's draws; it needs no token, so it can be made before the positions are reached."""
     return gumbel(address, Stream.PROPOSAL, vocabulary_size)
 
 
 def student_proposal(student_logp: Tensor, address: Address, *, greedy: bool, noise: Tensor | None = None) -> Tensor:
-    """The student's token at each address: argmax, or a Gumbel-max draw. Log-probs (..., V) in, ids (...) out.
+    """The student's token at each address: the argmax, or a Gumbel-max draw. Log-probabilities (..., V) in, ids (...) out.
 
-    `noise` is that of `proposal_noise` at these addresses, where it has been made before.
+    `noise` is that of `proposal_noise` at these addresses, if it has been made already.
     """
     if greedy:
         return student_logp.argmax(dim=-1)
@@ -29,49 +46,46 @@ def student_proposal(student_logp: Tensor, address: Address, *, greedy: bool, no
     return (student_logp + noise).argmax(dim=-1)
 
 
-def keeps_proposal(
-    proposal: Tensor, student_logp: Tensor, teacher_logp: Tensor, address: Address, *, greedy: bool
-) -> Tensor:
-    """Where the teacher, writing, keeps the student's proposal s: with probability min(1, p_T(s) / p_S(s)).
+def written_tokens(
+    draft: Draft, teacher_logp: Tensor, by_teacher: Tensor, *, greedy: bool, independent: bool
+) -> tuple[Tensor, Tensor]:
+    """The token written at each position (...), and where it replaces the proposal, bool (...).
 
-    Log-probs (..., V) and ids (...) in, bool (...) out. Greedy: where the proposal is the teacher's argmax.
+    Where `by_teacher` (...) is False, the proposal stands. Elsewhere the token is a draw from the teacher's log-probabilities
+    (..., V): coupled to the proposal, or `independent` of it; greedy, it is the teacher's argmax.
+
+    A row of a block (B, K) ends where a proposal is first replaced. Past that place tokens are undefined: what was drafted
+    there continued another prefix.
     """
-    if greedy:
-        return teacher_logp.argmax(dim=-1) == proposal
-    at_proposal = proposal.unsqueeze(-1)
-    log_ratio = (teacher_logp.gather(-1, at_proposal) - student_logp.gather(-1, at_proposal)).squeeze(-1)
-    return uniform(address, Stream.KEEP).log() < log_ratio
+    token = draft.proposal.clone()
+    if greedy or independent:
+        scores = teacher_logp[by_teacher]
+        if not greedy:
+            # The stream of `_excess_draw` is free: no position makes both draws.
+            scores += gumbel(draft.address.at(by_teacher), Stream.EXCESS, teacher_logp.shape[-1])
+        token[by_teacher] = scores.argmax(dim=-1)
+        return token, token != draft.proposal
+    replaced = by_teacher & ~_keeps_proposal(draft, teacher_logp)
+    if replaced.ndim > 1:
+        # The first one ends its row's block, so the others would be drawn for nothing.
+        replaced &= replaced.cumsum(dim=1) == 1
+    if bool(replaced.any()):
+        address = draft.address.at(replaced)
+        token[replaced] = _excess_draw(draft.student_logp[replaced], teacher_logp[replaced], address)
+    return token, replaced
 
 
-def replacement(student_logp: Tensor, teacher_logp: Tensor, address: Address, *, greedy: bool) -> Tensor:
-    """The teacher's token where it does not keep the proposal: a draw from the normalised excess (p_T - p_S)+.
+def _keeps_proposal(draft: Draft, teacher_logp: Tensor) -> Tensor:
+    """Where the teacher keeps the student's proposal s, bool (...): with probability min(1, p_T(s) / p_S(s))."""
+    at_proposal = draft.proposal.unsqueeze(-1)
+    log_ratio = (teacher_logp.gather(-1, at_proposal) - draft.student_logp.gather(-1, at_proposal)).squeeze(-1)
+    return uniform(draft.address, Stream.KEEP).log() < log_ratio
 
-    Log-probs (N, V) in, ids (N,) out. Greedy: the teacher's argmax. Where rounding leaves no excess at all, the two
-    distributions are equal but for their last bits, and the teacher's own is drawn from.
-    """
-    if greedy:
-        return teacher_logp.argmax(dim=-1)
-    excess = (teacher_logp.exp() - student_logp.exp()).clamp_(min=0)
+
+def _excess_draw(student_logp_NV: Tensor, teacher_logp_NV: Tensor, address: Address) -> Tensor:
+    """Ids (N,) from the normalized excess (p_T - p_S)+: the teacher's tokens where it does not keep the proposals."""
+    excess = (teacher_logp_NV.exp() - student_logp_NV.exp()).clamp_(min=0)
+    # Rounding may leave no excess at all. The two distributions then differ in their last bits only, so p_T itself will do.
     has_excess = excess.sum(dim=-1, keepdim=True) > 0
     noise = gumbel(address, Stream.EXCESS, excess.shape[-1])
-    return (torch.where(has_excess, excess.log(), teacher_logp) + noise).argmax(dim=-1)
-
-
-def independent_token(teacher_logp: Tensor, address: Address, *, greedy: bool) -> Tensor:
-    """A draw from the teacher, independent of the proposal. Log-probs (..., V) in, ids (...) out. Greedy: the argmax.
-
-    It has the noise of `replacement`: no position makes both draws.
-    """
-    if greedy:
-        return teacher_logp.argmax(dim=-1)
-    return (teacher_logp + gumbel(address, Stream.EXCESS, teacher_logp.shape[-1])).argmax(dim=-1)
-
-
-def teacher_token(
-    proposal: Tensor, student_logp: Tensor, teacher_logp: Tensor, address: Address, *, greedy: bool
-) -> Tensor:
-    """An exact draw from the teacher, coupled to the student's proposal. Log-probs (B, V), ids (B,) in, ids (B,) out."""
-    replaced = ~keeps_proposal(proposal, student_logp, teacher_logp, address, greedy=greedy)
-    token = proposal.clone()
-    token[replaced] = replacement(student_logp[replaced], teacher_logp[replaced], address.at(replaced), greedy=greedy)
-    return token
+    return (torch.where(has_excess, excess.log(), teacher_logp_NV) + noise).argmax(dim=-1)

@@ -1,8 +1,8 @@
 """Randomness with an address: every draw is a pure function of (seed, prompt id, sample id, position, stream).
 
-There is no generator state. A counter-based hash turns an address into uniforms, and those into Gumbel noise, so a
-draw does not depend on batch, block size, process count or on where a run was resumed (Salmon et al. 2011 describe
-the principle; the 32-bit finaliser is the `lowbias32` constant set found by C. Wellons' hash search).
+There is no generator state. A counter-based hash turns an address into uniforms, and those into Gumbel noise, so a draw does
+not depend on the batch, the block size, the number of processes or where a run was resumed. The principle is that of Salmon et
+al. 2011; the constants of the 32-bit finalizer, `lowbias32`, come from C. Wellons' hash search.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from switchkd.records import Prompt, Sampling
+from switchkd.records import Prompt
 
 _MASK_64 = (1 << 64) - 1
 
@@ -30,18 +30,18 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True)
 class Address:
-    """Where draws are made: `key` (from seed, prompt and sample) and `position`, int64 tensors of one common shape."""
+    """Where draws are made: `key` (from seed, prompt and sample) and `position`, int64 tensors of one shape."""
 
     key: Tensor
     position: Tensor
 
-    def at(self, index: Tensor | tuple[slice | int, ...]) -> Address:
+    def at(self, index: Tensor | slice | tuple[slice | int, ...]) -> Address:
         """The addresses that a mask or an index selects."""
         return Address(self.key[index], self.position[index])
 
 
 def _mix_64(value: int) -> int:
-    """The splitmix64 finaliser on a Python integer, as an unsigned 64-bit integer."""
+    """The splitmix64 finalizer on a Python integer, as an unsigned 64-bit integer."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK_64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
@@ -49,7 +49,8 @@ def _mix_64(value: int) -> int:
 
 
 def row_keys(seed: int, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Tensor:
-    """One key a prompt, shape (B,), int64 of 62 bits; equal for equal (seed, prompt_id, sample_id) only."""
+    """One key per prompt, shape (B,), int64 of 62 bits, from its (seed, prompt_id, sample_id) alone."""
+    # Mixed after each part, so that swapped or shifted ids do not meet in one key.
     keys = [
         _mix_64(_mix_64(_mix_64(seed & _MASK_64) ^ p.prompt_id & _MASK_64) ^ p.sample_id & _MASK_64) for p in prompts
     ]
@@ -57,7 +58,8 @@ def row_keys(seed: int, prompts: Sequence[Prompt], device: torch.device | str = 
 
 
 def _mix_32_(x: Tensor) -> Tensor:
-    """The lowbias32 finaliser on int32, in place; torch shifts arithmetically, so the sign's copies are masked off."""
+    """The lowbias32 finalizer on int32, in place."""
+    # torch shifts arithmetically, so the copies of the sign bit are masked off.
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= 0x7FEB352D
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
@@ -72,47 +74,25 @@ def _as_int32(x: Tensor) -> Tensor:
 
 
 def _open_unit(address: Address, stream: Stream, counters: Tensor) -> Tensor:
-    """Uniforms strictly inside (0, 1) for each address and counter, float32 from 31 bits, shape of the address + (counters,).
-
-    They keep float32's relative precision near 0, where Gumbel noise needs it.
-    """
+    """Float32 uniforms strictly inside (0, 1), from 31 bits, shape of the address + (counters,)."""
     place = _mix_32_(_as_int32(address.position * 4 + int(stream) + 0x3C6EF372))
     low = _mix_32_(_as_int32(address.key) ^ place)
+    # The key's other half enters a round later, so that two addresses that collide in `low` still differ.
     high = _mix_32_(_as_int32(address.key >> 31) + low)
     bits = _mix_32_(counters * (0x9E3779B9 - (1 << 32)) ^ low.unsqueeze(-1))
     bits = _mix_32_(bits.add_(high.unsqueeze(-1))).bitwise_and_(0x7FFFFFFF)
+    # Near 0 the uniforms keep float32's relative precision, which Gumbel noise needs; the clamp keeps rounding from giving 1.
     return bits.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
 
 
 def uniform(address: Address, stream: Stream) -> Tensor:
-    """One uniform in (0, 1) for each address, float32, the address's shape."""
+    """One float32 uniform in (0, 1) per address, in the address's shape."""
     return _open_unit(address, stream, torch.zeros(1, dtype=torch.int32, device=address.key.device))[..., 0]
 
 
 def gumbel(address: Address, stream: Stream, vocabulary_size: int) -> Tensor:
-    """Standard Gumbel noise, float32, the address's shape + (V,); argmax of log p + noise is a draw from p."""
+    """Standard Gumbel noise, float32, the address's shape + (V,); the argmax of log p + noise is a draw from p."""
     counters = torch.arange(vocabulary_size, dtype=torch.int32, device=address.key.device)
-    # -log of a uniform is an exponential, and so is -log of one minus it; the latter keeps the small ones exact.
+    # If u is uniform, so is 1 - u; -log(1 - u) by log1p keeps the small exponentials exact.
     exponential = torch.log1p(_open_unit(address, stream, counters).neg_()).neg_()
     return exponential.log_().neg_()
-
-
-def shaped_logp(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities in nats after temperature, top-k, then top-p; what they exclude is -inf. Shape (..., V).
-
-    At least float32. Greedy decoding needs no shaping: its distributions are the models' own (temperature 1), which is
-    what a policy then compares. Of equal logits at the edge of top-k all are kept.
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if sampling.greedy:
-        return torch.log_softmax(logits, dim=-1)
-    if sampling.temperature != 1:
-        logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        edge = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < edge, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        logits = logits.masked_fill((before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), -torch.inf)
-    return torch.log_softmax(logits, dim=-1)

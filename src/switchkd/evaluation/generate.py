@@ -6,17 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
-
-from switchkd.data.collate import micro_batches
 from switchkd.records import Example, FinishReason, Rollout, Sampling
+from switchkd.rollout.engine import Engine, Progress
 from switchkd.rollout.policies import Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from switchkd.rollout.engine import Engine, Progress
 
 
 @dataclass(frozen=True)
@@ -30,44 +25,22 @@ class Answer:
     finish_reason: FinishReason
 
 
-def _ignore(_finished: int) -> None:
-    pass
-
-
-def counting_from(before: int, on_progress: Progress) -> Progress:
-    """Return `on_progress` for a part of the work, told of the whole: `before` are already finished."""
-    return lambda finished: on_progress(before + finished)
-
-
 def generate_answers(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    *,
     sampling: Sampling,
-    seeds: Sequence[int],
-    batch_size: int,
-    on_progress: Progress = _ignore,
+    seed: int,
+    on_progress: Progress | None = None,
 ) -> list[Answer]:
-    """Return the student's answers to the prompts of the examples, in their order, for one seed after the other.
+    """The student's answers to the prompts of the examples, in their order.
 
-    Prompts of similar length are generated together; `on_progress` is told how many answers there are so far.
+    `on_progress` is told the number of finished answers.
     """
-    groups = micro_batches([len(example.prompt.token_ids) for example in examples], batch_size)
-    answers: dict[tuple[int, int], Answer] = {}
-    for seed_number, seed in enumerate(seeds):
-        for indices in groups:
-            rollouts = engine.generate(
-                [examples[index].prompt for index in indices],
-                policy=Student(),
-                sampling=sampling,
-                seed=seed,
-                on_progress=counting_from(len(answers), on_progress),
-            )
-            for index, rollout in zip(indices, rollouts, strict=True):
-                answers[seed_number, index] = _answer(rollout, tokenizer, seed)
-            on_progress(len(answers))
-    return [answers[address] for address in sorted(answers)]
+    # All prompts in one call: the engine itself fills the place of a finished row, and its `max_rows` bounds memory.
+    prompts = [example.prompt for example in examples]
+    rollouts = engine.generate(prompts, Student(), sampling, seed, on_progress=on_progress)
+    return [_answer(rollout, tokenizer, seed) for rollout in rollouts]
 
 
 def _answer(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, seed: int) -> Answer:
@@ -75,11 +48,3 @@ def _answer(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
     token_ids = list(rollout.token_ids[:-1] if ended else rollout.token_ids)
     text = str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return Answer(rollout.prompt.prompt_id, seed, text, len(rollout.token_ids), rollout.finish_reason)
-
-
-def progress_bar(shown: bool) -> ProgressBar:
-    """Return a progress bar over answers with the time that is left, to be used in a `with`; silent unless `shown`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return ProgressBar(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True), disable=not shown
-    )

@@ -7,7 +7,6 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,14 +16,14 @@ from rich.table import Table
 
 from switchkd.data.rows import BadRow, Loaded, SourceRow, render_prompt, row_text, to_examples
 from switchkd.errors import UserError
-from switchkd.evaluation.generate import Answer, counting_from, generate_answers, progress_bar
-from switchkd.files import write_atomically
+from switchkd.evaluation.generate import Answer, generate_answers
+from switchkd.files import now, write_atomically
+from switchkd.progress import progress_bar
 from switchkd.records import FinishReason, Sampling
+from switchkd.rollout.engine import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from switchkd.rollout.engine import Engine
 
 SEEDS = (10, 20, 30, 40, 50)
 RESULT_FILE = "eval.json"
@@ -38,20 +37,38 @@ def _rouge_scorer() -> Any:
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """Return the ROUGE-L F-measure, 0 to 100, against the reference that is best for the answer.
+    """The ROUGE-L F-measure, 0 to 100, against the reference that suits the answer best.
 
-    Source: Lin 2004, by the package rouge_score with its stemmer, as the scripts of MiniLLM and DistiLLM have it.
+    Source: Lin 2004, computed by the package rouge_score with its stemmer, as in the scripts of MiniLLM and DistiLLM.
     """
     return 100 * max(float(_rouge_scorer().score(reference, answer)["rougeL"].fmeasure) for reference in references)
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Return whether the answer is one of the references but for case, punctuation and spaces."""
-    return _normalised(answer) in {_normalised(reference) for reference in references}
+    """Whether the answer is one of the references but for case, punctuation and spaces."""
+    return _normalized(answer) in {_normalized(reference) for reference in references}
 
 
-def _normalised(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How answers are drawn, and the longest prompt that is answered. Raises UserError where there is no seed."""
+
+    sampling: Sampling = Sampling()
+    seeds: tuple[int, ...] = SEEDS
+    max_prompt_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise UserError("seeds is empty; give at least one seed")
+
+    @property
+    def used_seeds(self) -> tuple[int, ...]:
+        """The seeds without repeats; the first alone for greedy decoding, which is the same under every seed."""
+        return self.seeds[:1] if self.sampling.greedy else tuple(dict.fromkeys(self.seeds))
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class SetResult:
-    """Scores of a set: of all rows, of each `bucket` where rows have one; and the rows that were left out."""
+    """Scores of all rows of a set, and of each `bucket` where rows have one; and the rows that were left out."""
 
     overall: Summary
     by_bucket: dict[str, Summary]
@@ -118,7 +135,7 @@ class Evaluation:
         return path
 
     def table(self) -> Table:
-        """Return a table of mean ± deviation over seeds, a line for each set and each of its buckets."""
+        """The mean ± deviation over seeds, a line for each set and each of its buckets."""
         title = f"{self.model}: {len(self.seeds)} seed(s), temperature {self.sampling.temperature:g}"
         table = Table("set", title=title)
         for heading in ("rows", "ROUGE-L", "exact match", "tokens", "ended"):
@@ -139,56 +156,40 @@ def evaluate(
     sets: Mapping[str, Sequence[SourceRow]],
     *,
     model_name: str,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    seeds: Sequence[int] = SEEDS,
-    max_prompt_tokens: int = 256,
-    limit: int | None = None,
-    batch_size: int = 32,
+    settings: EvaluationSettings = EvaluationSettings(),
     out_folder: str | Path | None = None,
     show_progress: bool = False,
 ) -> Evaluation:
-    """Return the scores of the student's answers to the first `limit` rows of each set.
+    """The scores of the student's answers to the rows of each set.
 
-    Rows without reference or with a prompt over `max_prompt_tokens` tokens are left out and named in the result. Greedy
-    decoding has nothing to repeat: only the first seed is used. With `out_folder`, eval.json and a file of answers for
-    each set are written there. Raises UserError, before anything is generated, for no seed and for a set without a row
-    to use. Source: the evaluation of MiniLLM and DistiLLM, whose settings are the defaults.
+    Rows without a reference or with too long a prompt are left out and named in the result. With `out_folder`, eval.json
+    and a file of answers for each set are written there. Raises UserError, before anything is generated, for a set without
+    a row to use. Source: the evaluation of MiniLLM and DistiLLM, whose settings are the defaults.
     """
-    if not seeds:
-        raise UserError("seeds is empty; give at least one seed")
-    used_seeds = tuple(seeds[:1] if sampling.greedy else dict.fromkeys(seeds))
     loaded = {
         name: to_examples(
-            rows[:limit],
+            rows,
             tokenizer,
-            max_prompt_tokens=max_prompt_tokens,
-            max_response_tokens=sampling.max_new_tokens,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            max_response_tokens=settings.sampling.max_new_tokens,
             need_response=True,
             skip_bad_rows=True,
         )
         for name, rows in sets.items()
     }
-    results = {}
-    finished, total = 0, len(used_seeds) * sum(len(one.examples) for one in loaded.values())
-    with progress_bar(show_progress) as progress:
-        task = progress.add_task("answers", total=total)
-        for name, one in loaded.items():
-            answers = generate_answers(
-                engine,
-                tokenizer,
-                one.examples,
-                sampling=sampling,
-                seeds=used_seeds,
-                batch_size=batch_size,
-                on_progress=counting_from(finished, lambda done: progress.update(task, completed=done)),
-            )
-            finished += len(answers)
+    seeds, results = settings.used_seeds, dict[str, SetResult]()
+    with progress_bar(shown=show_progress) as progress:
+        task = progress.add_task("answers", total=len(seeds) * sum(len(each.examples) for each in loaded.values()))
+        for name, each in loaded.items():
+            answers: list[Answer] = []
+            for seed in seeds:
+                count = progress.counter(task)
+                answers += generate_answers(engine, tokenizer, each.examples, settings.sampling, seed, count)
             scored = _score(answers, sets[name], tokenizer)
-            results[name] = _set_result(scored, one)
+            results[name] = _set_result(scored, each)
             if out_folder is not None:
                 _write_answers(scored, name, Path(out_folder))
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    evaluation = Evaluation(model_name, date, sampling, used_seeds, max_prompt_tokens, results)
+    evaluation = Evaluation(model_name, now(), settings.sampling, seeds, settings.max_prompt_tokens, results)
     if out_folder is not None:
         evaluation.save(Path(out_folder))
     return evaluation
@@ -222,12 +223,12 @@ def _score(
 
 def _set_result(scored: Sequence[ScoredAnswer], loaded: Loaded) -> SetResult:
     buckets = dict.fromkeys(answer.bucket for answer in scored if answer.bucket is not None)
-    by_bucket = {bucket: summarise([answer for answer in scored if answer.bucket == bucket]) for bucket in buckets}
-    return SetResult(summarise(scored), by_bucket, loaded.skipped)
+    by_bucket = {bucket: summarize([answer for answer in scored if answer.bucket == bucket]) for bucket in buckets}
+    return SetResult(summarize(scored), by_bucket, loaded.skipped)
 
 
-def summarise(scored: Sequence[ScoredAnswer]) -> Summary:
-    """Return the scores of answers to the same rows under one or more seeds."""
+def summarize(scored: Sequence[ScoredAnswer]) -> Summary:
+    """The scores of answers to the same rows under one or more seeds."""
     by_seed: dict[int, list[ScoredAnswer]] = {}
     for answer in scored:
         by_seed.setdefault(answer.seed, []).append(answer)

@@ -2,186 +2,273 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from switchkd.analysis.calibration import PAPER_SHARE
-from switchkd.loss.objective import TrainOn
+from switchkd.distributions.divergences import DIVERGENCE, DIVERGENCES, Divergence
+from switchkd.errors import UserError
+from switchkd.loss.objective import Objective, TrainOn
+from switchkd.methods.plan import AutoThreshold, Plan
+from switchkd.methods.table import METHOD, REPLACEABLE, Method
 from switchkd.records import Sampling
-from switchkd.rollout.policies import DecayName
+from switchkd.rollout.blocks import check_block_size
+from switchkd.rollout.policies import POLICIES, POLICY, DecayName, Policy, Switch
+from switchkd.settings.components import Registry, setting, settings_of
+
+Offload = Literal["none", "cpu", "disk"]
+# The threshold that a run finds itself.
+AUTO = "auto"
+_THRESHOLD = Registry("threshold", "switchkd.thresholds", AutoThreshold, {AUTO: AutoThreshold})
+# SWITCH's settings stand flat as well, since people write them most. Other policies ignore them: the stages of a run share them.
+HEADLINE = ("threshold", "decay", "decay_rate", "final_fraction")
+
+# Settings that once stood flat, and where each stands now.
+MOVED: dict[str, str] = {
+    **{key: f"policy.{key}" for each in POLICIES.values() for key in settings_of(each) if key not in HEADLINE},
+    **{key: f"divergence.{key}" for each in DIVERGENCES.values() for key in settings_of(each)},
+    "target_teacher_share": "threshold.teacher_share",
+    "calibration_prompts": "threshold.prompts",
+    "recalibrate_every": "threshold.every",
+}
+
+
+def check_not_moved(key: str) -> None:
+    """Raise UserError with the new place of a setting that once stood flat."""
+    if place := MOVED.get(key):
+        part, _, name = place.partition(".")
+        raise UserError(
+            f"{key} is now a setting of the {part}; write {part}: {{{name}: ...}} in the run file, or --set {place}=..."
+        )
 
 
 @dataclass
 class SwitchConfig(TrainingArguments):
     """`transformers.TrainingArguments` with what distillation adds.
 
-    Differences in defaults: progress is logged every step, no reports are sent anywhere unless asked (`report_to`),
-    precision is that of the model, and the learning rate is 1e-5.
+    A component (`policy`, `divergence`, `teacher_text_divergence`) is an object, a name, or a mapping of `name` and settings;
+    a mapping without a name changes the method's own. Where one is left out, the method decides.
+
+    Defaults that differ: progress is logged every step, no reports are sent unless asked for (`report_to`), precision is that of
+    the model, and the learning rate is 1e-5. Raises UserError for settings out of range, and for those that nothing would read.
     """
 
-    method: str = field(
-        default="switch", metadata={"help": "A row of the method table: `switchkd methods` lists them."}
+    # HfArgumentParser takes the second type of a union that has None: the form that a command line can give.
+    method: None | str | Method = setting(
+        "switch", "A row of the method table (`switchkd methods` lists them), or module:NAME."
     )
-    divergence: str | None = field(default=None, metadata={"help": "Replaces the method's divergence."})
-    teacher_weight: float | None = field(
-        default=None,
-        metadata={"help": "The teacher's weight in the mixture of jensen_shannon or skewed_forward_kl, inside 0..1."},
+    policy: None | str | Policy | dict[str, Any] = setting(None, "Who writes the rollouts: {name: ..., its settings}.")
+    divergence: None | str | Divergence | dict[str, Any] = setting(
+        None, "What is compared in the loss: {name: ..., its settings}."
     )
-    student_weight: float | None = field(
-        default=None, metadata={"help": "The student's weight in the mixture of skewed_reverse_kl, inside 0..1."}
+    teacher_text_divergence: None | str | Divergence | dict[str, Any] = setting(
+        None, "The divergence at tokens of rollouts that the teacher wrote, where it is another."
     )
-    forward_weight: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the forward KL in symmetric_kl, inside 0..1; the reverse's is the rest."},
+    threshold: None | float | str | AutoThreshold | dict[str, Any] = setting(
+        None, "SWITCH: tau_0 in nats, 0 to 0.693; the teacher writes above it. auto: found for a teacher share."
     )
-    head_mass: float | None = field(
-        default=None, metadata={"help": "The teacher's probability in the head of adaptive_kl, inside 0..1."}
+    decay: DecayName | None = setting(None, "SWITCH: how the threshold falls: exponential, linear or constant.")
+    decay_rate: float | None = setting(None, "SWITCH: the threshold's decay per token (lambda).")
+    final_fraction: float | None = setting(
+        None, "SWITCH: threshold at the last position / at the first; 0.1 where decay_rate is not set either."
     )
-    teacher_power: float | None = field(
-        default=None, metadata={"help": "The power of the teacher's probability in alpha_beta, above 0."}
+    cross_entropy_weight: float | None = setting(None, "Weight of -log p_student(token), added to the divergence.")
+    long_term_weight: float | None = setting(
+        None, "Weight of MiniLLM's policy-gradient term for what a token does to later ones; 0 is none."
     )
-    student_power: float | None = field(
-        default=None, metadata={"help": "The power of the student's probability in alpha_beta, above 0."}
+    student_share: float | None = setting(
+        None, "Share of sequences rolled out (GKD's lambda); the rest is the data set's text. 1: prompts suffice."
     )
-    teacher_text_divergence: str | None = field(
-        default=None,
-        metadata={"help": "The divergence at tokens of rollouts that the teacher wrote, where it is another one."},
+    teacher_text_share: float | None = setting(
+        None, "Of the sequences rolled out, the share that the teacher writes alone."
     )
-    long_term_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of MiniLLM's policy-gradient term for what a token does to the later ones; 0 is none."
-        },
+    share_rise: float | None = setting(
+        None, "DistiLLM: student_share rises by this when the evaluation loss worsens by 0.1; 0 is never."
     )
-    cross_entropy_weight: float | None = field(
-        default=None,
-        metadata={"help": "Weight of -log p_student(token), added to the divergence; replaces the method's."},
+    replay_capacity: int | None = setting(None, "Rollouts kept for training again; the oldest leave first. 0 is none.")
+    replay_share: float | None = setting(
+        None, "Share of the student's sequences drawn from the kept rollouts, once the buffer is full."
     )
-    train_on: TrainOn = field(
-        default="all",
-        metadata={"help": "Whose tokens of a rollout are trained on: all, student, teacher. Data text always is."},
+    teacher_text: str | None = setting(
+        None, "seqkd: the file of the teacher's text; by default teacher_text.jsonl in output_dir."
     )
-    student_token_weight: float = field(
-        default=1.0, metadata={"help": "What the loss of a rollout's tokens that the student wrote is multiplied by."}
+    train_on: TrainOn = setting(
+        "all", "Whose tokens of a rollout are trained on: all, student, teacher. Data text always is."
     )
-    teacher_token_weight: float = field(
-        default=1.0, metadata={"help": "What the loss of a rollout's tokens that the teacher wrote is multiplied by."}
+    student_token_weight: float = setting(1.0, "Multiplies the loss of rollout tokens that the student wrote.")
+    teacher_token_weight: float = setting(1.0, "Multiplies the loss of rollout tokens that the teacher wrote.")
+    loss_temperature: float = setting(1.0, "Temperature of both distributions in the loss; has no effect on sampling.")
+    temperature: float = setting(1.0, "Sampling temperature of both models; 0 is greedy.")
+    top_p: float = setting(1.0, "Nucleus of both models' sampling; 1 keeps every token.")
+    top_k: int = setting(0, "Tokens kept in both models' sampling; 0 keeps every token.")
+    max_prompt_tokens: int = setting(256, "A row with a longer prompt is a bad row.")
+    max_new_tokens: int = setting(256, "Longest rollout, and where the data set's responses are cut, in tokens.")
+    rollout_rows: int = setting(64, "Rollouts in flight at a time; bounds memory, changes no token.")
+    # The size that "auto" picks depends on the clock, and the last bits of the teacher's kept states depend on the size: only a
+    # fixed one makes equal runs equal bit for bit.
+    block_size: int | str = setting(
+        4, "Tokens drafted before the teacher is asked; auto is chosen by speed. Changes no token."
     )
-    loss_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both distributions in the loss; has no effect on sampling."}
+    measure_every: int = setting(
+        10, "Steps between measurements of both models' entropies and their agreement; 0 is never."
     )
-    student_share: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of sequences rolled out (GKD's lambda); the rest is the data set's text. 1: prompts suffice."
-        },
+    teacher_offload: Offload = setting(
+        "none", "Where the teacher's weights are between rollouts: none (they stay), cpu or disk."
     )
-    share_rise: float | None = field(
-        default=None,
-        metadata={
-            "help": "DistiLLM: student_share rises by this where the evaluation loss worsens by 0.1; 0 is never."
-        },
-    )
-    teacher_text_share: float | None = field(
-        default=None, metadata={"help": "Of the sequences rolled out, the share that the teacher writes alone."}
-    )
-    teacher_text: str | None = field(
-        default=None,
-        metadata={"help": "seqkd: the file of the teacher's text; by default teacher_text.jsonl in output_dir."},
-    )
-    replay_capacity: int | None = field(
-        default=None, metadata={"help": "Rollouts kept to be trained on again, the oldest leave first; 0 is none."}
-    )
-    replay_share: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the student's sequences that are drawn from the kept ones, once these are complete."
-        },
-    )
-    teacher_share: float | None = field(
-        default=None, metadata={"help": "minillm, random, early, late: the share of tokens that the teacher writes."}
-    )
-    keep_top_k: int | None = field(
-        default=None, metadata={"help": "skd: the student's token stays if it is among the teacher's best so many."}
-    )
-    factor: float | None = field(
-        default=None, metadata={"help": "adaswitch: the teacher takes over above this multiple of the mean divergence."}
-    )
-    window: int | None = field(
-        default=None, metadata={"help": "adaswitch: the mean is over so many divergences before the token."}
-    )
-    threshold: float | str = field(
-        default=0.3,
-        metadata={
-            "help": "SWITCH: tau_0 in nats, 0 to 0.693; the teacher writes above it. Or auto: target_teacher_share."
-        },
-    )
-    target_teacher_share: float = field(
-        default=PAPER_SHARE,
-        metadata={"help": "SWITCH, threshold auto: the share of tokens that the teacher is to write, inside 0..1."},
-    )
-    calibration_prompts: int = field(
-        default=64, metadata={"help": "SWITCH, threshold auto: it is found on so many training prompts, the first."}
-    )
-    recalibrate_every: int = field(
-        default=0, metadata={"help": "SWITCH, threshold auto: find it again every so many steps; 0 never."}
-    )
-    decay: DecayName = field(default="exponential", metadata={"help": "SWITCH: exponential, linear or constant."})
-    decay_rate: float | None = field(default=None, metadata={"help": "SWITCH: the decay per token (lambda)."})
-    final_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "SWITCH: threshold at the last position / at the first; 0.1 where decay_rate is not set either."
-        },
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of both models; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus of both models' sampling; 1 keeps every token."})
-    top_k: int = field(default=0, metadata={"help": "Tokens kept in both models' sampling; 0 keeps every token."})
-    max_prompt_tokens: int = field(default=256, metadata={"help": "A row with a longer prompt is a bad row."})
-    max_new_tokens: int = field(
-        default=256, metadata={"help": "Longest rollout, and where the data set's responses are cut, in tokens."}
-    )
-    rollout_rows: int = field(
-        default=64, metadata={"help": "Rollouts in flight at a time; bounds memory, changes no token."}
-    )
-    # The size that "auto" picks depends on the clock, and the teacher's kept hidden states in their last bits on the size:
-    # with a fixed one, equal runs are equal bit for bit.
-    block_size: int | str = field(
-        default=4,
-        metadata={"help": "Tokens drafted before the teacher is asked; auto is chosen by speed. Changes no token."},
-    )
-    measure_every: int = field(
-        default=10,
-        metadata={"help": "Steps between measurements of both models' entropies and their agreement; 0 is never."},
-    )
-    teacher_offload: str = field(
-        default="none",
-        metadata={"help": "Where the teacher's weights are between rollouts: none (they stay), cpu or disk."},
-    )
-    skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Leave bad rows out, and say which, instead of stopping."}
-    )
+    skip_bad_rows: bool = setting(False, "Leave bad rows out, and say which, instead of stopping.")
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
-    # The loader hands over records, not tensors: there is nothing to pin.
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin the data loader's memory."})
-    # None first, as in transformers, whose HfArgumentParser fails on a list in the second place.
-    report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="none", metadata={"help": "Where to report; as in transformers."}
-    )
+    learning_rate: float = setting(1e-5, "The initial learning rate.")
+    logging_steps: float = setting(1, "Log every this many steps.")
+    # The loader hands over records, not tensors: nothing of them can be pinned.
+    dataloader_pin_memory: bool = setting(False, "Pin the data loader's memory.")
+    report_to: None | str | list[str] = setting("none", "Where to report; as in transformers.")
 
-    @cached_property
-    def plan(self) -> Any:
-        """What the trainer carries out."""
-        from switchkd.methods.plan import plan_of
+    plan: Plan = field(init=False, repr=False, compare=False)
 
-        return plan_of(self)
+    def __new__(cls, *_: Any, **given: Any) -> SwitchConfig:
+        """Name the new place of a setting that has moved, where the constructor would only not know it."""
+        for key in given:
+            check_not_moved(key)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        # Ours first: transformers' checks ask for devices and take seconds.
+        self.plan = self._make_plan()
+        self._check()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def check_evaluation(self, *, has_data: bool) -> None:
+        """Raise UserError where an evaluation is asked for without data, or the student's share waits for one that never comes."""
+        strategy = getattr(self.eval_strategy, "value", self.eval_strategy)
+        if strategy != "no" and not has_data:
+            raise UserError(f"eval_strategy is {strategy!r}, but there is no eval_data; set it")
+        if self.plan.share_rise and strategy == "no":
+            raise UserError(
+                f"the student's share rises by share_rise {self.plan.share_rise} when the loss on evaluation data worsens, but "
+                f"there is no evaluation; set eval_strategy and eval_data, or share_rise to 0 and student_share"
+            )
+
+    @property
+    def method_name(self) -> str:
+        """The method's name, or the summary of a method of one's own."""
+        return self.method.summary if isinstance(self.method, Method) else str(self.method)
 
     @property
     def sampling(self) -> Sampling:
         """How rollouts are drawn."""
         return Sampling(self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with components as the mappings that describe them."""
+        return {key: _described(value) for key, value in super().to_dict().items()}  # type: ignore[no-untyped-call]
+
+    # ------------------------------------------------------------------------------------------------------- the plan
+
+    def _make_plan(self) -> Plan:
+        row = METHOD.make(self.method or SwitchConfig.method or "")
+        auto, policy = self._policy(row)
+        given = {key: value for key in REPLACEABLE if (value := getattr(self, key)) is not None} | {"policy": policy}
+        for key in ("divergence", "teacher_text_divergence"):
+            if key in given:
+                given[key] = DIVERGENCE.make(given[key], default=getattr(row, key))
+        method = replace(row, **given)
+        self._check_read(row, method)
+        return Plan(
+            policy=method.policy,
+            rollout_share=method.student_share,
+            objective=Objective(
+                method.divergence,
+                cross_entropy_weight=method.cross_entropy_weight,
+                loss_temperature=self.loss_temperature,
+                train_on=self.train_on,
+                student_token_weight=self.student_token_weight,
+                teacher_token_weight=self.teacher_token_weight,
+                teacher_text_divergence=method.teacher_text_divergence,
+                long_term_weight=method.long_term_weight,
+            ),
+            auto_threshold=auto,
+            teacher_text_share=method.teacher_text_share,
+            share_rise=method.share_rise,
+            replay_capacity=method.replay_capacity,
+            replay_share=method.replay_share,
+            teacher_text=self._teacher_text(method),
+        )
+
+    def _policy(self, row: Method) -> tuple[AutoThreshold | None, Policy]:
+        """What finds the threshold, if it is to be found, and the policy: the run's, else the row's, with the flat settings."""
+        policy = row.policy if self.policy is None else POLICY.make(self.policy, default=row.policy)
+        flat = {key: value for key in HEADLINE if (value := getattr(self, key)) is not None}
+        if not isinstance(policy, Switch):
+            return None, policy
+        inside = flat if isinstance(self.policy, Policy) else self.policy if isinstance(self.policy, Mapping) else ()
+        if twice := [key for key in flat if key in inside]:
+            raise UserError(f"{twice[0]} is {flat[twice[0]]}, but the policy brings its own; set it in one place")
+        auto = _auto_threshold(flat.get("threshold"))
+        if auto is not None:
+            # The search starts from the default.
+            del flat["threshold"]
+        return auto, replace(policy, **flat)
+
+    def _teacher_text(self, method: Method) -> Path | None:
+        if method.teacher_writes_data:
+            return Path(self.teacher_text or Path(str(self.output_dir)) / "teacher_text.jsonl")
+        return None
+
+    # ----------------------------------------------------------------------------------------------------- the checks
+
+    def _check_read(self, row: Method, method: Method) -> None:
+        """Raise UserError for a setting that nothing would read."""
+        if self.student_share is not None and not (row.student_share or row.share_rise):
+            raise UserError(
+                f"student_share is {self.student_share}, but method {self.method_name!r} trains on data only; use gkd"
+            )
+        if self.teacher_text is not None and not method.teacher_writes_data:
+            raise UserError(
+                f"teacher_text is {self.teacher_text!r}, but method {self.method_name!r} does not read it; leave it out"
+            )
+        if method.divergence is None and method.teacher_text_divergence is not None:
+            raise UserError(
+                f"teacher_text_divergence is {self.teacher_text_divergence}, but method {self.method_name!r} has no divergence; "
+                f"set one, or leave it out"
+            )
+        of_rollouts = ("policy", "teacher_text_share", "replay_capacity", "replay_share", "long_term_weight")
+        for key in (*of_rollouts, "teacher_text_divergence"):
+            if getattr(self, key) and not (method.student_share or method.share_rise):
+                raise UserError(
+                    f"{key} is {getattr(self, key)}, but method {self.method_name!r} has no rollouts here; leave it out"
+                )
+        if self.replay_share is not None and not method.replay_capacity:
+            raise UserError(
+                f"replay_share is {self.replay_share}, but replay_capacity is 0; set it, or leave the share out"
+            )
+
+    def _check(self) -> None:
+        """Raise UserError for settings out of range that no component checks."""
+        check_block_size(self.block_size)
+        sampling, weight = self.sampling, self.plan.objective.long_term_weight
+        if weight and (sampling.temperature, sampling.top_p, sampling.top_k) != (1, 1, 0):
+            raise UserError(
+                f"long_term_weight is {weight}, which needs text drawn from the models' own distributions; set temperature "
+                f"and top_p to 1 and top_k to 0"
+            )
+        for key in ("max_prompt_tokens", "rollout_rows", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} is {getattr(self, key)}; it has to be at least 1")
+
+
+def _auto_threshold(threshold: Any) -> AutoThreshold | None:
+    """What `threshold: auto` asks for, as a word, a mapping or an object; None for a number."""
+    if threshold is None or isinstance(threshold, float | int):
+        return None
+    if isinstance(threshold, str) and threshold != AUTO:
+        raise UserError(f"threshold is {threshold!r}; it has to be a number of nats, or {AUTO}")
+    return _THRESHOLD.make(threshold, default=AutoThreshold())
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Policy):
+        return POLICY.describe(value)
+    return DIVERGENCE.describe(value) if isinstance(value, Divergence) else value

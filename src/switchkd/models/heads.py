@@ -1,4 +1,4 @@
-"""What turns a model's last hidden state into logits, apart from the model, so that logits can be made in chunks.
+"""A model's head apart from the model, so that logits can be made from hidden states in chunks.
 
 Shape letters: B rows, T positions, V vocabulary, H hidden, N any number of leading positions.
 """
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from switchkd.errors import UserError
 
-# What a family does to its logits after the projection, by the config attribute that sets it and in the order of
-# application: Cohere, Granite, Falcon-H1, Muse; then Gemma, RecurrentGemma. A new family is a row.
+# What a family does to its logits after the projection, in order of application, by the config attribute that sets it:
+# Cohere, Granite, Falcon-H1, Muse; then Gemma, RecurrentGemma. A new family is a row.
 LOGIT_TRANSFORMS: tuple[tuple[str, Callable[[Tensor, float], Tensor]], ...] = (
     ("logit_scale", lambda logits, scale: logits * scale),
     ("logits_scaling", lambda logits, divisor: logits / divisor),
@@ -30,21 +30,21 @@ LOGIT_TRANSFORMS: tuple[tuple[str, Callable[[Tensor, float], Tensor]], ...] = (
 
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    # PEFT is optional, so its classes cannot be asked for by name.
+    # PEFT is optional, so its classes cannot be imported here.
     unwrap = getattr(model, "get_base_model", None)
     return cast(PreTrainedModel, model if unwrap is None else unwrap())
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The module whose output has the `last_hidden_state` that the head projects: all of a causal LM but its head."""
-    # A PEFT wrapper passes this on; a teacher that is its student without the adapter has an answer of its own.
+    """All of a causal LM but its head: the module whose `last_hidden_state` the head projects."""
+    # A PEFT wrapper passes the call on; a teacher that is its student without the adapter answers it itself.
     return cast(nn.Module, cast(PreTrainedModel, model).get_decoder())
 
 
 def last_hidden(wrapped: nn.Module, model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-    """The last hidden states (B, T, H) of `model`, through the forward of its wrapper, whose hooks data parallelism needs.
+    """The last hidden states (B, T, H) of `model`, from a forward of `wrapped`: its wrapper, or `model` itself.
 
-    `wrapped` is the model itself where there is none. The model's own head runs on one position only.
+    Data parallelism works by hooks on the wrapper's forward. The model's own head runs on one position only.
     """
     captured: list[Tensor] = []
     handle = backbone(model).register_forward_hook(lambda *call: captured.append(call[-1].last_hidden_state))
@@ -56,30 +56,30 @@ def last_hidden(wrapped: nn.Module, model: nn.Module, input_ids_BT: Tensor, atte
 
 
 def head_rows(model: nn.Module) -> int:
-    """The number of token ids that a model scores, padding rows included."""
+    """The number of token ids that a model scores, padding included."""
     return int(_projection_of(model).out_features)
 
 
 def _projection_of(model: nn.Module) -> nn.Linear:
     projection = cast(PreTrainedModel, model).get_output_embeddings()
-    # PEFT's modules_to_save trains a copy and keeps it in a wrapper.
+    # PEFT's modules_to_save trains a copy of the layer and keeps both in a wrapper.
     if (copies := getattr(projection, "modules_to_save", None)) is not None:
         projection = copies[projection.active_adapter]
     if not isinstance(projection, nn.Linear):
         kind = f"{type(projection).__module__}.{type(projection).__name__}"
         raise UserError(
             f"the head of {type(base_of(model)).__name__} is a {kind}, not a plain linear layer; take a causal language "
-            f"model, and adapt its head by PEFT's modules_to_save, not by target_modules"
+            f"model, and adapt its head with PEFT's modules_to_save, not with target_modules"
         )
     return projection
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """Callable that takes last hidden states (N, H) to the model's logits (N, V), any leading shape, with gradients.
+    """Callable from last hidden states (N, H) to the model's logits (N, V), in any leading shape, with gradients.
 
-    V is `vocabulary_size`: the ids from there on are left out. The weight is read from the model at every call, so the
-    head follows training. Build it once with `Head.of`.
+    V is `vocabulary_size`; larger ids are left out. Each call reads the weight from the model, so the head follows
+    training. Build it once, with `Head.of`.
     """
 
     projection: nn.Linear
@@ -88,10 +88,9 @@ class Head:
 
     @classmethod
     def of(cls, model: nn.Module, vocabulary_size: int | None = None) -> Head:
-        """The head of `model`, cut to `vocabulary_size` rows (None: all).
+        """The head of `model`, cut to `vocabulary_size` rows (None: all), proven on a forward of three tokens.
 
-        Proves itself on a forward of three tokens; raises UserError where the model computes its logits in
-        a way that is not known here.
+        Raises UserError if the model computes its logits in a way that is not known here.
         """
         projection = _projection_of(model)
         head = cls(projection, vocabulary_size or projection.out_features, _transform_of(base_of(model)))
@@ -100,12 +99,12 @@ class Head:
 
     @property
     def weight_VH(self) -> Tensor:  # noqa: N802
-        """The projection's weight."""
+        """The projection's weight, cut to the vocabulary."""
         return self.projection.weight[: self.vocabulary_size]
 
     @property
     def bias_V(self) -> Tensor | None:  # noqa: N802
-        """The projection's bias, None where there is none."""
+        """The projection's bias, cut likewise, or None."""
         bias = cast(Tensor | None, self.projection.bias)
         return None if bias is None else bias[: self.vocabulary_size]
 
@@ -119,12 +118,12 @@ class Head:
         with evaluating(model):
             expected = model(**inputs).logits[..., : self.vocabulary_size]
             logits = self(backbone(model)(**inputs).last_hidden_state)
-        # The same operations on the same numbers; a few roundings are allowed for kernels that choose by shape.
+        # The operations and numbers are the same, but kernels may be chosen by shape: allow a few roundings.
         tolerance = 8 * torch.finfo(self.projection.weight.dtype).eps * expected.abs().max()
         if logits.shape != expected.shape or not bool(((logits - expected).abs() <= tolerance).all()):
             raise UserError(
-                f"switchkd does not know how {type(base_of(model)).__name__} computes its logits: projecting the last "
-                f"hidden state does not give them; choose another family, or add a row to LOGIT_TRANSFORMS in heads.py"
+                f"switchkd does not know how {type(base_of(model)).__name__} computes its logits: they are not its projected "
+                f"last hidden states; choose another family, or add a row to LOGIT_TRANSFORMS in heads.py"
             )
 
 
@@ -143,9 +142,9 @@ def _transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode without gradients; puts every module back into its own mode, frozen parts included.
+    """Evaluation mode without gradients; afterwards every module, frozen parts included, is back in its own mode.
 
-    Also what keeps the key/value cache under gradient checkpointing, which acts on models in training mode only.
+    Evaluation mode also keeps the key/value cache, which gradient checkpointing would turn off in training mode.
     """
     modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
     for model in models:

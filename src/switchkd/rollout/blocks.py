@@ -1,17 +1,26 @@
-"""How long the next block should be, from what drafting and verifying have cost so far and how much was kept."""
+"""How long the next block should be, from the cost of drafting and verifying so far and the share of drafts kept."""
 
 from __future__ import annotations
 
+from switchkd.errors import UserError
+
 _LARGEST = 16
-_MEMORY = 0.8  # How much of the old mean a new measurement leaves.
+# The weight of the old mean beside a new measurement: a mean of about five blocks, soon enough after a change.
+_MEMORY = 0.8
+
+
+def check_block_size(block_size: int | str) -> None:
+    """Raise UserError unless it is a number of tokens, or "auto"."""
+    if block_size != "auto" and (not isinstance(block_size, int) or block_size < 1):
+        raise UserError(f"block_size is {block_size!r}; give 1 or more tokens, or auto")
 
 
 class BlockChooser:
-    """Chooses block sizes: a fixed one, or ("auto") the one with the most kept tokens a second by what was measured.
+    """Chooses block sizes: a fixed one, or for "auto" the one that keeps the most tokens per second, as measured so far.
 
     With acceptance a (the share of proposals that stand, given that all before them did), a block of k keeps
-    1 + a + ... + a^(k-1) tokens a row, and costs k drafts and one verification. A verification's cost is taken as a base
-    and a part for each token, from the blocks seen. Timing only ever changes the block size, never a token.
+    1 + a + ... + a^(k-1) tokens per row, and costs k drafts and one verification. A verification is modeled as a base cost
+    plus a cost per token. Timing changes only the block size, never a token.
     """
 
     def __init__(self, block_size: int | str, max_new_tokens: int) -> None:
@@ -26,26 +35,26 @@ class BlockChooser:
         """The size of the next block, at most `room`."""
         if self.fixed is not None:
             return min(self.fixed, room)
-        # Two sizes have to be seen before a base and a slope can be told apart.
+        # Base cost and cost per token can be told apart only after two sizes.
         for size in (4, 8):
             if size <= min(room, self.largest) and size not in self._verify_seconds:
                 return size
-        # A block of one would say nothing of acceptance, and so never be left again.
+        # A block of one does not measure acceptance, so "auto" would never leave it.
         largest = min(room, self.largest)
         return max(range(min(2, largest), largest + 1), key=self._kept_per_second)
 
     def learn(
         self, size: int, rows: int, written: int, stopped: int, draft_seconds: float, verify_seconds: float
     ) -> None:
-        """Take in what a block of `size` for `rows` rows cost.
+        """Take in the seconds that a block of `size` for `rows` rows cost.
 
-        `written` tokens were kept in all, and `stopped` rows did not get to the end of the block.
+        `written` tokens were kept in all, and `stopped` rows did not reach the end of the block.
         """
         if self.fixed is not None:
             return
         self._draft_seconds = _blend(self._draft_seconds, draft_seconds / size)
         self._verify_seconds[size] = _blend(self._verify_seconds.get(size), verify_seconds)
-        # Each token after a row's first had its predecessor stand; a row that stopped is one that did not.
+        # Every token after a row's first means that the proposal before it stood; every stopped row, that one fell.
         self._stood = _MEMORY * self._stood + written - rows
         self._fell = _MEMORY * self._fell + stopped
 
@@ -56,6 +65,7 @@ class BlockChooser:
         return kept / (size * (self._draft_seconds or 0.0) + self._verify_cost(size) + 1e-9)
 
     def _verify_cost(self, size: int) -> float:
+        """Seconds, as measured, or else from the nearest size measured and the slope between the extremes."""
         seen = self._verify_seconds
         if size in seen or not seen:
             return seen.get(size, 0.0)

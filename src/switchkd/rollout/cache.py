@@ -1,10 +1,10 @@
 """A key/value cache in which every row advances at its own pace, and a model that decodes with it.
 
 A token's keys and values lie in the slot of its position in its own row. A rejected token needs no hole and no
-compaction: the next token at that position overwrites it, and until then the mask hides it, since a query attends to
-slots up to its own position only. Rows in use are the first ones, so a forward reads them without a copy.
+compaction: the next token at that position overwrites it, and until then the mask hides it, since a query attends only to
+slots up to its own position. Rows in use are the first ones, so a forward reads them without a copy.
 
-Shape letters: A rows in use, T new positions, S slots, V vocabulary, H hidden.
+Shape letters: A rows in use, T new positions, S slots, H hidden.
 """
 
 from __future__ import annotations
@@ -19,31 +19,38 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from switchkd.models.heads import Head, backbone, base_of
+from switchkd.models.heads import Head, backbone, base_of, evaluating
 from switchkd.models.pair import position_limit
 
 
 @dataclass
-class _Place:
-    """Where the coming forward writes and reads, for all layers: set anew before each."""
+class _Shared:
+    """What the layers of a cache share: its size, and where the coming forward writes and reads.
 
+    It knows neither cache nor layers. In a reference cycle the tensors would live on until a full garbage collection.
+    """
+
+    rows: int
+    slots: int
     row_A1: Tensor
     slot_AT: Tensor
-    width: int
+    width: int = 0
 
 
 class _RaggedLayer(CacheLayerMixin):
     """The keys and values of one layer: (rows, heads, slots, head size), allocated at the first forward."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
-    def __init__(self, owner: RaggedCache) -> None:
+    def __init__(self, shared: _Shared) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.owner = owner
+        self.shared = shared
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        rows, slots = self.owner.rows, self.owner.slots
+        rows, slots = self.shared.rows, self.shared.slots
         self.keys = key_states.new_zeros(rows, key_states.shape[1], slots, key_states.shape[3])
         self.values = value_states.new_zeros(rows, value_states.shape[1], slots, value_states.shape[3])
         self.is_initialized = True
@@ -51,57 +58,40 @@ class _RaggedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values, place = cast(Tensor, self.keys), cast(Tensor, self.values), cast(_Place, self.owner.place)
-        keys[place.row_A1, :, place.slot_AT] = key_states.transpose(1, 2)
-        values[place.row_A1, :, place.slot_AT] = value_states.transpose(1, 2)
-        used = len(place.row_A1)
-        return keys[:used, :, : place.width], values[:used, :, : place.width]
+        row_A1, slot_AT, width = self.shared.row_A1, self.shared.slot_AT, self.shared.width
+        self.keys[row_A1, :, slot_AT] = key_states.transpose(1, 2)
+        self.values[row_A1, :, slot_AT] = value_states.transpose(1, 2)
+        return self.keys[: len(row_A1), :, :width], self.values[: len(row_A1), :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.owner.place.width if self.owner.place else query_length), 0
+        return self.shared.width, 0
 
     def get_seq_length(self) -> int:
-        return self.owner.place.width if self.owner.place else 0
+        return self.shared.width
 
     def get_max_length(self) -> int:
-        return self.owner.slots
+        return self.shared.slots
 
 
 class RaggedCache(Cache):
     """The cache of one model for `rows` rows of up to `slots` positions each."""
 
     def __init__(self, rows: int, slots: int) -> None:
+        nowhere = torch.empty(0, 1, dtype=torch.long)
+        self.shared = _Shared(rows, slots, nowhere, nowhere)
         # Layers are made as the model asks for them; any callable that makes one will do.
-        super().__init__(layer_class_to_replicate=cast(type[CacheLayerMixin], partial(_RaggedLayer, self)))
-        self.rows = rows
-        self.slots = slots
-        self.place: _Place | None = None
+        super().__init__(layer_class_to_replicate=cast(type[CacheLayerMixin], partial(_RaggedLayer, self.shared)))
 
     def copy_prefix(self, source: RaggedCache, source_row: int, row: int, length: int) -> None:
         """Copy the first `length` positions of a row of another cache, or of this one, into a row of this one."""
         while len(self.layers) < len(source.layers):
-            self.layers.append(_RaggedLayer(self))
+            self.layers.append(_RaggedLayer(self.shared))
         layers = zip(cast(list[_RaggedLayer], self.layers), cast(list[_RaggedLayer], source.layers), strict=True)
         for ours, theirs in layers:
-            assert theirs.keys is not None
-            assert theirs.values is not None
             if not ours.is_initialized:
                 ours.lazy_initialization(theirs.keys, theirs.values)
-            cast(Tensor, ours.keys)[row, :, :length] = theirs.keys[source_row, :, :length]
-            cast(Tensor, ours.values)[row, :, :length] = theirs.values[source_row, :, :length]
-
-
-def why_not_ragged(model: PreTrainedModel) -> str | None:
-    """Why a model cannot decode with a `RaggedCache`, or None where it can; its mask and cache are tried out by the engine."""
-    config = base_of(model).config.get_text_config()
-    if getattr(base_of(model), "_is_stateful", False):
-        return "it keeps a recurrent state, which cannot take a token back"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        return f"it has layers of kind {', '.join(sorted(kinds))}"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention is {config._attn_implementation!r}, which takes no mask of our own (sdpa and eager do)"
-    return None
+            ours.keys[row, :, :length] = theirs.keys[source_row, :, :length]
+            ours.values[row, :, :length] = theirs.values[source_row, :, :length]
 
 
 class CachedModel:
@@ -129,10 +119,10 @@ class CachedModel:
         used, new = ids_AT.shape
         start_A1 = torch.tensor(lengths, device=device)[:, None]
         slot_AT = start_A1 + torch.arange(new, device=device)
-        width = max(lengths) + new
-        self.cache.place = _Place(torch.arange(used, device=device)[:, None], slot_AT, width)
+        shared, width = self.cache.shared, max(lengths) + new
+        shared.row_A1, shared.slot_AT, shared.width = torch.arange(used, device=device)[:, None], slot_AT, width
         self.forwards += 1
-        # Drafts may overshoot the last position a model knows; they are thrown away, but must not fail.
+        # Drafts may overshoot the last position a model knows. They are thrown away, but must not fail.
         positions = slot_AT if self.limit is None else slot_AT.clamp(max=self.limit - 1)
         output = self.backbone(
             input_ids=ids_AT.to(device),
@@ -156,7 +146,42 @@ class CachedModel:
         return {"full_attention": full, "sliding_attention": sliding}
 
     def _in_form(self, allowed: Tensor) -> Tensor:
+        # Eager attention adds its mask to the scores; sdpa takes a bool mask and converts it itself.
         if not self.eager:
             return allowed
         smallest = torch.finfo(self.model.dtype).min
         return torch.zeros_like(allowed, dtype=self.model.dtype).masked_fill(~allowed, smallest)
+
+
+def why_not_ragged(model: PreTrainedModel) -> str | None:
+    """Why a model's configuration rules out a `RaggedCache`, or None where it may work: `cache_mismatch` tries it out."""
+    config = base_of(model).config.get_text_config()
+    if getattr(base_of(model), "_is_stateful", False):
+        return "it keeps a recurrent state, which cannot take a token back"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of kind {', '.join(sorted(kinds))}"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is {config._attn_implementation!r}, which takes no mask of our own (sdpa and eager do)"
+    return None
+
+
+def cache_mismatch(cached: CachedModel) -> str | None:
+    """Why the states of two ragged rows read through a fresh cache (2 rows, 5 slots) are wrong, or None where they are right."""
+    model, vocabulary = cached.model, cached.head.vocabulary_size
+    ids = torch.arange(5, device=model.device)[None].repeat(2, 1) * 7 % vocabulary
+    with evaluating(model):
+        plain = cached.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        try:
+            # A wrong token at position 2 of row 0 is overwritten, while row 1 is one position ahead.
+            cached.read(ids[:, :2], [0, 0])
+            cached.read(torch.stack([(ids[0, 2:3] + 1) % vocabulary, ids[1, 2:3]]), [2, 2])
+            ragged = cached.read(torch.stack([ids[0, 2:4], ids[1, 3:5]]), [2, 3])
+        except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+            return f"its forward does not take our cache and mask ({type(error).__name__}: {error})"
+    expected = torch.stack([plain[0, 2:4], plain[1, 3:5]])
+    # Kernels choose by shape, so the roundings of a few layers differ; a wrong mask or position is far outside.
+    tolerance = 1e3 * torch.finfo(model.dtype).eps * expected.abs().max()
+    if not bool(((ragged - expected).abs() <= tolerance).all()):
+        return "its states through our cache differ from those without a cache"
+    return None

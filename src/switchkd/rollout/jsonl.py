@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def rollout_record(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The rollout as JSON values: its texts, and the fields of `Rollout`, per token as lists of one length.
+    """The rollout as JSON values: its texts and the fields of `Rollout`, with one list entry per token.
 
-    What is no number in JSON is null: NaN (there is no teacher, or no threshold) and -inf (a model excludes the token).
+    JSON has no NaN (no teacher, or no threshold) and no -inf (a model excludes the token): both become null.
     """
     texts = {
         name: tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
@@ -43,5 +43,5 @@ def rollout_record(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def write_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Write one line for each rollout; the file is there whole or not at all."""
+    """Write one line per rollout, atomically: the whole file or none."""
     write_atomically(path, "".join(json.dumps(rollout_record(rollout, tokenizer)) + "\n" for rollout in rollouts))

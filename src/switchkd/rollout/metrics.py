@@ -1,4 +1,4 @@
-"""What an engine measures of itself."""
+"""What an engine measures about itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class RolloutMetrics:
-    """What one `generate` call did; times in seconds."""
+    """What one `generate` call did: tokens, forwards, and seconds by part."""
 
     tokens: int = 0
     drafted: int = 0
@@ -22,18 +22,8 @@ class RolloutMetrics:
 
     @property
     def acceptance(self) -> float:
-        """Written tokens per drafted token, 0 to 1; the rest was wasted."""
+        """Written tokens per drafted token, 0 to 1."""
         return self.tokens / max(1, self.drafted)
-
-    @property
-    def wasted(self) -> int:
-        """Tokens that were drafted and not written."""
-        return self.drafted - self.tokens
-
-    @property
-    def tokens_per_teacher_forward(self) -> float:
-        """Written tokens, over all rows, per teacher forward."""
-        return self.tokens / max(1, self.teacher_forwards)
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:

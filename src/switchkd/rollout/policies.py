@@ -1,25 +1,23 @@
-"""Who writes the next token: the student or the teacher. A new policy is a `Policy` with `decide` and a row of `POLICIES`.
+"""Who writes the next token: the student or the teacher.
 
-A decision at a position may depend on the two distributions there, on the position, on the position's own addressed
-coin and on the row's own past, so it is the same whether positions are decided one at a time or a block at a time.
+A new policy is a frozen dataclass that extends `Policy`, and a row of `POLICIES` or a class of another package. Its decision may
+depend on the two distributions, the position, the position's addressed coin and the row's past, and on nothing else: then it
+is the same whether positions are decided one at a time or a block at a time.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from switchkd.errors import UserError
-
-if TYPE_CHECKING:
-    from switchkd.records import Sampling
-    from switchkd.rollout.engine import Engine, PromptLike
+from switchkd.settings.components import Registry, setting
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class Positions:
     `teacher_logp` have one more dimension, V; `proposal` is the student's token; `coin` is uniform in (0, 1), independent
     of every token; `max_new_tokens` bounds `position`.
 
-    Only a policy that `needs_history` is told what is before: `past_divergence` (float64) and `past_by_teacher`, both
-    (B, L), padded on the left with NaN and False where a row has written fewer than L tokens.
+    Only a policy that `needs_history` sees the row's past: `past_divergence` (float64) and `past_by_teacher`, both (B, L),
+    padded on the left with NaN and False where a row has written fewer than L tokens.
     """
 
     position: Tensor
@@ -54,12 +52,11 @@ class Decision:
 
 
 class Policy(ABC):
-    """Decides position by position who writes.
+    """Decides, position by position, who writes. It keeps no state: all it knows of a row is what the row's record says.
 
-    `needs_teacher`: False where the student writes alone and no teacher runs. `draws_anew`: True where the decision
-    looks at the proposal; the teacher's token then is a draw independent of the proposal, since the coupled draw is the
-    teacher's only over all proposals, not over those that a policy picked. `needs_history`: True where the decision looks
-    at the row's past. There is no other state: what a policy knows of a row is what the row's record says.
+    `needs_teacher` is False where the student writes alone and no teacher runs; `needs_history` is True where the decision looks
+    at the row's past. `draws_anew` is True where the decision looks at the proposal: the teacher's token is then drawn
+    independently of it, since the coupled draw has the teacher's law only over all proposals, not over those a policy picked.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -75,14 +72,13 @@ class Policy(ABC):
     def decide(self, positions: Positions) -> Decision:
         """The writer at each position, shapes as given.
 
-        The earlier positions of a block are the past of the later ones: each is decided as if the block was kept so far.
+        Earlier positions of a block are the past of later ones: each is decided as if the block had been kept up to it.
         """
 
     def written_logp(self, student_logp: Tensor, teacher_logp: Tensor, by_teacher: Tensor) -> Tensor:
-        """The log-probability, given what is before it, with which a token was written: its writer's, in nats.
+        """The log-probability in nats with which each token was written, given its prefix: that of its writer.
 
-        From the two models' log-probabilities of the token and its writer, all of one shape. It holds where the prefix alone
-        decides who writes; a policy that `draws_anew` has none.
+        All arguments have one shape. This holds where the prefix alone decides who writes, not for a policy that `draws_anew`.
         """
         return torch.where(by_teacher, teacher_logp, student_logp)
 
@@ -120,7 +116,7 @@ class Teacher(Policy):
 class _ByShare(Policy):
     """The teacher writes a share of the positions, wherever the two models agree or not."""
 
-    teacher_share: float = 0.2
+    teacher_share: float = setting(0.2, "The share of tokens that the teacher writes, 0 to 1.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.teacher_share <= 1:
@@ -138,11 +134,10 @@ class _ByShare(Policy):
 
 @dataclass(frozen=True)
 class Mix(_ByShare):
-    """Each token is the teacher's with probability `teacher_share`, by a coin of its own: also the control at random places.
+    """Each token is the teacher's with probability `teacher_share`, by its own coin: also the control at random places.
 
-    A token's law is teacher_share * p_T + (1 - teacher_share) * p_S exactly: MiniLLM's teacher-mixed sampling with its
-    0.2. MiniLLM's importance weights are a part of its loss (policy_gradient.py). The share is a mean, the share of one
-    rollout varies about it.
+    A token's law is exactly teacher_share * p_T + (1 - teacher_share) * p_S: MiniLLM's teacher-mixed sampling, whose share
+    is 0.2. Its importance weights belong to the loss (loss/policy_gradient.py). The share of one rollout varies about the mean.
 
     Source: Gu et al. 2024, MiniLLM, arXiv 2306.08543, section 2.2. Raises UserError for a share outside 0 to 1.
     """
@@ -159,10 +154,10 @@ class Mix(_ByShare):
 
 @dataclass(frozen=True)
 class Early(_ByShare):
-    """The teacher writes first: a control that has SWITCH's share of teacher's tokens, and no choice of their places.
+    """The teacher writes first: a control with SWITCH's share of teacher tokens, but without its choice of places.
 
-    `teacher_share` is of `max_new_tokens`, rounded to whole tokens: in a response that ends before the limit the teacher's
-    share is larger. The share of 0.2 is Mix's. Raises UserError for a share outside 0 to 1.
+    `teacher_share` is of `max_new_tokens`, in whole tokens: a response that ends earlier has a larger share of them. The
+    default of 0.2 is Mix's. Raises UserError for a share outside 0 to 1.
     """
 
     def decide(self, positions: Positions) -> Decision:
@@ -172,10 +167,10 @@ class Early(_ByShare):
 
 @dataclass(frozen=True)
 class Late(_ByShare):
-    """The teacher writes last: a control that has SWITCH's share of teacher's tokens, and no choice of their places.
+    """The teacher writes last: a control with SWITCH's share of teacher tokens, but without its choice of places.
 
-    `teacher_share` is of `max_new_tokens`, rounded to whole tokens: in a response that ends before the limit the teacher's
-    share is smaller, down to none. The share of 0.2 is Mix's. Raises UserError for a share outside 0 to 1.
+    `teacher_share` is of `max_new_tokens`, in whole tokens: a response that ends earlier has a smaller share, or none. The
+    default of 0.2 is Mix's. Raises UserError for a share outside 0 to 1.
     """
 
     def decide(self, positions: Positions) -> Decision:
@@ -186,18 +181,17 @@ class Late(_ByShare):
 
 @dataclass(frozen=True)
 class Interleave(Policy):
-    """Speculative knowledge distillation: the student's token stays if the teacher ranks it among its `keep_top_k` best.
+    """Speculative knowledge distillation: keep the student's token if it is among the teacher's `keep_top_k` most likely.
 
-    Else the teacher draws a token anew from its whole distribution; it may draw the refused one. Ids of equal
-    probability at the edge are all among the best; an id that the teacher excludes never is.
+    Otherwise the teacher draws from its whole distribution, and may draw the refused token. Ids tied at the edge all count as
+    among the most likely; an id that the teacher excludes never does.
 
-    Source: Xu et al. 2025, SKD, arXiv 2410.11325, with its top 25. Where we depart: the teacher's ranks and its draw are of
-    the distribution after the run's temperature, top-k and top-p, which act on both models alike; and the number of
-    drafted tokens, a setting of the paper, is the engine's and changes no token. Raises UserError for
-    keep_top_k below 1.
+    Source: Xu et al. 2025, SKD, arXiv 2410.11325, with its top 25. We depart in two points: ranks and draw are of the
+    distribution after the run's temperature, top-k and top-p, which act on both models alike; and the number of drafted
+    tokens, a setting of the paper, belongs to the engine and changes no token. Raises UserError for keep_top_k below 1.
     """
 
-    keep_top_k: int = 25
+    keep_top_k: int = setting(25, "Keep the student's token if it is among the teacher's most likely `keep_top_k`.")
     draws_anew: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -211,18 +205,6 @@ class Interleave(Policy):
         return _without_threshold((better >= self.keep_top_k) | at_proposal.squeeze(-1).isneginf())
 
 
-def _exponential(position: Tensor, rate: float) -> Tensor:
-    return torch.exp(-rate * position)
-
-
-def _linear(position: Tensor, rate: float) -> Tensor:
-    return (1 - rate * position).clamp(min=0)
-
-
-def _constant(position: Tensor, rate: float) -> Tensor:
-    return torch.ones_like(position)
-
-
 @dataclass(frozen=True)
 class _Decay:
     """A decay: its curve, and the rate at which the threshold has fallen to a fraction after a number of steps."""
@@ -232,9 +214,9 @@ class _Decay:
 
 
 DECAYS: dict[str, _Decay] = {
-    "exponential": _Decay(_exponential, lambda fraction, steps: -math.log(fraction) / steps),
-    "linear": _Decay(_linear, lambda fraction, steps: (1 - fraction) / steps),
-    "constant": _Decay(_constant, lambda fraction, steps: 0.0),
+    "exponential": _Decay(lambda at, rate: torch.exp(-rate * at), lambda fraction, steps: -math.log(fraction) / steps),
+    "linear": _Decay(lambda at, rate: (1 - rate * at).clamp(min=0), lambda fraction, steps: (1 - fraction) / steps),
+    "constant": _Decay(lambda at, rate: torch.ones_like(at), lambda fraction, steps: 0.0),
 }
 
 DecayName = Literal["exponential", "linear", "constant"]
@@ -250,18 +232,19 @@ class Switch(Policy):
         tau_t = threshold * max(0, 1 - decay_rate * t)    decay="linear"
         tau_t = threshold                                 decay="constant"
 
-    The paper calls 1/10 its best decay factor, without our being able to read what that factor multiplies. Both
-    readings can be set: `decay_rate` (per token), or `final_fraction`, the threshold at the last position allowed by
-    `max_new_tokens` over the threshold at the first, from which the rate follows. Where neither is given, the
-    default is `final_fraction` = 1/10.
+    The paper's best decay factor is 1/10, but we could not read what that factor multiplies. Both readings can be set:
+    `decay_rate` (per token), or `final_fraction`, the threshold at the last position that `max_new_tokens` allows over the
+    threshold at the first; the rate follows from it. The default is `final_fraction` = 1/10.
 
     Source: Koo et al., SWITCH, Findings of NAACL 2025, arXiv 2410.19503. Raises UserError for values out of range.
     """
 
-    threshold: float = 0.3
-    decay_rate: float | None = None
-    final_fraction: float | None = None
-    decay: DecayName = "exponential"
+    threshold: float = setting(0.3, "tau_0 in nats, 0 to 0.693: the teacher writes where the divergence is larger.")
+    decay_rate: float | None = setting(None, "The threshold's decay per token (lambda).")
+    final_fraction: float | None = setting(
+        None, "Threshold at the last position over that at the first; 0.1 where decay_rate is not set either."
+    )
+    decay: DecayName = setting("exponential", "How the threshold falls: exponential, linear or constant.")
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
@@ -279,28 +262,6 @@ class Switch(Policy):
             raise UserError(f"decay_rate is {self.decay_rate}; it has to be 0 or more, per token")
         if self.final_fraction is not None and not 0 < self.final_fraction <= 1:
             raise UserError(f"final_fraction is {self.final_fraction}; it has to be above 0 and at most 1")
-
-    @classmethod
-    def calibrated(
-        cls,
-        engine: Engine,
-        prompts: Sequence[PromptLike],
-        sampling: Sampling,
-        *,
-        teacher_share: float = 0.53,
-        decay_rate: float | None = None,
-        final_fraction: float | None = None,
-        decay: DecayName = "exponential",
-        seed: int = 0,
-    ) -> Switch:
-        """The Switch of this decay under which the teacher writes `teacher_share` (0 to 1) of the tokens on `prompts`.
-
-        53 % is the paper's best. `calibrate` in calibration.py says how, what it raises, and more of what was measured.
-        """
-        from switchkd.analysis.calibration import calibrate
-
-        shape = cls(decay_rate=decay_rate, final_fraction=final_fraction, decay=decay)
-        return calibrate(engine, prompts, sampling, teacher_share=teacher_share, policy=shape, seed=seed).policy
 
     def rate(self, max_new_tokens: int) -> float:
         """The decay rate per token that is in force for responses of at most `max_new_tokens` tokens."""
@@ -327,16 +288,15 @@ class AdaSwitch(Policy):
 
         tau_i = factor * mean(d_(i - window), ..., d_(i - 1))        in nats
 
-    Nothing is compared before `window` divergences are known: there the student writes, which is how we read the paper.
-    Where we depart: the divergence is the Jensen-Shannon divergence that every rollout records, not KL(teacher || student)
-    (the paper finds its method robust to the metric). The paper's factor K and window L could not be read at the
-    source; the defaults are ours.
+    The student writes until `window` divergences are known, which is how we read the paper. We depart in the divergence: it is
+    the Jensen-Shannon divergence that every rollout records, not KL(teacher || student); the paper finds its method robust to
+    the metric. Its factor K and window L could not be read at the source; the defaults are ours.
 
     Source: Peng et al. 2025, arXiv 2510.07842. Raises UserError for values out of range.
     """
 
-    factor: float = 2.0
-    window: int = 8
+    factor: float = setting(2.0, "The teacher takes over above this multiple of the mean divergence.")
+    window: int = setting(8, "The number of divergences before the token that the mean is taken over.")
     needs_history: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -378,18 +338,4 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-def policy_named(name: str, **settings: Any) -> Policy:
-    """The policy of that exact name with its settings filled in; those that are None keep their default.
-
-    Raises UserError for an unknown name (listing the choices), and for a setting that the policy does not take.
-    """
-    if name not in POLICIES:
-        raise UserError(f"there is no policy named {name!r}; choose one of {', '.join(POLICIES)}")
-    given = {key: value for key, value in settings.items() if value is not None}
-    takes = [each.name for each in fields(POLICIES[name])]  # type: ignore[arg-type]
-    for key, value in given.items():
-        if key not in takes:
-            raise UserError(
-                f"{key} is {value}, but policy {name!r} takes {', '.join(takes) or 'no settings'}; leave it out"
-            )
-    return POLICIES[name](**given)
+POLICY = Registry("policy", "switchkd.policies", Policy, POLICIES)  # type: ignore[type-abstract]

@@ -1,4 +1,7 @@
-"""The oracle: one token at a time, both models, no tricks. Every other engine is tested against this one."""
+"""The oracle: one token at a time, both models, no tricks. Every other engine is tested against this one.
+
+Shape letters: B rows, T new positions, S positions so far, V vocabulary, H hidden.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,24 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from switchkd.distributions.draw import independent_token, student_proposal, teacher_token
-from switchkd.distributions.noise import Address, row_keys, shaped_logp
+from switchkd.distributions.draw import Draft, student_proposal, written_tokens
+from switchkd.distributions.noise import Address, row_keys
+from switchkd.distributions.shaping import ban_repeated_ngrams, shaped_logp
 from switchkd.models.heads import evaluating
 from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Rollout, Sampling
-from switchkd.rollout.engine import (
-    KeepTeacher,
-    Progress,
-    PromptLike,
-    RolloutLog,
-    as_prompts,
-    ban_repeated_ngrams,
-    check_call,
-    check_models,
-    check_numbers,
-    left_padded,
-    seen_by,
-)
+from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
+from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
+from switchkd.rollout.log import RolloutLog, observe
 from switchkd.rollout.policies import Policy
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask of rows that end together, both (B, T) int64; padding is marked by length, never by its id."""
+    width = max(len(row) for row in rows)
+    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 class _Decoder:
@@ -44,6 +46,7 @@ class _Decoder:
         """Next-token logits (B, V) after `ids_BT`; the mask covers everything fed so far."""
         device = self.model.device
         mask_BS = mask_BS.to(device)
+        # A row counts its positions from its first token, wherever padding puts it.
         position_ids = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
         output = self.model(
             input_ids=ids_BT.to(device),
@@ -61,7 +64,7 @@ class _Decoder:
 
 
 class ReferenceEngine:
-    """Rolls out one token at a time with one forward of each model a token; batched, left-padded, cached.
+    """Rolls out token by token, with one forward of each model per token; batched, left-padded, cached.
 
     `max_rows` prompts run together (default 64); the result does not depend on it.
     """
@@ -75,15 +78,13 @@ class ReferenceEngine:
         self,
         prompts: Sequence[PromptLike],
         policy: Policy,
-        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        sampling: Sampling = Sampling(),
         seed: int = 0,
         keep_teacher: KeepTeacher = None,
         on_progress: Progress | None = None,
     ) -> list[Rollout]:
-        """One rollout for each prompt, in their order; see `Engine.generate`. Raises UserError for bad prompts."""
-        check_call(policy, sampling, self.pair.teacher, keep_teacher)
-        records = as_prompts(prompts, self.pair.tokenizer, self.pair.vocabulary_size)
-        self.pair.check_room(max((len(record.token_ids) for record in records), default=0) + sampling.max_new_tokens)
+        """One rollout for each prompt, in their order; see `Engine.generate`."""
+        records = checked_prompts(self.pair, prompts, policy, sampling, keep_teacher)
         rollouts: list[Rollout] = []
         with evaluating(self.pair.student, self.pair.teacher):
             for start in range(0, len(records), self.max_rows):
@@ -108,8 +109,7 @@ class ReferenceEngine:
         for position in range(sampling.max_new_tokens):
             logits = student.step(ids_BT, mask_BS)
             if sampling.no_repeat_ngram_size:
-                written = [[*log.prompt.token_ids, *log.token_ids] for log in logs]
-                logits = ban_repeated_ngrams(logits, written, sampling.no_repeat_ngram_size)
+                logits = ban_repeated_ngrams(logits, [log.text for log in logs], sampling.no_repeat_ngram_size)
             student_logp = shaped_logp(logits, sampling)
             address = Address(key, torch.full_like(key, position))
             token = proposal = student_proposal(student_logp, address, greedy=sampling.greedy)
@@ -117,33 +117,26 @@ class ReferenceEngine:
             divergence = threshold = teacher_token_logp = torch.full_like(token, math.nan, dtype=torch.float64)
             if teacher is not None:
                 teacher_logp = shaped_logp(teacher.step(ids_BT, mask_BS), sampling).to(device)
-                positions = seen_by(
-                    policy, proposal, student_logp, teacher_logp, address, logs, sampling.max_new_tokens
-                )
+                draft = Draft(proposal, student_logp, address)
+                positions = observe(policy, draft, teacher_logp, logs, sampling.max_new_tokens)
                 decision = policy.decide(positions)
                 divergence, by_teacher, threshold = positions.divergence, decision.by_teacher, decision.threshold
-                if policy.draws_anew:
-                    drawn = independent_token(teacher_logp, address, greedy=sampling.greedy)
-                else:
-                    drawn = teacher_token(proposal, student_logp, teacher_logp, address, greedy=sampling.greedy)
-                token = torch.where(by_teacher, drawn, proposal)
+                token, _ = written_tokens(
+                    draft, teacher_logp, by_teacher, greedy=sampling.greedy, independent=policy.draws_anew
+                )
                 teacher_token_logp = teacher_logp.gather(-1, token[:, None])[:, 0]
             student_token_logp = student_logp.gather(-1, token[:, None])[:, 0]
             check_numbers(student_token_logp, divergence if teacher is not None else None)
-            for row, log in enumerate(logs):
-                if not writing[row]:
-                    continue
-                log.token_ids.append(int(token[row]))
-                log.written_by_teacher.append(bool(by_teacher[row]))
-                log.divergence.append(float(divergence[row]))
-                log.threshold.append(float(threshold[row]))
-                log.student_logp.append(float(student_token_logp[row]))
-                log.teacher_logp.append(float(teacher_token_logp[row]))
-                if teacher is not None and teacher.keep_hidden:
-                    log.teacher_hidden.append(teacher.hidden_BH[row].cpu())
-                writing[row] = log.token_ids[-1] not in pair.eos_ids
+            recorded = (token, by_teacher, divergence, threshold, student_token_logp, teacher_token_logp)
+            # Rows that have ended stay in the batch and are no longer recorded.
+            for row, values in enumerate(zip(*(each.tolist() for each in recorded), strict=True)):
+                if writing[row]:
+                    logs[row].append(*values)
+                    if teacher is not None and teacher.keep_hidden:
+                        logs[row].teacher_hidden.append(teacher.hidden_BH[row].cpu())
+                    writing[row] = values[0] not in pair.eos_ids
             if not any(writing):
                 break
             ids_BT = token[:, None]
             mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BT)], dim=1)
-        return [log.finished(pair.eos_ids) for log in logs]
+        return [log.rollout(pair.eos_ids) for log in logs]

@@ -6,24 +6,16 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.console import Console
+from rich.progress import TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from switchkd.progress import progress_bar
 from switchkd.report.terminal import duration
 
 # What a progress line shows of a log event: its key, and how it is written.
@@ -39,36 +31,16 @@ SHOWN = {
 
 
 def measures(logs: Mapping[str, Any]) -> str:
-    """The measures of one log event in a line."""
+    """The measures of one log event, in one line."""
     return "  ".join(form.format(float(logs[key])) for key, form in SHOWN.items() if key in logs)
 
 
-class _Bar(Progress):
-    """A progress bar with the latest measures in a line below it."""
-
-    measures = ""
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar, then the measures."""
-        yield from super().get_renderables()
-        yield Text(self.measures)
-
-
 class ConsoleProgress(TrainerCallback):
-    """A live bar on a terminal, a line for each log event elsewhere; an estimate of the whole after the first step."""
+    """A live bar on a terminal, a line for each log event elsewhere; after the first step an estimate of the whole."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bar = _Bar(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.bar = progress_bar(console)
         self.task = TaskID(0)
         self.started_at = 0.0
         self.first_step = 0
@@ -79,13 +51,14 @@ class ConsoleProgress(TrainerCallback):
         """Start the clock and the bar."""
         self.started_at = time.perf_counter()
         self.first_step = state.global_step
-        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self.task = self.bar.add_task("step", total=state.max_steps, completed=state.global_step)
         if state.is_world_process_zero:
             self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar; after the first step say how long the whole will take."""
         self.bar.update(self.task, completed=state.global_step)
+        # A resumed run starts at another step than 0.
         if state.global_step != self.first_step + 1 or not state.is_world_process_zero:
             return
         step_seconds = time.perf_counter() - self.started_at
@@ -107,12 +80,12 @@ class ConsoleProgress(TrainerCallback):
         if not line or not state.is_world_process_zero:
             return
         if self.console.is_terminal and "loss" in (logs or {}):
-            self.bar.measures = line
+            self.bar.note = line
             return
         if "threshold" in (logs or {}):
             self._print(f"{state.global_step}/{state.max_steps}  {line}")
             if state.global_step == self.first_step:
-                # The first step tells how long all will take, and finding the threshold is no part of one.
+                # The first step serves to estimate the whole, and a calibration before it is no part of a step.
                 self.started_at = time.perf_counter()
             return
         elapsed = time.perf_counter() - self.started_at
@@ -129,7 +102,7 @@ class ConsoleProgress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """End the live display, so that what follows is printed below it."""
+        """End the live display, so that later lines are printed below it."""
         self.bar.stop()
 
     def _print(self, line: str) -> None:
@@ -137,7 +110,7 @@ class ConsoleProgress(TrainerCallback):
 
 
 class LogFile(TrainerCallback):
-    """Appends each log event to a file, one JSON object a line, with stage, step and seconds since the start."""
+    """Appends each log event to a file, one JSON object per line, with stage, step and seconds since the start."""
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path = path
@@ -165,7 +138,7 @@ class LogFile(TrainerCallback):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The log events of a run in order; of a step that was logged again after a resume, the last time counts.
+    """The log events of a run, in order. Where a resumed run logged a step again, the later event stands for it.
 
     A line that a crash cut off is left out.
     """
@@ -175,6 +148,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
+        # One step may log a loss, an evaluation and the end of training: these are three events, not repeats of one.
         kind = next((key for key in ("loss", "eval_loss", "train_runtime") if key in event), "")
         key = (event["stage"], event["step"], kind)
         events.pop(key, None)
@@ -185,33 +159,34 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 class StopCleanly(TrainerCallback):
     """The first Ctrl-C finishes the step, saves a checkpoint and stops; the second stops at once (KeyboardInterrupt).
 
-    `stopped` tells afterwards that this is why training ended before its last step.
+    Afterwards `stopped` says whether training ended before its last step for this reason.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.asked = False
+        self.stop_requested = False
         self.stopped = False
         self._before: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take over SIGINT; signals reach the main thread only."""
+        """Take over SIGINT."""
+        # Python lets no other thread set a handler.
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._interrupted)
 
     def _interrupted(self, signal_number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.stop_requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.stop_requested = True
         self.console.print(
-            "\nCtrl-C: the step is finished and a checkpoint saved, then the run stops. Ctrl-C again stops at once."
+            "\nCtrl-C: the run finishes this step, saves a checkpoint and stops. Press Ctrl-C again to stop at once."
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop where it was asked for."""
-        if self.asked and state.global_step < state.max_steps:
+        """Save and stop after a Ctrl-C."""
+        if self.stop_requested and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = control.should_training_stop = True
 

@@ -15,9 +15,8 @@ import yaml
 
 from switchkd.errors import UserError
 from switchkd.files import now, write_atomically
-from switchkd.models.pair import save_model
 from switchkd.run.file import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage, read_mapping, run_from_values
-from switchkd.training.trainer import last_complete_checkpoint
+from switchkd.training.checkpoints import last_complete_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +36,7 @@ CHANGEABLE = (
 CHANGEABLE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_")
 
 
-def admit(run: RunConfig, resume: bool) -> None:
+def check_output_dir(run: RunConfig, resume: bool) -> None:
     """Raise UserError unless the run's folder is free, or, with `resume`, holds this run."""
     folder = Path(run.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -72,7 +71,7 @@ def _state_of(folder: Path) -> str:
 
 def _check_same_run(saved: RunConfig, run: RunConfig) -> None:
     """Raise UserError for a setting that a run must not change on its way."""
-    parts = [("", saved.in_force(), run.in_force())]
+    parts = [("", saved.effective_settings(), run.effective_settings())]
     if len(saved.stages) != len(run.stages):
         raise UserError(
             f"the run in {run.output_dir} has {len(saved.stages)} stages, this run file {len(run.stages)}; resume with the "
@@ -96,7 +95,7 @@ def record_run(run: RunConfig) -> None:
     """Write run.yaml, itself a run file with every value in force, and environment.json with the versions."""
     folder = Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    values = run.in_force()
+    values = run.effective_settings()
     chosen = {key: values.pop(key) for key in (*OWN_HINTS, *SWITCH_FIELDS) if key in values}
     text = _as_yaml({**chosen, **{key: values.pop(key) for key in run.training if key in values}})
     if run.stages:
@@ -136,19 +135,23 @@ def is_finished(stage: Stage) -> bool:
 
 
 def _length(stage: Stage) -> dict[str, float]:
-    values = stage.config.in_force()
+    values = stage.run.effective_settings()
     return {name: values[name] for name in ("max_steps", "num_train_epochs")}
 
 
 def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, stage: Stage) -> None:
     """Put the stage's model into its folder and mark the stage as finished, in this order.
 
-    The files go in one by one, from a folder beside them: nothing else in the run's folder is ever moved or deleted.
-    Raises UserError where they cannot be written; the checkpoints are as they were.
+    The files are staged in a folder beside them and moved in one by one: until all are written, an earlier model stays as it
+    was, and nothing else in the run's folder is ever touched. Raises UserError if they cannot be written.
     """
     staged = stage.model_folder / "model.partial"
     try:
-        save_model(model, tokenizer, staged)
+        # Of a run that was killed while saving: its files may be cut off.
+        shutil.rmtree(staged, ignore_errors=True)
+        model.save_pretrained(staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
         for file in staged.iterdir():
             file.replace(stage.model_folder / file.name)
         staged.rmdir()

@@ -1,4 +1,4 @@
-"""Responses that the teacher writes once and that are kept in a file: the data of sequence-level distillation."""
+"""Responses that the teacher writes once, kept in a file: the data of sequence-level distillation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from switchkd.errors import UserError
 from switchkd.files import write_atomically
+from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import name_of
-from switchkd.records import Example, Sampling
+from switchkd.progress import progress_bar
+from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.policies import Teacher
 
@@ -25,11 +26,35 @@ from switchkd.rollout.policies import Teacher
 _NUMBERS = 64
 
 
-def manifest_of(teacher: PreTrainedModel, examples: Sequence[Example], sampling: Sampling, seed: int) -> dict[str, Any]:
-    """All that the teacher's text depends on, as JSON values.
+def teacher_text(
+    path: Path,
+    teacher: PreTrainedModel,
+    examples: Sequence[Example],
+    engine: Engine,
+    args: SwitchConfig,
+    *,
+    writes: bool,
+) -> list[Example]:
+    """The examples with the teacher's responses: read from `path`, or written there first.
 
-    The student is not in it: it drafts, and so picks which draw from the teacher's distributions comes, not their law.
+    The file has one JSON line a prompt with `prompt_id`, `prompt_ids` and `response_ids`. The manifest beside it, written last,
+    says what the text depends on. Where `writes` is False, another process of the run makes the file, and this one waits for it.
+    Raises UserError for text that depends on anything else, naming it, and for a file that was changed.
     """
+    manifest = _manifest_of(teacher, examples, args)
+    while not _is_there(path, manifest):
+        if writes:
+            _write(path, manifest, _rollouts(examples, engine, args))
+        else:
+            # No collective: writing may take longer than those wait.
+            time.sleep(1)
+    responses = {row["prompt_id"]: row["response_ids"] for row in map(json.loads, path.read_text().splitlines())}
+    return [replace(example, response_ids=tuple(responses[example.prompt.prompt_id])) for example in examples]
+
+
+def _manifest_of(teacher: PreTrainedModel, examples: Sequence[Example], args: SwitchConfig) -> dict[str, Any]:
+    """All that the teacher's text depends on, as JSON values."""
+    # The student is left out: its drafts decide which sample of the teacher's distribution is drawn, not the distribution.
     weights = hashlib.sha256()
     for name, parameter in teacher.named_parameters():
         if parameter.device.type != "meta":
@@ -40,81 +65,48 @@ def manifest_of(teacher: PreTrainedModel, examples: Sequence[Example], sampling:
         "teacher": name_of(teacher),
         "weights": weights.hexdigest(),
         "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
-        "sampling": asdict(sampling),
-        "seed": seed,
+        "sampling": asdict(args.sampling),
+        "seed": args.seed,
     }
 
 
-def manifest_path(path: Path) -> Path:
-    """Where the manifest of a file of the teacher's text is."""
+def _manifest_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.manifest.json")
 
 
-def teacher_text(
-    path: Path,
-    manifest: dict[str, Any],
-    examples: Sequence[Example],
-    engine: Engine,
-    sampling: Sampling,
-    seed: int,
-    *,
-    writes: bool = True,
-) -> list[Example]:
-    """The examples with the teacher's responses: read from `path`, or written there first.
-
-    One JSON line a prompt with `prompt_id`, `prompt_ids` and `response_ids`; the manifest beside it, written last, says what it
-    depends on. Where `writes` is False another process of the run makes the file, and this one waits for it.
-    Raises UserError for text that depends on anything else, naming it, and for a file that is not what was written.
-    """
-    while not _is_there(path, manifest):
-        if writes:
-            _write(path, manifest, examples, engine, sampling, seed)
-        else:
-            time.sleep(1)
-    responses = {row["prompt_id"]: row["response_ids"] for row in map(json.loads, path.read_text().splitlines())}
-    return [replace(example, response_ids=tuple(responses[example.prompt.prompt_id])) for example in examples]
-
-
 def _is_there(path: Path, manifest: dict[str, Any]) -> bool:
+    remedy = "delete it to have it written again"
     try:
-        found = json.loads(manifest_path(path).read_text(encoding="utf-8"))
+        found = json.loads(_manifest_path(path).read_text(encoding="utf-8"))
         text = path.read_bytes()
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"the teacher's text in {path} cannot be read ({error}); delete it to have it written anew"
-        ) from error
+        raise UserError(f"the teacher's text in {path} cannot be read ({error}); {remedy}") from error
     for key, value in manifest.items():
         if found.get(key) != value:
             raise UserError(
-                f"the teacher's text in {path} was made with other {key} ({found.get(key)}, now {value}); delete it to have it "
-                f"written anew, or set teacher_text to another file"
+                f"the teacher's text in {path} was made with other {key} ({found.get(key)}, now {value}); {remedy}, or set "
+                f"teacher_text to another file"
             )
     if found["sha256"] != hashlib.sha256(text).hexdigest():
-        raise UserError(
-            f"the teacher's text in {path} was changed after it was written; delete it to have it written anew"
-        )
+        raise UserError(f"the teacher's text in {path} was changed after it was written; {remedy}")
     return True
 
 
-def _write(
-    path: Path, manifest: dict[str, Any], examples: Sequence[Example], engine: Engine, sampling: Sampling, seed: int
-) -> None:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("the teacher writes", total=len(examples))
-        rollouts = engine.generate(
-            [example.prompt for example in examples],
-            policy=Teacher(),
-            sampling=sampling,
-            seed=seed,
-            on_progress=lambda finished: progress.update(task, completed=finished),
-        )
-    lines = [
-        json.dumps({"prompt_id": r.prompt.prompt_id, "prompt_ids": r.prompt.token_ids, "response_ids": r.token_ids})
+def _rollouts(examples: Sequence[Example], engine: Engine, args: SwitchConfig) -> list[Rollout]:
+    prompts, policy = [example.prompt for example in examples], Teacher()
+    with progress_bar(Console(stderr=True)) as progress:
+        counter = progress.counter(progress.add_task("the teacher writes", total=len(prompts)))
+        return engine.generate(prompts, policy=policy, sampling=args.sampling, seed=args.seed, on_progress=counter)
+
+
+def _write(path: Path, manifest: dict[str, Any], rollouts: Sequence[Rollout]) -> None:
+    rows = (
+        {"prompt_id": r.prompt.prompt_id, "prompt_ids": r.prompt.token_ids, "response_ids": r.token_ids}
         for r in rollouts
-    ]
-    text = "".join(f"{line}\n" for line in lines)
+    )
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
     write_atomically(path, text)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    write_atomically(manifest_path(path), json.dumps({**manifest, "sha256": digest}, indent=2) + "\n")
+    write_atomically(_manifest_path(path), json.dumps({**manifest, "sha256": digest}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Teachers that cost less memory: the student without its adapter, and one that is away while the student trains."""
+"""Teachers that cost less memory: the student without its adapter, and weights kept elsewhere while the student trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from safetensors import safe_open
@@ -17,10 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from switchkd.errors import UserError
+from switchkd.methods.config import Offload
 from switchkd.models.heads import base_of, evaluating
 
 SELF = "self"
-Offload = Literal["none", "cpu", "disk"]
 
 
 def self_teacher(student: nn.Module) -> PreTrainedModel:
@@ -30,15 +30,14 @@ def self_teacher(student: nn.Module) -> PreTrainedModel:
     """
     if not hasattr(student, "disable_adapter"):
         raise UserError(
-            f"teacher {SELF!r} is the student without its adapter, but the student has none; give peft_config (peft in a "
-            f"run file)"
+            f"teacher {SELF!r} is the student without its adapter, but the student has none; give peft_config (peft in a run file)"
         )
-    # All that is asked of a teacher is forwarded to the base model.
+    # Not a PreTrainedModel, but it passes on everything that a teacher needs to its base model.
     return cast(PreTrainedModel, _WithoutAdapter(student, base_of(student)))
 
 
 class _WithoutAdapter(nn.Module):
-    """A module of the student's, run without the adapter and without dropout. It owns no weights: none are moved or frozen."""
+    """A module of the student's, run without adapter and dropout. It owns no weights, so moving or freezing it does nothing."""
 
     def __init__(self, student: nn.Module, inner: nn.Module) -> None:
         super().__init__()
@@ -69,36 +68,33 @@ class _WithoutAdapter(nn.Module):
         return cast(nn.Module, getattr(projection, "original_module", projection))
 
 
-def check_offload(teacher: PreTrainedModel, offload: str) -> None:
-    """Raises UserError where `TeacherPlace` knows no such place, or cannot bring the teacher there."""
-    if offload not in get_args(Offload):
-        raise UserError(f"teacher_offload is {offload!r}; choose one of {', '.join(get_args(Offload))}")
-    if _is_quantised(teacher) and offload != "none":
-        raise UserError(
-            f"teacher_offload is {offload!r}, but quantised weights stay where they were loaded; leave it out"
-        )
-
-
-def _is_quantised(model: nn.Module) -> bool:
-    return bool(getattr(model, "is_quantized", False))
-
-
 class TeacherPlace:
-    """Keeps a teacher's weights elsewhere while nobody asks it: `with place.at_work():` brings them back.
+    """Keeps a teacher's weights elsewhere while nobody reads it: `with place.loaded():` brings them back. Freezes the teacher.
 
-    `offload` "cpu" moves them to the machine's memory, "disk" writes them to a file once (in `folder`, removed at the end)
-    and reads them from there. The head stays: the objective projects the kept states through it. See `check_offload`.
+    `offload` "cpu" moves them to the machine's memory. "disk" writes them to a file in `folder` once and reads them from there;
+    the file is removed at the end. The head stays: the objective projects the kept states through it. Without a teacher nothing
+    is moved. Raises UserError for an unknown `offload`, and for a quantized teacher that would have to move.
     """
 
-    def __init__(self, teacher: PreTrainedModel, offload: str, device: torch.device, folder: Path) -> None:
+    def __init__(self, teacher: PreTrainedModel | None, offload: Offload, device: torch.device, folder: Path) -> None:
+        if offload not in get_args(Offload):
+            raise UserError(f"teacher_offload is {offload!r}; choose one of {', '.join(get_args(Offload))}")
         self.offload = offload
         self.device = device
         self._depth = 0
+        self._moved: dict[str, nn.Parameter] = {}
+        self._file: Path | None = None
+        if teacher is None:
+            return
+        quantized = bool(getattr(teacher, "is_quantized", False))
+        if quantized and offload != "none":
+            raise UserError(
+                f"teacher_offload is {offload!r}, but quantized weights stay where they were loaded; leave it out"
+            )
+        # Packed weights were put on their device while they were loaded.
+        (teacher if quantized else cast(nn.Module, teacher).to(device)).eval().requires_grad_(False)
         head = {id(parameter) for parameter in base_of(teacher).get_output_embeddings().parameters()}
         self._moved = {name: each for name, each in teacher.named_parameters() if id(each) not in head}
-        # Packed weights were put on their device while they were loaded.
-        (teacher if _is_quantised(teacher) else cast(nn.Module, teacher).to(device)).eval()
-        self._file: Path | None = None
         if offload == "disk" and self._moved:
             folder.mkdir(parents=True, exist_ok=True)
             place = tempfile.mkdtemp(prefix="teacher-", dir=folder)
@@ -106,22 +102,22 @@ class TeacherPlace:
             self._file = Path(place) / "weights.safetensors"
             # Weights that share memory are one parameter here, and so one entry of the file.
             save_file({name: each.data.contiguous() for name, each in self._moved.items()}, self._file)
-        self._leave()
+        self._unload()
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """The teacher's weights are on its device inside; may be nested."""
+    def loaded(self) -> Iterator[None]:
+        """Keep the teacher's weights on its device inside; may be nested."""
         self._depth += 1
         try:
             if self._depth == 1:
-                self._arrive()
+                self._load()
             yield
         finally:
             self._depth -= 1
             if self._depth == 0:
-                self._leave()
+                self._unload()
 
-    def _arrive(self) -> None:
+    def _load(self) -> None:
         if self.offload == "cpu":
             for parameter in self._moved.values():
                 parameter.data = parameter.data.to(self.device, non_blocking=True)
@@ -130,7 +126,7 @@ class TeacherPlace:
                 for name, parameter in self._moved.items():
                     parameter.data = weights.get_tensor(name)
 
-    def _leave(self) -> None:
+    def _unload(self) -> None:
         if self.offload == "cpu":
             for parameter in self._moved.values():
                 parameter.data = parameter.data.to("cpu")

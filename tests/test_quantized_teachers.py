@@ -1,4 +1,4 @@
-"""Teachers whose weights bitsandbytes has packed: what they say, to both engines and to a trainer."""
+"""Teachers with weights packed by bitsandbytes, under both engines and in a trainer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import nn
 
 from switchkd.errors import UserError
 from switchkd.models.heads import backbone
-from switchkd.models.pair import ModelPair, load_model, load_pair, parameter_count
+from switchkd.models.load import load_model, load_pair
+from switchkd.models.pair import ModelPair, parameter_count
 from switchkd.records import Sampling
 from switchkd.rollout.policies import Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
-from test_trainer import history, make_trainer
 from tiny import tiny_pair, tiny_tokenizer
+from trainers import history, make_trainer
 
 pytest.importorskip("bitsandbytes")
 
@@ -115,5 +116,5 @@ def test_a_student_learns_from_it_nearly_as_from_the_plain_one(
 def test_it_is_not_offloaded(offload: str, plain: ModelPair, tmp_path: Path) -> None:
     pair = packed(plain, "4bit")
     backbone(pair.teacher).register_forward_pre_hook(lambda *call: pytest.fail("a forward before the refusal"))
-    with pytest.raises(UserError, match=f"teacher_offload is '{offload}', but quantised weights stay where"):
+    with pytest.raises(UserError, match=f"teacher_offload is '{offload}', but quantized weights stay where"):
         make_trainer(tmp_path, pair, method="switch", teacher_offload=offload)

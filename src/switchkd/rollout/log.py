@@ -1,0 +1,87 @@
+"""What a row has written so far, and what a policy sees of it.
+
+Shape letters: B rows, K positions of a block, L tokens written before it, H hidden; `...` is (B,) or (B, K).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from switchkd.distributions.divergences import jensen_shannon
+from switchkd.distributions.draw import Draft
+from switchkd.distributions.noise import Stream, uniform
+from switchkd.records import FinishReason, Prompt, Rollout
+from switchkd.rollout.policies import Policy, Positions
+
+
+class RolloutLog:
+    """The tokens that one row has written, with what a `Rollout` records of each."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.token_ids: list[int] = []
+        self.written_by_teacher: list[bool] = []
+        self.divergence: list[float] = []
+        self.threshold: list[float] = []
+        self.student_logp: list[float] = []
+        self.teacher_logp: list[float] = []
+        self.teacher_hidden: list[Tensor] = []
+
+    @property
+    def text(self) -> list[int]:
+        """The ids of prompt and response."""
+        return [*self.prompt.token_ids, *self.token_ids]
+
+    def append(self, token: int, by_teacher: bool, *measures: float) -> None:
+        """Add a token and its divergence, threshold, student's log-probability and teacher's, in this order."""
+        self.token_ids.append(token)
+        self.written_by_teacher.append(by_teacher)
+        columns = (self.divergence, self.threshold, self.student_logp, self.teacher_logp)
+        for column, measure in zip(columns, measures, strict=True):
+            column.append(measure)
+
+    def rollout(self, eos_ids: Sequence[int]) -> Rollout:
+        """The record of the finished row. The kept hidden states, pieces of shape (..., H), become one tensor (T, H)."""
+        ended = self.token_ids[-1] in eos_ids
+        pieces = [piece.reshape(-1, piece.shape[-1]) for piece in self.teacher_hidden]
+        return Rollout(
+            prompt=self.prompt,
+            token_ids=tuple(self.token_ids),
+            written_by_teacher=tuple(self.written_by_teacher),
+            divergence=tuple(self.divergence),
+            threshold=tuple(self.threshold),
+            student_logp=tuple(self.student_logp),
+            teacher_logp=tuple(self.teacher_logp),
+            finish_reason=FinishReason.END_OF_TEXT if ended else FinishReason.LENGTH,
+            teacher_hidden=torch.cat(pieces) if pieces else None,
+        )
+
+
+def observe(
+    policy: Policy, draft: Draft, teacher_logp: Tensor, logs: Sequence[RolloutLog], max_new_tokens: int
+) -> Positions:
+    """What the policy sees of a draft (...), one position or a block of them per row of `logs`, with `teacher_logp` (..., V)."""
+    past_divergence = past_by_teacher = None
+    if policy.needs_history:
+        device = draft.proposal.device
+        # float64 holds the record's numbers exactly, so a block sees its past as single steps saw it.
+        divergences = [torch.tensor(log.divergence, dtype=torch.float64, device=device) for log in logs]
+        writers = [torch.tensor(log.written_by_teacher, dtype=torch.bool, device=device) for log in logs]
+        past_divergence = pad_sequence(divergences, batch_first=True, padding_value=math.nan, padding_side="left")
+        past_by_teacher = pad_sequence(writers, batch_first=True, padding_value=False, padding_side="left")
+    return Positions(
+        position=draft.address.position,
+        divergence=jensen_shannon(draft.student_logp, teacher_logp),
+        student_logp=draft.student_logp,
+        teacher_logp=teacher_logp,
+        proposal=draft.proposal,
+        coin=uniform(draft.address, Stream.COIN),
+        max_new_tokens=max_new_tokens,
+        past_divergence=past_divergence,
+        past_by_teacher=past_by_teacher,
+    )

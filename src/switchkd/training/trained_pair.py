@@ -1,0 +1,52 @@
+"""The pair that a trainer trains, made of what its user gave: names or models, an adapter, the student as its own teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from switchkd.errors import UserError
+from switchkd.models.load import load_model, load_tokenizer
+from switchkd.models.pair import ModelPair
+from switchkd.training.teachers import SELF, self_teacher
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+def trained_pair(
+    model: ModelPair | PreTrainedModel | str,
+    teacher_model: PreTrainedModel | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: PeftConfig | None,
+) -> ModelPair:
+    """The pair, with names loaded and the student adapted where there is a `peft_config`.
+
+    `model` is the student or a pair; "self" as teacher is the student without its adapter. Without a `tokenizer`, the student's
+    name gives it. Raises UserError for parts that do not fit.
+    """
+    if isinstance(model, ModelPair):
+        if tokenizer is not None or not (teacher_model is None or (teacher_model == SELF and model.teacher is None)):
+            raise UserError(
+                "model is a pair, with a teacher and a tokenizer; leave teacher_model and processing_class out"
+            )
+        if peft_config is None and teacher_model is None:
+            # Its heads may have been proven already.
+            return model
+        teacher_model, tokenizer = teacher_model or model.teacher, model.tokenizer
+        student, teacher_tokenizer = model.student, model.teacher_tokenizer
+    else:
+        # A model that was made on the spot has no name, and needs no tokenizer for data that is token ids.
+        name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+        tokenizer = load_tokenizer(name) if tokenizer is None and name else tokenizer
+        named = teacher_model if isinstance(teacher_model, str) and teacher_model != SELF else None
+        teacher_tokenizer = load_tokenizer(named) if named else None
+        student = load_model(model) if isinstance(model, str) else model
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        student = cast(PreTrainedModel, get_peft_model(student, peft_config))
+    teacher = self_teacher(student) if teacher_model == SELF else teacher_model
+    teacher = load_model(teacher) if isinstance(teacher, str) else teacher
+    return ModelPair(student, teacher, tokenizer, teacher_tokenizer)
