@@ -1,9 +1,9 @@
-"""What the objective takes: memory and time of value and gradients, against the dense computation and TRL's.
+"""Memory and time of the objective's value and gradients, against the dense computation and TRL's.
 
     python benchmarks/objective.py [--cases reverse_kl jensen_shannon] [--repeats 5] [--write] [--quick]
 
-All sides get the same hidden states and head weights. Times: one process, by turns, a median, of the first case alone. Memory:
-how far the resident set of a process of its own rises above its inputs. Leave the machine alone meanwhile.
+All sides get the same hidden states and head weights. Times are a median over turns in one process, for the first case alone.
+Memory is how far the resident set of a separate process rises above its inputs. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rollout import DOCUMENT, Report
-from switchkd.distributions.divergences import divergence_named
-from switchkd.loss.objective import Objective, dense_teacher, distillation_loss
+from switchkd.distributions.divergences import DIVERGENCES
+from switchkd.loss.objective import Counted, Objective, distillation_loss
+from switchkd.loss.signals import DenseTeacher
 from switchkd.models.heads import Head
 from timing import THREADS, TRL_MISSING, conditions, has_trl, median_seconds, write_section
 
 OURS, DENSE, TRL = "ours", "dense", "TRL"
 # TRL's beta of the same divergence.
 BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jensen_shannon": 0.5}
-# The share of the dense computation's memory, times TRL's memory and times TRL's time that are aimed at, at most.
+# What we aim at, at most, as a share of the dense computation's memory, of TRL's memory and of TRL's time.
 DENSE_MEMORY_TARGET, TRL_MEMORY_TARGET, TRL_TIME_TARGET = 0.1, 1.0, 1.1
-# Of the norms of the gradients, and of the value, in float32. The dense side's log_softmax, as people write it, adds up the
-# vocabulary one by one on a CPU: 1.6e-5 from float64 at 131,072 ids, where ours and TRL's are 2e-6.
+# Largest relative difference of the value and of the gradients' norms, in float32. The dense side's log_softmax, as people
+# write it, adds up the vocabulary one by one on a CPU: 1.6e-5 from float64 at 131,072 ids, where ours and TRL's are 2e-6.
 TOLERANCES = {DENSE: 5e-5, TRL: 1e-5}
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Case:
-    """A divergence, and whether the student's head trains (with LoRA it does not)."""
+    """A divergence, with a student's head that trains or, as under LoRA, does not."""
 
     divergence: str
     head_trains: bool = True
 
     @property
     def head(self) -> str:
-        """In words."""
+        """Whether the head trains, in a word."""
         return "trains" if self.head_trains else "frozen"
 
 
@@ -62,7 +63,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Size:
-    """Of the tensors: positions, hidden size (of both models) and vocabulary."""
+    """Numbers of positions, of hidden units (in both models) and of ids."""
 
     positions: int
     hidden: int
@@ -88,11 +89,11 @@ class Inputs:
         self.teacher.requires_grad_(False)
 
     def gradients(self) -> list[Tensor]:
-        """Those of hidden states and weight."""
+        """The gradients of hidden states and weight."""
         return [tensor.grad for tensor in (self.student_hidden_NH, self.student.weight) if tensor.grad is not None]
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         self.student_hidden_NH.grad = self.student.weight.grad = None
 
 
@@ -102,21 +103,19 @@ def ours(inputs: Inputs, divergence: str) -> Tensor:
         for projection in (inputs.student, inputs.teacher)
     )
     positions = len(inputs.student_hidden_NH)
-    loss, _ = distillation_loss(
-        inputs.student_hidden_NH,
+    return distillation_loss(
+        Counted(inputs.student_hidden_NH, torch.zeros(positions, dtype=torch.long)),
         student,
-        torch.zeros(positions, dtype=torch.long),
-        Objective(divergence_named(divergence)),
-        teacher=dense_teacher(inputs.teacher_hidden_NH, teacher),
+        Objective(DIVERGENCES[divergence]()),
+        teacher=DenseTeacher(inputs.teacher_hidden_NH, teacher),
         denominator=positions,
-    )
-    return loss
+    )[0]
 
 
 def dense(inputs: Inputs, divergence: str) -> Tensor:
     student_logp = torch.log_softmax(inputs.student(inputs.student_hidden_NH), dim=-1)
     teacher_logp = torch.log_softmax(inputs.teacher(inputs.teacher_hidden_NH), dim=-1)
-    # Written as briefly as it can be: our own functions, which are safe at excluded ids, would take more memory here.
+    # Written out: our own divergences, which are safe at excluded ids, would take more memory here.
     if divergence == "reverse_kl":
         return (student_logp.exp() * (student_logp - teacher_logp)).sum(dim=-1).mean()
     if divergence == "forward_kl":
@@ -146,7 +145,7 @@ SIDES: dict[str, Callable[[Inputs, str], Tensor]] = {OURS: ours, DENSE: dense, T
 
 
 def value_and_gradients(side: str, inputs: Inputs, divergence: str) -> float:
-    """The value; the gradients are those of the inputs."""
+    """The value; the gradients are left in the inputs."""
     inputs.clear()
     loss = SIDES[side](inputs, divergence)
     loss.backward()
@@ -154,7 +153,7 @@ def value_and_gradients(side: str, inputs: Inputs, divergence: str) -> float:
 
 
 def peak_memory(side: str, case: Case, size: Size) -> int:
-    """Bytes by which this process's resident set rises above what the inputs and a run on small ones have left."""
+    """Bytes by which this process's resident set rises above its inputs, after a first run on small ones."""
     value_and_gradients(side, Inputs(QUICK, head_trains=case.head_trains), case.divergence)
     inputs = Inputs(size, head_trains=case.head_trains)
     gc.collect()
@@ -172,7 +171,7 @@ def _resident(field: str) -> int:
 
 
 def peak_memory_elsewhere(side: str, case: Case, size: Size) -> int:
-    """`peak_memory` in a process that has done nothing else."""
+    """`peak_memory` in a fresh process."""
     task = json.dumps({"side": side, "case": asdict(case), "size": asdict(size)})
     command = [sys.executable, __file__, "--peak", task]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -181,7 +180,7 @@ def peak_memory_elsewhere(side: str, case: Case, size: Size) -> int:
 
 
 def furthest(inputs: Inputs, divergence: str, sides: Sequence[str]) -> dict[str, float]:
-    """Each other side's largest relative difference from our value and gradients; stops the benchmark above the tolerance."""
+    """Each other side's largest relative difference from our value and gradients. Stop the benchmark above the tolerance."""
     value = value_and_gradients(OURS, inputs, divergence)
     gradients = inputs.gradients()
     furthest_of = {}
@@ -200,8 +199,8 @@ def furthest(inputs: Inputs, divergence: str, sides: Sequence[str]) -> dict[str,
 
 
 def measure(case: Case, size: Size, sides: Sequence[str], repeats: int) -> list[tuple[str, ...]]:
-    """A row for each side; without times where `repeats` is 0."""
-    # One after the other and before this process grows: the dense side takes most of a machine.
+    """A row for each side, without times if `repeats` is 0."""
+    # One after another, and before this process grows: the dense side takes most of a machine's memory.
     memory = {side: peak_memory_elsewhere(side, case, size) for side in sides}
     inputs = Inputs(size, head_trains=case.head_trains)
     difference = furthest(inputs, case.divergence, sides)
@@ -234,7 +233,7 @@ def _verdict(ratio: float | None, target: float | None) -> str:
 
 
 def run(cases: Sequence[Case], size: Size, repeats: int, console: Console) -> Report:
-    """The table."""
+    """The table of all cases."""
     sides = [OURS, DENSE, *([TRL] if has_trl() else [])]
     report = Report(
         f"{size.positions:,} positions, hidden size {size.hidden:,}, vocabulary {size.vocabulary:,}, float32",
@@ -252,14 +251,13 @@ def run(cases: Sequence[Case], size: Size, repeats: int, console: Console) -> Re
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="the first is timed too")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="only the first is timed")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side; the median counts")
     parser.add_argument("--quick", action="store_true", help="tiny tensors, once: does it run?")
     parser.add_argument("--write", action="store_true", help="update the section in the document")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
-    parser.add_argument(
-        "--peak", help=argparse.SUPPRESS
-    )  # How this file runs itself: a side's memory and nothing else.
+    # How this file runs itself, to measure the memory of one side.
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     if options.peak:

@@ -66,7 +66,8 @@ def weights(method: str) -> str:
             pair.student,
             pair.teacher,
             SwitchConfig(
-                output_dir=folder, method=method, threshold=0.002, max_steps=10, per_device_train_batch_size=6, max_new_tokens=64, seed=5,
+                output_dir=folder, method=method, threshold=0.002, max_steps=10, per_device_train_batch_size=6,
+                max_new_tokens=64, seed=5,
                 learning_rate=1e-3, save_strategy="no", disable_tqdm=True, logging_strategy="no", use_cpu=True,
             ),
             train_dataset=rows,

@@ -7,11 +7,14 @@ import os
 # Before transformers is imported: it reads them then.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
+from runs import save_pair
 from switchkd.models.pair import ModelPair
 from tiny import tiny_pair, tiny_tokenizer
 
@@ -35,6 +38,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def llama_pair(tokenizer: PreTrainedTokenizerFast) -> ModelPair:
     """For tests that only run it: a test that changes a model makes its own with `tiny_pair`."""
     return tiny_pair("llama", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a student, a teacher and data.jsonl, for tests that run commands; they write elsewhere."""
+    folder = tmp_path_factory.mktemp("models")
+    save_pair(folder)
+    return folder
 
 
 @pytest.fixture(params=["llama", "gpt2", "opt"], scope="session")

@@ -16,20 +16,13 @@ import pytest
 import safetensors.torch
 import transformers.modeling_utils
 
-from runs import save, save_pair, switchkd, write_rows, write_run
+from runs import save, switchkd, write_rows, write_run
 from switchkd.run.callbacks import read_log
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.trainer import SwitchTrainer
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 Refused = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_pair(folder)
-    return folder
 
 
 @pytest.fixture

@@ -13,20 +13,13 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runs import save_pair, switchkd, write_rows, write_run
+from runs import switchkd, write_rows, write_run
 from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout
 from switchkd.report.terminal import print_rollouts, rollout_text, visible, writer_runs
 from switchkd.rollout.policies import POLICIES
 from switchkd.run.callbacks import read_log
 from switchkd.settings.components import settings_of
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_pair(folder)
-    return folder
 
 
 def test_help_needs_nothing_heavy() -> None:

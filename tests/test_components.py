@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import save_pair, switchkd, write_run
+from runs import switchkd, write_run
 from switchkd.distributions.divergences import DIVERGENCE
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
@@ -24,13 +24,6 @@ from switchkd import Method
 
 MINE = Method("mine", policy=EveryThird(), divergence=SquaredDistance(), student_share=1.0)
 """
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_pair(folder)
-    return folder
 
 
 @pytest.fixture

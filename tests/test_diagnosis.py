@@ -65,7 +65,7 @@ def test_the_numbers_are_those_of_a_plain_forward(
 
 
 def test_a_teacher_and_a_prompt_are_needed(llama_pair: ModelPair) -> None:
-    with pytest.raises(UserError, match="the pair has none"):
+    with pytest.raises(UserError, match="the pair has no teacher"):
         diagnose(ModelPair(llama_pair.student), PROMPTS, Sampling(4))
     with pytest.raises(UserError, match="no prompt"):
         diagnose(llama_pair, [], Sampling(4))

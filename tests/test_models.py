@@ -216,7 +216,7 @@ def test_tiny_pairs_disagree_enough_for_a_policy_to_switch(family: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ dropping layers
 
-# What adds a layer's result to the residual stream: zero, and the layer does nothing.
+# The projections that add a layer's result to the residual stream. With zeros in them, the layer does nothing.
 OUTPUTS = {
     "llama": ("o_proj", "down_proj"),
     "gemma2": ("o_proj", "down_proj"),

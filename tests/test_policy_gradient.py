@@ -85,7 +85,7 @@ def test_on_the_students_text_it_is_the_gradient_of_the_sequences_divergence() -
     student, teacher = logits(0).requires_grad_(), logits(1)
     exact = sum((q := logp_of(student, text).sum()).exp() * (q - logp_of(teacher, text).sum()) for text in TEXTS)
     assert isinstance(exact, Tensor)
-    # With two tokens one is to come, so the length normalisation divides by 1.
+    # With two tokens, one is left after the first, so the normalization by length divides by 1.
     found = expected_gradient(student, teacher, Student(), student.detach())
     torch.testing.assert_close(found, gradient(exact, student), rtol=0, atol=1e-12)
 

@@ -14,16 +14,15 @@ from switchkd.progress import progress_bar
 @pytest.mark.parametrize("shown", [True, False, None])
 def test_it_is_shown_on_a_terminal_unless_told_otherwise(terminal: bool, shown: bool | None) -> None:
     # 80 columns: neither the count nor the times may be cut off.
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
-    with progress_bar(console, shown) as progress:
+    output = io.StringIO()
+    with progress_bar(Console(file=output, force_terminal=terminal, width=80), shown) as progress:
         progress.update(progress.add_task("the teacher writes", total=10_000), completed=1234)
         progress.note = "loss 0.5"
-    text = console.file.getvalue()  # type: ignore[attr-defined]
     if terminal if shown is None else shown:
         for part in ("the teacher writes", "1234/10000", "0:00:00", "left", "-:--:--", "loss 0.5"):
-            assert part in text
+            assert part in output.getvalue()
     else:
-        assert not text.strip()
+        assert not output.getvalue().strip()
 
 
 def test_a_part_is_counted_from_where_the_task_stands() -> None:

@@ -28,7 +28,7 @@ BOTH = pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
-    """A pair in two folders, whose names its models carry; a hidden size of 64 fills one block of 4-bit weights."""
+    """A pair saved in two folders that its models are named after; a hidden size of 64 fills one block of 4-bit weights."""
     pair, folder = tiny_pair("llama", hidden=64, tokenizer=tiny_tokenizer()), tmp_path_factory.mktemp("models")
     for role, model in pair.models.items():
         model.name_or_path = str(folder / role)
@@ -56,12 +56,12 @@ def test_the_engines_agree(policy: Any, quantization: str, plain: ModelPair, cap
     ours, *others = (engine.generate(PROMPTS, policy, sampling, keep_teacher="hidden") for engine in engines)
     for theirs in others:
         same = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.token_ids == b.token_ids]
-        # 8 bits round activations too: what float32's last digit decides there is a step of 1/127.
+        # 8 bits round activations too, so that a difference in float32's last digit becomes a step of 1/127.
         assert len(same) >= len(PROMPTS) - (quantization == "8bit")
         gaps = [torch.tensor(a.divergence).sub(torch.tensor(b.divergence)).abs() for a, b in same]
         assert torch.cat(gaps).median() < 1e-5
         assert quantization == "8bit" or torch.cat(gaps).max() < 1e-5
-    assert not caplog.records  # a warning of every layer of every forward
+    assert not caplog.records  # bitsandbytes would warn at every layer of every forward
 
 
 @BOTH
@@ -108,7 +108,7 @@ def test_a_student_learns_from_it_nearly_as_from_the_plain_one(
         trainer.train()
         losses.append([line["loss"] for line in history(trainer) if "loss" in line])
     assert len(losses[1]) == 3
-    # The first step's: from there on the students differ, and with them the text.
+    # Only at the first step: after it the students differ, and so does their text.
     assert 0 < abs(losses[1][0] - losses[0][0]) < 0.25 * losses[0][0]
 
 

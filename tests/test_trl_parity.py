@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
-from switchkd.distributions.divergences import forward_kl, jensen_shannon, reverse_kl
+from switchkd.distributions.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL
 
 gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
 
@@ -15,9 +13,9 @@ gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
 # TRL's beta is the teacher's weight in the mixture; its ends are the one-sided divergences.
 @pytest.mark.parametrize(
     ("beta", "ours"),
-    [(0.0, forward_kl), (1.0, reverse_kl), *((w, partial(jensen_shannon, teacher_weight=w)) for w in (0.1, 0.5, 0.9))],
+    [(0.0, ForwardKL()), (1.0, ReverseKL()), *((weight, JensenShannon(weight)) for weight in (0.1, 0.5, 0.9))],
 )
-def test_gkd_loss_and_gradient(beta: float, ours: partial[torch.Tensor]) -> None:
+def test_gkd_loss_and_gradient(beta: float, ours: Divergence) -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(2, 7, 31, generator=generator) for _ in range(2))
     labels = torch.ones(2, 7, dtype=torch.long)

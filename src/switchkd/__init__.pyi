@@ -1,76 +1,38 @@
-from .analysis.calibration import Calibration, calibrate
-from .distributions.divergences import (
-    AdaptiveKL,
-    AlphaBeta,
-    Divergence,
-    ForwardKL,
-    JensenShannon,
-    ReverseKL,
-    SkewedForwardKL,
-    SkewedReverseKL,
-    SymmetricKL,
-    TotalVariation,
-)
-from .errors import UserError
-from .methods.config import SwitchConfig
-from .methods.plan import AutoThreshold
-from .methods.table import METHODS, Method
-from .models.load import load_pair
-from .models.pair import ModelPair
-from .records import Prompt, Rollout, Sampling
-from .rollout.policies import (
-    AdaSwitch,
-    Decision,
-    Early,
-    Interleave,
-    Late,
-    Mix,
-    Policy,
-    Positions,
-    Student,
-    Switch,
-    Teacher,
-)
-from .rollout.reference import ReferenceEngine
-from .rollout.speculative import SpeculativeEngine
-from .training.trainer import SwitchTrainer
+from .analysis.calibration import Calibration as Calibration
+from .analysis.calibration import calibrate as calibrate
+from .distributions.divergences import AdaptiveKL as AdaptiveKL
+from .distributions.divergences import AlphaBeta as AlphaBeta
+from .distributions.divergences import Divergence as Divergence
+from .distributions.divergences import ForwardKL as ForwardKL
+from .distributions.divergences import JensenShannon as JensenShannon
+from .distributions.divergences import ReverseKL as ReverseKL
+from .distributions.divergences import SkewedForwardKL as SkewedForwardKL
+from .distributions.divergences import SkewedReverseKL as SkewedReverseKL
+from .distributions.divergences import SymmetricKL as SymmetricKL
+from .distributions.divergences import TotalVariation as TotalVariation
+from .errors import UserError as UserError
+from .methods.config import SwitchConfig as SwitchConfig
+from .methods.plan import AutoThreshold as AutoThreshold
+from .methods.table import METHODS as METHODS
+from .methods.table import Method as Method
+from .models.load import load_pair as load_pair
+from .models.pair import ModelPair as ModelPair
+from .records import Prompt as Prompt
+from .records import Rollout as Rollout
+from .records import Sampling as Sampling
+from .rollout.policies import AdaSwitch as AdaSwitch
+from .rollout.policies import Decision as Decision
+from .rollout.policies import Early as Early
+from .rollout.policies import Interleave as Interleave
+from .rollout.policies import Late as Late
+from .rollout.policies import Mix as Mix
+from .rollout.policies import Policy as Policy
+from .rollout.policies import Positions as Positions
+from .rollout.policies import Student as Student
+from .rollout.policies import Switch as Switch
+from .rollout.policies import Teacher as Teacher
+from .rollout.reference import ReferenceEngine as ReferenceEngine
+from .rollout.speculative import SpeculativeEngine as SpeculativeEngine
+from .training.trainer import SwitchTrainer as SwitchTrainer
 
 __version__: str
-__all__ = [
-    "METHODS",
-    "AdaSwitch",
-    "AdaptiveKL",
-    "AlphaBeta",
-    "AutoThreshold",
-    "Calibration",
-    "Decision",
-    "Divergence",
-    "Early",
-    "ForwardKL",
-    "Interleave",
-    "JensenShannon",
-    "Late",
-    "Method",
-    "Mix",
-    "ModelPair",
-    "Policy",
-    "Positions",
-    "Prompt",
-    "ReferenceEngine",
-    "ReverseKL",
-    "Rollout",
-    "Sampling",
-    "SkewedForwardKL",
-    "SkewedReverseKL",
-    "SpeculativeEngine",
-    "Student",
-    "Switch",
-    "SwitchConfig",
-    "SwitchTrainer",
-    "SymmetricKL",
-    "Teacher",
-    "TotalVariation",
-    "UserError",
-    "calibrate",
-    "load_pair",
-]

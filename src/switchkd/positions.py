@@ -40,6 +40,7 @@ class ByPosition:
     def of(cls, rows: Sequence[Sequence[float]]) -> ByPosition:
         """The means over `rows`, one sequence of values a row, the first at position 0."""
         longest = max(map(len, rows), default=0)
+        # fsum, so that a mean does not depend on the order of the rows.
         columns = [[row[position] for row in rows if position < len(row)] for position in range(longest)]
         return cls(tuple(math.fsum(column) / len(column) for column in columns), tuple(map(len, columns)))
 

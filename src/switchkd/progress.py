@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from rich import get_console
+import rich.progress
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 
-class ProgressBar(Progress):
+class ProgressBar(rich.progress.Progress):
     """A bar with a `note` in a line below it, unless the note is empty."""
 
     note = ""
@@ -29,7 +20,7 @@ class ProgressBar(Progress):
         if self.note:
             yield Text(self.note)
 
-    def counter(self, task: TaskID) -> Callable[[int], None]:
+    def counter(self, task: rich.progress.TaskID) -> Callable[[int], None]:
         """A function to tell how much of a part is finished, for a part that starts where the task stands now."""
         before = self.tasks[task].completed
         return lambda finished: self.update(task, completed=before + finished)
@@ -40,14 +31,14 @@ def progress_bar(console: Console | None = None, shown: bool | None = None) -> P
 
     `console` is rich's own by default. Unless `shown` says otherwise, the bar is silent where the console is no terminal.
     """
-    console = console or get_console()
+    console = console or rich.get_console()
     columns = (
-        TextColumn("{task.description}"),
+        rich.progress.TextColumn("{task.description}"),
         # The bar takes the width that the others leave, so that the times are not cut off on a narrow terminal.
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
     )
     return ProgressBar(*columns, console=console, disable=not (console.is_terminal if shown is None else shown))

@@ -1,4 +1,4 @@
-"""What every training loss has to satisfy. A check takes the loss, and asserts.
+"""What every training loss must satisfy. A check takes the loss, and asserts.
 
 Shape letters: B rows, T positions, V vocabulary, H hidden, N counted positions.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Loss(Protocol):
-    """A forward KL to the teacher plus cross-entropy on the tokens, over `vocabulary_size` ids, / denominator."""
+    """Forward KL to the teacher plus cross-entropy on the tokens, over `vocabulary_size` ids, / denominator."""
 
     def __call__(
         self,
@@ -101,7 +101,7 @@ def assert_equal(ours: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def check_chunks(loss: Loss) -> None:
-    """Any chunk size gives one value and one gradient: 1, one that leaves a rest, primes, N, and more than N."""
+    """Every chunk size gives the same value and gradient: 1, sizes that leave a rest, primes, N, and more than N."""
     positions = random_positions(50)
     whole = positions.loss(loss, denominator=50, chunk=50)
     for chunk in (1, 2, 7, 8, 13, 49, 51, 1000):
@@ -110,7 +110,7 @@ def check_chunks(loss: Loss) -> None:
 
 
 def check_splits(loss: Loss) -> None:
-    """Split into micro-batches of very different sizes, the step has the same gradient."""
+    """A step split into micro-batches of very different sizes has the same gradient."""
     positions = random_positions(50)
     whole = positions.loss(loss, denominator=50)
     for bounds in ((0, 50), (0, 1, 50), (0, 3, 10, 47, 50), (0, 20, 20, 50)):
@@ -151,9 +151,9 @@ CHECKS: dict[str, Callable[[Loss], None]] = {
 def check_counted_positions(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """The counted positions are the response's tokens, each of them and no other.
 
-    `loss` takes last hidden states (B, T, H), token ids (B, T) and the mask of response tokens (B, T), of a loss that
-    depends on the tokens: editing any counted token has to change it, editing any other must not, and gradient has to
-    reach exactly the hidden states that predict a counted token, one position before it.
+    `loss` depends on last hidden states (B, T, H), token ids (B, T) and the mask of response tokens (B, T). Editing a counted
+    token must change it, editing any other must not. Gradient must reach exactly the hidden states that predict a counted
+    token, one position before it.
     """
     generator = torch.Generator().manual_seed(0)
     hidden_BTH = torch.randn(2, 7, 5, generator=generator, dtype=torch.float64).requires_grad_()

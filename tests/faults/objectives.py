@@ -1,4 +1,4 @@
-"""Wrong losses, each with the checks of `checks.objective` that have to catch it.
+"""Wrong losses, each with the checks of `checks.objective` that must catch it.
 
 Shape letters: B rows, T positions, V vocabulary, H hidden, N counted positions.
 """
@@ -64,7 +64,7 @@ def padded_with_logit_0(hidden, student, teacher_hidden, teacher, token_ids, *, 
 
 
 def surplus_rows_scored(hidden, student: nn.Linear, teacher_hidden, teacher, token_ids, **settings):
-    """The shorter one is padded with -inf, the surplus rows of the longer one keep their mass."""
+    """The shorter one is padded with -inf; the surplus rows of the longer one keep their mass."""
     rows = max(student.out_features, teacher.out_features)
     logits = student(hidden), teacher(teacher_hidden).detach()
     student_logp, teacher_logp = (
@@ -90,7 +90,7 @@ FAULTS = {
 
 
 def _token_loss(hidden_NH: Tensor, token_ids_N: Tensor) -> Tensor:
-    """Any loss of hidden states and the tokens they should predict."""
+    """A loss of hidden states and the tokens they should predict."""
     weight_VH = torch.linspace(-1, 1, 9 * hidden_NH.shape[-1], dtype=hidden_NH.dtype).reshape(9, -1).sin()
     return F.cross_entropy(hidden_NH @ weight_VH.T, token_ids_N, reduction="sum")
 

@@ -81,7 +81,7 @@ def diagnose(
     """
     head = pair.teacher_head
     if head is None:
-        raise UserError("a diagnosis asks the teacher about every text, but the pair has none; load one")
+        raise UserError("a diagnosis asks the teacher about every text, but the pair has no teacher; load one")
     if not prompts:
         raise UserError("there is no prompt to diagnose; give at least one")
     engine = engine or SpeculativeEngine(pair)
@@ -119,5 +119,6 @@ def _surprisals_and_entropies(rollouts: Sequence[Rollout], head: Head) -> Iterat
 
 
 def _surprisal_and_entropy(logits_NV: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
+    # Temperature 1 and nothing cut off, however the text was sampled: a token that was cut off would be infinitely surprising.
     logp_NV = shaped_logp(logits_NV, Sampling(temperature=1.0))
     return -logp_NV.gather(-1, ids_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV).sum(dim=-1)

@@ -22,7 +22,8 @@ from switchkd.report.terminal import comparison_table, print_rollouts
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.run.file import RunConfig, read_mapping, run_from_values
 from switchkd.run.folder import RUN_FILE, check_output_dir
-from switchkd.run.launch import examples_of, train_run
+from switchkd.run.launch import train_run
+from switchkd.training.dataset import tokenized
 
 RUN_NAME = "switchkd demo"
 TEST_SET = "world:test"
@@ -85,7 +86,7 @@ def _measured(label: str, pair: ModelPair, config: SwitchConfig, console: Consol
 def _show_training_text(pair: ModelPair, run: RunConfig, config: SwitchConfig, console: Console) -> None:
     assert pair.tokenizer is not None
     rows = resolve(run.train_data, limit=SHOWN_ROLLOUTS)
-    examples = examples_of(config, rows, pair.tokenizer, need_response=False)
+    examples = tokenized(rows, pair.tokenizer, config, need_response=False)
     prompts = [example.prompt for example in examples]
     rollouts = SpeculativeEngine(pair).generate(prompts, config.plan.policy, config.sampling, seed=config.seed)
     print_rollouts(rollouts, pair.tokenizer, console)

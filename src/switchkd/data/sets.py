@@ -110,6 +110,7 @@ def resolve(
     or world, world:SPLIT or world:SPLIT:BUCKET. `split` counts where the name says none. Raises UserError for an
     unknown data set.
     """
+    # The path of a file may itself hold colons.
     name, *rest = [str(source)] if is_data_file(Path(source)) else str(source).split(":")
     if len(rest) > (2 if name == "world" else 1):
         raise UserError(f"{str(source)!r} has too many colons; a data set is written NAME or NAME:SPLIT")
@@ -118,6 +119,7 @@ def resolve(
         return load_world(chosen_split, rest[1] if len(rest) > 1 else None, limit)
     if name in SETS:
         return load_set(name, chosen_split, data_dir)[:limit]
+    # A misspelled set would otherwise be looked up on the hub, and fail there with an error about the network.
     if not is_data_file(Path(name)) and "/" not in name and not Path(name).exists():
         choices = ", ".join([*SETS, "world"])
         raise UserError(f"there is no data set {name!r}; known are {choices}, or give a file or a hub name OWNER/NAME")

@@ -24,20 +24,12 @@ PAD, END, UNK = "<|pad|>", "<|end|>", "<unk>"
 TOKEN_PATTERN = r" ?[A-Za-z]+| ?[0-9]| ?[^A-Za-z0-9\s]+|\s"
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-# fmt: off
-WORDS = [
-    "sun", "rain", "snow", "wind", "leaf", "tree", "river", "stone", "bird", "horse", "mouse", "fish",
-    "bread", "apple", "honey", "salt", "lamp", "chair", "table", "door", "window", "house", "garden", "road",
-    "bridge", "boat", "train", "wheel", "paper", "book", "music", "dance", "green", "blue", "silver", "winter",
-]
-NAMES = [
-    "Ann", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana",
-    "Ivo", "Jane", "Karl", "Lena", "Max", "Nora", "Otto", "Pia",
-]
-CITIES = [
-    "Rome", "Paris", "Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Bern", "Quito", "Prague", "Dublin", "Vienna",
-]
-# fmt: on
+WORDS = (
+    "sun rain snow wind leaf tree river stone bird horse mouse fish bread apple honey salt lamp chair table door "
+    "window house garden road bridge boat train wheel paper book music dance green blue silver winter"
+).split()
+NAMES = "Ann Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Karl Lena Max Nora Otto Pia".split()
+CITIES = "Rome Paris Oslo Lima Cairo Delhi Tokyo Bern Quito Prague Dublin Vienna".split()
 
 
 def _check(size: int, low: int, high: int) -> None:
@@ -139,6 +131,7 @@ def bucket_of(completion: str) -> str | None:
 
 def split_of(prompt: str) -> Split:
     """The split that a prompt belongs to: one in eight is test, by a stable hash."""
+    # Not hash(), which differs from process to process.
     return "test" if zlib.crc32(prompt.encode()) % 8 == 0 else "train"
 
 
@@ -148,6 +141,7 @@ def _sizes(task: str, bucket: str) -> tuple[int, ...]:
     rng, found = Random(0), []
     for size in range(1, 1 + BUCKETS["long"][1]):
         try:
+            # A size has no one length, so it counts for every bucket that some of eight draws reach.
             made = [TASKS[task](rng, size)[1] for _ in range(8)]
         except ValueError:
             continue
@@ -165,6 +159,7 @@ def stream(split: Split, seed: int, *, bucket: str | None = None, task: str | No
         raise ValueError(f"unknown bucket {bucket!r}: one of {', '.join(BUCKETS)}")
     if task is not None and task not in TASKS:
         raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+    # Text seeds the generator alike in every process.
     rng = Random(f"{split}/{seed}/{bucket}/{task}")
     buckets = list(BUCKETS) if bucket is None else [bucket]
     turns = {b: [t for t in TASKS if task in (None, t) and _sizes(t, b)] for b in buckets}
@@ -202,6 +197,7 @@ def make_rows(split: Split, count: int, *, seed: int, bucket: str | None = None)
     for row in stream(split, seed, bucket=bucket):
         if len(rows) >= count:
             break
+        # A bucket has a finite number of prompts, and a long run of repeats means that it is used up.
         repeats = repeats + 1 if row["prompt"] in rows else 0
         if repeats > 10_000:
             raise ValueError(f"there are fewer than {count} {split} rows in bucket {bucket}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import UserError
-from switchkd.settings.components import Registry, setting
+from switchkd.settings.components import Registry, setting, settings_of
 
 # exp(60) is far inside float32, and the probability that a larger ratio multiplies is below exp(-60) of its rival's.
 _LARGEST_LOG_RATIO = 60.0
@@ -58,14 +58,6 @@ def _kl_to_mixture(p_logp: Tensor, q_logp: Tensor, p_weight: float) -> Tensor:
     return _at_least_zero(-(p_logp.exp() * to_p).sum(dim=-1))
 
 
-class Divergence(ABC):
-    """A divergence with its settings filled in; a frozen dataclass extends it."""
-
-    @abstractmethod
-    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-        """The divergence at each position, (...), from log-probabilities (..., V)."""
-
-
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise UserError(
@@ -77,6 +69,19 @@ def _check_share(name: str, value: float) -> None:
 def _check_power(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise UserError(f"{name} is {value}; it has to be positive (for the limit at 0 use forward_kl or reverse_kl)")
+
+
+class Divergence(ABC):
+    """A divergence with its settings filled in; a frozen dataclass extends it. Raises UserError for settings out of range."""
+
+    def __post_init__(self) -> None:
+        for name, each in settings_of(type(self)).items():
+            if check := each.metadata.get("check"):
+                check(name, getattr(self, name))
+
+    @abstractmethod
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        """The divergence at each position, (...), from log-probabilities (..., V)."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,9 @@ class SymmetricKL(Divergence):
     At 1/2 this is half of Jeffreys' divergence, and symmetric. Raises UserError unless 0 < w < 1.
     """
 
-    forward_weight: float = setting(0.5, "Weight of the forward KL, inside 0..1; the reverse KL has the rest.")
-
-    def __post_init__(self) -> None:
-        _check_share("forward_weight", self.forward_weight)
+    forward_weight: float = setting(
+        0.5, "Weight of the forward KL, inside 0..1; the reverse KL has the rest.", check=_check_share
+    )
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         forward, reverse = _kullback_leibler(teacher_logp, student_logp), _kullback_leibler(student_logp, teacher_logp)
@@ -121,10 +125,7 @@ class JensenShannon(Divergence):
     not a KL divergence.
     """
 
-    teacher_weight: float = setting(0.5, "The teacher's weight in the mixture, inside 0..1.")
-
-    def __post_init__(self) -> None:
-        _check_share("teacher_weight", self.teacher_weight)
+    teacher_weight: float = setting(0.5, "The teacher's weight in the mixture, inside 0..1.", check=_check_share)
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         log_ratio = _bounded_log_ratio(student_logp, teacher_logp)
@@ -141,10 +142,7 @@ class SkewedForwardKL(Divergence):
     DistiLLM (arXiv 2402.03898), equation 4, with its alpha = w. Raises UserError unless 0 < w < 1.
     """
 
-    teacher_weight: float = setting(0.1, "The teacher's weight in the mixture, inside 0..1.")
-
-    def __post_init__(self) -> None:
-        _check_share("teacher_weight", self.teacher_weight)
+    teacher_weight: float = setting(0.1, "The teacher's weight in the mixture, inside 0..1.", check=_check_share)
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         return _kl_to_mixture(teacher_logp, student_logp, self.teacher_weight)
@@ -157,10 +155,7 @@ class SkewedReverseKL(Divergence):
     DistiLLM (arXiv 2402.03898), with its alpha = w. Raises UserError unless 0 < w < 1.
     """
 
-    student_weight: float = setting(0.1, "The student's weight in the mixture, inside 0..1.")
-
-    def __post_init__(self) -> None:
-        _check_share("student_weight", self.student_weight)
+    student_weight: float = setting(0.1, "The student's weight in the mixture, inside 0..1.", check=_check_share)
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         return _kl_to_mixture(student_logp, teacher_logp, self.student_weight)
@@ -186,10 +181,7 @@ class AdaptiveKL(Divergence):
     of ids does not matter. Raises UserError unless 0 < `head_mass` < 1.
     """
 
-    head_mass: float = setting(0.5, "The teacher's probability in the head, inside 0..1.")
-
-    def __post_init__(self) -> None:
-        _check_share("head_mass", self.head_mass)
+    head_mass: float = setting(0.5, "The teacher's probability in the head, inside 0..1.", check=_check_share)
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         with torch.no_grad():
@@ -222,12 +214,8 @@ class AlphaBeta(Divergence):
     unless both are positive.
     """
 
-    teacher_power: float = setting(0.2, "The power of the teacher's probability, above 0.")
-    student_power: float = setting(0.7, "The power of the student's probability, above 0.")
-
-    def __post_init__(self) -> None:
-        _check_power("teacher_power", self.teacher_power)
-        _check_power("student_power", self.student_power)
+    teacher_power: float = setting(0.2, "The power of the teacher's probability, above 0.", check=_check_power)
+    student_power: float = setting(0.7, "The power of the student's probability, above 0.", check=_check_power)
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         both = self.teacher_power + self.student_power
@@ -255,4 +243,3 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 }
 
 DIVERGENCE = Registry("divergence", "switchkd.divergences", Divergence, DIVERGENCES)  # type: ignore[type-abstract]
-jensen_shannon = JensenShannon()

@@ -44,7 +44,9 @@ def generate_answers(
 
 
 def _answer(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, seed: int) -> Answer:
+    # The model's end token need not be a special token of the tokenizer, and would then be decoded as text.
     ended = rollout.finish_reason is FinishReason.END_OF_TEXT
     token_ids = list(rollout.token_ids[:-1] if ended else rollout.token_ids)
+    # Not tidied up: the scores are for what the model wrote, blanks included.
     text = str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return Answer(rollout.prompt.prompt_id, seed, text, len(rollout.token_ids), rollout.finish_reason)

@@ -25,12 +25,14 @@ from switchkd.rollout.engine import Engine
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Those of MiniLLM's evaluation scripts.
 SEEDS = (10, 20, 30, 40, 50)
 RESULT_FILE = "eval.json"
 
 
 @cache
 def _rouge_scorer() -> Any:
+    # It brings in nltk, which is slow to import.
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)
@@ -90,7 +92,7 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over rows: ROUGE-L and exact match from 0 to 100, tokens a response, share that ended by end-of-text."""
+    """Means over rows: ROUGE-L and exact match from 0 to 100, tokens per response, share that ended with end-of-text."""
 
     rouge_l: float
     exact_match: float
@@ -166,6 +168,7 @@ def evaluate(
     and a file of answers for each set are written there. Raises UserError, before anything is generated, for a set without
     a row to use. Source: the evaluation of MiniLLM and DistiLLM, whose settings are the defaults.
     """
+    # All sets are read before the first is answered, so that a bad one does not cost hours.
     loaded = {
         name: to_examples(
             rows,
@@ -201,6 +204,7 @@ def _score(
     by_index = {row.index: row for row in rows}
     scored = []
     for answer in answers:
+        # A prompt's id is its row's index.
         row = by_index[answer.prompt_id]
         text = row_text(row)
         scored.append(
@@ -249,4 +253,5 @@ def _mean_scores(answers: Sequence[ScoredAnswer]) -> Scores:
 
 def _write_answers(scored: Sequence[ScoredAnswer], set_name: str, folder: Path) -> None:
     lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in scored)
+    # A set's name can be a path, or hold a colon.
     write_atomically(folder / f"answers_{re.sub(r'[^A-Za-z0-9.-]+', '_', set_name)}.jsonl", lines)

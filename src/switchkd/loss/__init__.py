@@ -1,1 +1,1 @@
-"""The training loss, from hidden states and what the teacher said to one number and its gradient."""
+"""The training loss: hidden states and what the teacher said in, one number and its gradient out."""

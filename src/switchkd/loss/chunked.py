@@ -38,6 +38,7 @@ def chunked_sum(
     inputs = (hidden_NH, head.projection.weight, head.projection.bias)
     # Inside the function gradients are always off, and a parameter asks for one even if the caller wants none.
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    # Below 16 rows a matrix product spends its time reading the weight.
     chunk_positions = chunk_positions or max(16, _CHUNK_NUMBERS // head.vocabulary_size)
     work = _Work(position_loss, head.vocabulary_size, chunk_positions, wanted)
     total: Tensor = _ChunkedSum.apply(*inputs, work)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What a loss's report says, summed for the log: over all counted tokens, by who wrote them, and by position."""
+"""Sums of a loss's report for the log: over all counted tokens, by writer, and by position."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ MEASURE_NAMES = tuple(
 
 
 def sums_of(report: Report, batch: Batch) -> Iterator[tuple[str, float, float]]:
-    """Name, sum and number of tokens for each measure that the report has: in all, by writer, by position bucket.
+    """Name, sum and number of tokens for each measure in the report: in all, by writer, by position bucket.
 
-    Names are those of `MEASURE_NAMES`: "divergence", "divergence/teacher_tokens", "divergence/0-31", ...; the data set's
-    text has no writer, and is apart. Units are the report's: nats, and shares for the agreement.
+    Names are those of `MEASURE_NAMES`: "divergence", "divergence/teacher_tokens", "divergence/0-31", ... Units are the report's:
+    nats, and 0 or 1 for the agreement. `batch` is the one that the report is about.
     """
     counted = batch.response_mask_BT
     position = (counted.cumsum(dim=1) - 1)[counted]
     by_teacher, rolled_out = batch.written_by_teacher_BT[counted], batch.rolled_out_BT[counted]
+    # Neither model wrote the data set's text, whatever written_by_teacher says of it.
     writer = torch.where(rolled_out, by_teacher.long(), 2)
     bucket = torch.bucketize(position, torch.tensor(BUCKET_ENDS, device=position.device), right=True)
     for measure in _MEASURES:

@@ -79,10 +79,8 @@ class TopKTeacher:
                 f"temperature 1; set loss_temperature to 1, or keep whole distributions"
             )
         if self.ids_NK.shape != self.logp_NK.shape:
-            shapes = tuple(self.ids_NK.shape), tuple(self.logp_NK.shape)
-            raise ValueError(
-                f"the ids have shape {shapes[0]}, their log-probabilities {shapes[1]}; give both as (N, K)"
-            )
+            shapes = f"ids_NK has shape {tuple(self.ids_NK.shape)}, logp_NK has {tuple(self.logp_NK.shape)}"
+            raise ValueError(f"{shapes}; give both as (N, K)")
 
     def compare(self, student_logp_PV: Tensor, at: slice, chunk: slice) -> tuple[Tensor, Tensor]:
         """See `TeacherSignal`."""

@@ -1,1 +1,1 @@
-"""The pair of student and teacher: loading, checking, saving, and what turns hidden states into logits."""
+"""Student and teacher: loading them, checking that they fit, and their heads, which turn hidden states into logits."""

@@ -88,6 +88,7 @@ def load_model(
             )
         options["quantization_config"] = _quantization(quantization, options["dtype"])
     with _explained("model", name, source):
+        # Pickled weights, the other format, could run code.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.place, use_safetensors=True, output_loading_info=True, **options
         )
@@ -122,6 +123,7 @@ def _explained(what: str, name: str, source: Source) -> Iterator[None]:
     try:
         yield
     except UserError:
+        # One of ours says what to do already; as a ValueError it would be caught below.
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         if source.on_hub and isinstance(error, OSError) and not Path(name).exists():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NO_PLOT = "no plot was drawn, since matplotlib is not installed: pip install 'switchkd[plot]'"
 
-CURVES = {"loss": "loss (nats a token)", "teacher_share": "share of tokens written by the teacher"}
+CURVES = {"loss": "loss (nats per token)", "teacher_share": "share of tokens written by the teacher"}
 
 
 def save_curves(events: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
@@ -29,6 +29,7 @@ def save_curves(events: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     steps = [event for event in events if "loss" in event]
     if not steps or find_spec("matplotlib") is None:
         return None
+    # Not pyplot: a figure of its own neither looks for a display nor stays in memory.
     from matplotlib.figure import Figure
 
     shown = [key for key in CURVES if any(key in event for event in steps)]
@@ -53,11 +54,11 @@ def save_calibration(calibration: Calibration, path: Path) -> Path | None:
     if find_spec("matplotlib") is None:
         return None
     figure, (left, middle, right) = _panels(3)
-    _draw(left, calibration.divergence, "divergence, mean", "C0")
+    _draw_curve(left, calibration.divergence, "divergence, mean", "C0")
     left.plot(calibration.threshold, label="threshold", color="C1")
     left.set(ylabel="nats", yscale="log", title="divergence and threshold")
     left.legend()
-    _draw(middle, calibration.teacher_share, "by position", "C0")
+    _draw_curve(middle, calibration.teacher_share, "by position", "C0")
     wanted = calibration.wanted_share
     middle.axhline(wanted, color="C1", label=f"wanted over all tokens: {wanted:.0%}")
     middle.set(ylim=(0, 1), title="share written by the teacher")
@@ -78,7 +79,7 @@ def save_diagnosis(texts: Mapping[str, TextDiagnosis], path: Path) -> Path | Non
         perplexity = ByPosition(text.perplexity, text.log_perplexity.rows)
         for axis, curve in zip(axes, (perplexity, text.divergence, text.entropy), strict=False):
             # Narrow lines over wide ones: where SWITCH's text is the teacher's, both lines still have to be seen.
-            _draw(axis, curve, name, f"C{index}", width=1 + 0.7 * (len(texts) - 1 - index))
+            _draw_curve(axis, curve, name, f"C{index}", width=1 + 0.7 * (len(texts) - 1 - index))
     titles = ("teacher's perplexity of the text so far", "divergence (nats)", "teacher's entropy (nats)")
     for axis, title in zip(axes, titles, strict=False):
         axis.set(title=title)
@@ -110,7 +111,7 @@ def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, axes
 
 
-def _draw(axis: Axes, curve: ByPosition, label: str, color: str, width: float = 1.5) -> None:
+def _draw_curve(axis: Axes, curve: ByPosition, label: str, color: str, width: float = 1.5) -> None:
     means = []
     for position in range(len(curve.rows)):
         near = slice(max(0, position - _WINDOW // 2), position + _WINDOW // 2 + 1)
@@ -129,5 +130,6 @@ def _draw_rows(axis: Axes, rows: Mapping[str, Sequence[int]]) -> None:
 
 def _save(figure: Figure, path: Path) -> Path:
     with replacing(path) as partial:
+        # The temporary name does not tell the format.
         figure.savefig(partial, dpi=120, format="png")
     return path

@@ -94,6 +94,7 @@ def legend(*, color: bool) -> Text:
 def print_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """Print rollouts, the legend and the teacher's share of all tokens; nothing where there are no rollouts."""
     color = console.color_system is not None
+    # soft_wrap: the terminal breaks the lines, so that text copied from it has only the model's own.
     for rollout in rollouts:
         console.print(rollout_text(rollout, tokenizer, color=color), soft_wrap=True)
     if rollouts:
@@ -160,6 +161,7 @@ def calibration_table(calibration: Calibration) -> Table:
     table = Table(box=box.SIMPLE, caption=Text(_MEANING_OF_ROWS), caption_justify="left")
     for heading in ("positions", "rows", "tokens", "divergence", "threshold", "teacher\nshare"):
         table.add_column(heading, justify="left" if heading == "positions" else "right", no_wrap=True)
+    # All rows have the same threshold. As a curve over the same rows it falls into the same buckets.
     threshold = ByPosition(calibration.threshold, calibration.divergence.rows)
     curves = (calibration.divergence, threshold, calibration.teacher_share)
     for divergence, limit, share in zip(*(curve.buckets() for curve in curves), strict=True):

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from switchkd.distributions.divergences import jensen_shannon
+from switchkd.distributions.divergences import JensenShannon
 from switchkd.distributions.draw import Draft
 from switchkd.distributions.noise import Stream, uniform
 from switchkd.records import FinishReason, Prompt, Rollout
 from switchkd.rollout.policies import Policy, Positions
+
+# What every rollout records, whatever the policy compares and the loss takes.
+_DIVERGENCE = JensenShannon()
 
 
 class RolloutLog:
@@ -37,13 +40,13 @@ class RolloutLog:
         """The ids of prompt and response."""
         return [*self.prompt.token_ids, *self.token_ids]
 
-    def append(self, token: int, by_teacher: bool, *measures: float) -> None:
-        """Add a token and its divergence, threshold, student's log-probability and teacher's, in this order."""
-        self.token_ids.append(token)
-        self.written_by_teacher.append(by_teacher)
+    def extend(self, token_ids: list[int], written_by_teacher: list[bool], *measures: list[float]) -> None:
+        """Add tokens with their divergences, thresholds, and log-probabilities under student and teacher, in this order."""
+        self.token_ids += token_ids
+        self.written_by_teacher += written_by_teacher
         columns = (self.divergence, self.threshold, self.student_logp, self.teacher_logp)
-        for column, measure in zip(columns, measures, strict=True):
-            column.append(measure)
+        for column, values in zip(columns, measures, strict=True):
+            column += values
 
     def rollout(self, eos_ids: Sequence[int]) -> Rollout:
         """The record of the finished row. The kept hidden states, pieces of shape (..., H), become one tensor (T, H)."""
@@ -76,7 +79,7 @@ def observe(
         past_by_teacher = pad_sequence(writers, batch_first=True, padding_value=False, padding_side="left")
     return Positions(
         position=draft.address.position,
-        divergence=jensen_shannon(draft.student_logp, teacher_logp),
+        divergence=_DIVERGENCE(draft.student_logp, teacher_logp),
         student_logp=draft.student_logp,
         teacher_logp=teacher_logp,
         proposal=draft.proposal,

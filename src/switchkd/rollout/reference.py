@@ -128,13 +128,14 @@ class ReferenceEngine:
             student_token_logp = student_logp.gather(-1, token[:, None])[:, 0]
             check_numbers(student_token_logp, divergence if teacher is not None else None)
             recorded = (token, by_teacher, divergence, threshold, student_token_logp, teacher_token_logp)
-            # Rows that have ended stay in the batch and are no longer recorded.
-            for row, values in enumerate(zip(*(each.tolist() for each in recorded), strict=True)):
+            columns = [each.tolist() for each in recorded]
+            for row, log in enumerate(logs):
+                # Rows that have ended stay in the batch and are no longer recorded.
                 if writing[row]:
-                    logs[row].append(*values)
+                    log.extend(*(column[row : row + 1] for column in columns))
                     if teacher is not None and teacher.keep_hidden:
-                        logs[row].teacher_hidden.append(teacher.hidden_BH[row].cpu())
-                    writing[row] = values[0] not in pair.eos_ids
+                        log.teacher_hidden.append(teacher.hidden_BH[row].cpu())
+                    writing[row] = log.token_ids[-1] not in pair.eos_ids
             if not any(writing):
                 break
             ids_BT = token[:, None]

@@ -102,7 +102,7 @@ class _Row:
 
 
 class _Verdict(NamedTuple):
-    """A decided block, all (A, K): where it must end, and what a rollout records of each token, as `RolloutLog.append` takes it."""
+    """A decided block, all (A, K): where it must end, and what a rollout records of each token, as `RolloutLog.extend` takes it."""
 
     ends_block: Tensor
     token: Tensor
@@ -309,8 +309,7 @@ class _Run:
         for place, row in enumerate(self.rows):
             count = min(upto[place], self._room(row))
             stopped += count < min(size, self._room(row))
-            for values in zip(*(column[place][:count] for column in columns), strict=True):
-                row.log.append(*values)
+            row.log.extend(*(column[place][:count] for column in columns))
             if self.keep_teacher and hidden is not None:
                 row.log.teacher_hidden.append(hidden[place, :count].cpu())
             row.length += count

@@ -67,22 +67,17 @@ class ConsoleProgress(TrainerCallback):
             f"The first step took {duration(step_seconds)}: about {duration(step_seconds * steps)} for {steps:,} steps."
         )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the measures of a log event."""
-        line = measures(logs or {})
+        logs: Mapping[str, Any] = kwargs["logs"]
+        line = measures(logs)
         if not line or not state.is_world_process_zero:
             return
-        if self.console.is_terminal and "loss" in (logs or {}):
+        # On a terminal each loss takes the place of the last; rarer events stay, as lines above the bar.
+        if self.console.is_terminal and "loss" in logs:
             self.bar.note = line
             return
-        if "threshold" in (logs or {}):
+        if "threshold" in logs:
             self._print(f"{state.global_step}/{state.max_steps}  {line}")
             if state.global_step == self.first_step:
                 # The first step serves to estimate the whole, and a calibration before it is no part of a step.
@@ -117,14 +112,7 @@ class LogFile(TrainerCallback):
         self.stage = stage
         self.started_at = time.perf_counter()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write one line."""
         if not state.is_world_process_zero:
             return
@@ -133,8 +121,9 @@ class LogFile(TrainerCallback):
             "step": state.global_step,
             "seconds": round(time.perf_counter() - self.started_at, 3),
         }
+        # Opened for each event, so that a crash loses none that came before it.
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**event, **(logs or {})}) + "\n")
+            file.write(json.dumps({**event, **kwargs["logs"]}) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -186,6 +175,7 @@ class StopCleanly(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop after a Ctrl-C."""
+        # After the last step the run saves and ends in any case.
         if self.stop_requested and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = control.should_training_stop = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, replace
+from dataclasses import MISSING, Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -42,24 +42,20 @@ class RunConfig:
     training: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Mapping[str, Any], ...] = ()
 
-    def given(self) -> dict[str, Any]:
-        """Flat values, without the stages: all of the run's own fields, and the training settings that were given."""
-        own = asdict(self)
-        return {name: own[name] for name in OWN_HINTS} | dict(self.training)
-
     def effective_settings(self) -> dict[str, Any]:
-        """All values that act, in the order of the run file: `given`, and every default that is not None."""
+        """All values that act, flat, without the stages, in the order of the run file; defaults of None are left out."""
         defaults = {name: _default_of(each) for name, each in TRAINING_FIELDS.items()}
         if not any("policy" in part for part in (self.training, *self.stages)):
             # Flat settings beside a policy of one's own would say the same thing twice.
             defaults |= {name: settings_of(Switch)[name].default for name in HEADLINE}
         ordered = {name: defaults[name] for name in SWITCH_FIELDS}
         ordered |= {name: value for name, value in defaults.items() if value is not None}
-        return {name: self.given()[name] for name in OWN_HINTS} | ordered | dict(self.training)
+        return {name: getattr(self, name) for name in OWN_HINTS} | ordered | dict(self.training)
 
     def config(self) -> SwitchConfig:
         """The trainer's settings. Raises UserError where they do not fit together, and for a missing teacher."""
         try:
+            # Our own progress bar takes the place of tqdm's.
             config = SwitchConfig(output_dir=self.output_dir, disable_tqdm=True, **self.training)
         except UserError:
             raise
@@ -92,8 +88,8 @@ class RunConfig:
                     run, student=str(stages[-1].model_folder), student_drop_layers=changes.get("student_drop_layers")
                 )
                 tokenizer = stages[-1].tokenizer
-            is_last = number == len(self.stages)
-            model_folder = Path(self.output_dir) if is_last else folder
+            # What the run is for lies where the run is; the models on the way to it lie deeper.
+            model_folder = Path(self.output_dir) if number == len(self.stages) else folder
             stages.append(Stage(name, run, run.config(), model_folder, tokenizer))
         return stages
 

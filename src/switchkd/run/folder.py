@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RUN_FILE, ENVIRONMENT_FILE, LOG_FILE, FINISHED_FILE = "run.yaml", "environment.json", "log.jsonl", "finished.json"
 
 # What a run may change when it goes on: how long it is, what is logged, kept and evaluated, and where things are.
-CHANGEABLE = (
+_CHANGEABLE = [
     "max_steps",
     "num_train_epochs",
     "rollout_rows",
@@ -32,8 +32,8 @@ CHANGEABLE = (
     "report_to",
     "run_name",
     "dataloader_num_workers",
-)
-CHANGEABLE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_")
+]
+_CHANGEABLE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_")
 
 
 def check_output_dir(run: RunConfig, resume: bool) -> None:
@@ -81,8 +81,9 @@ def _check_same_run(saved: RunConfig, run: RunConfig) -> None:
     parts += [(f" of stage {number}", dict(old), dict(new)) for number, (old, new) in enumerate(pairs, start=1)]
     for place, old, new in parts:
         for key in dict.fromkeys([*old, *new]):
-            if key in CHANGEABLE or key.startswith(CHANGEABLE_PREFIXES) or old.get(key) == new.get(key):
+            if key in _CHANGEABLE or key.startswith(_CHANGEABLE_PREFIXES) or old.get(key) == new.get(key):
                 continue
+            # Another way to write the same place, such as from another working folder.
             if key == "output_dir" and Path(old[key]).resolve() == Path(new[key]).resolve():
                 continue
             raise UserError(
@@ -100,6 +101,7 @@ def record_run(run: RunConfig) -> None:
     text = _as_yaml({**chosen, **{key: values.pop(key) for key in run.training if key in values}})
     if run.stages:
         text += _as_yaml({"stages": [dict(stage) for stage in run.stages]})
+    # Defaults may change between versions; a run that is resumed keeps those that it began with.
     text += f"\n# Not set, but in force: the defaults of transformers.TrainingArguments.\n{_as_yaml(values)}"
     write_atomically(folder / RUN_FILE, text)
     write_atomically(folder / ENVIRONMENT_FILE, json.dumps(_environment(), indent=2) + "\n")
@@ -135,8 +137,7 @@ def is_finished(stage: Stage) -> bool:
 
 
 def _length(stage: Stage) -> dict[str, float]:
-    values = stage.run.effective_settings()
-    return {name: values[name] for name in ("max_steps", "num_train_epochs")}
+    return {"max_steps": stage.config.max_steps, "num_train_epochs": stage.config.num_train_epochs}
 
 
 def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, stage: Stage) -> None:

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PrinterCallback
 
-from switchkd.data.rows import SourceRow, to_examples
 from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
-from switchkd.methods.config import SwitchConfig
 from switchkd.models.load import load_pair, load_tokenizer
 from switchkd.models.sources import find_source
 from switchkd.records import Example
@@ -24,6 +22,7 @@ from switchkd.run.callbacks import ConsoleProgress, LogFile, StopCleanly, read_l
 from switchkd.run.file import RunConfig, Stage
 from switchkd.run.folder import LOG_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
 from switchkd.training.checkpoints import last_complete_checkpoint
+from switchkd.training.dataset import tokenized
 from switchkd.training.teachers import SELF
 from switchkd.training.trainer import SwitchTrainer
 
@@ -87,24 +86,10 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
     for stage, peft_config, train, held_out in sources:
         tokenizer = load_tokenizer(stage.tokenizer, trust_remote_code=stage.run.trust_remote_code)
         needs_response = stage.config.plan.needs_response
-        train_examples = examples_of(stage.config, train, tokenizer, need_response=needs_response)
-        eval_examples = examples_of(stage.config, held_out, tokenizer, need_response=True) if held_out else None
+        train_examples = tokenized(train, tokenizer, stage.config, need_response=needs_response)
+        eval_examples = tokenized(held_out, tokenizer, stage.config, need_response=True) if held_out else None
         prepared.append(PreparedStage(stage, peft_config, train_examples, eval_examples))
     return prepared
-
-
-def examples_of(
-    config: SwitchConfig, rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, *, need_response: bool
-) -> list[Example]:
-    """The rows as examples under the run's limits; raises UserError that lists the bad ones."""
-    return to_examples(
-        rows,
-        tokenizer,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_response_tokens=config.max_new_tokens,
-        need_response=need_response,
-        skip_bad_rows=config.skip_bad_rows,
-    ).examples
 
 
 def _peft_config(config: RunConfig) -> Any:

@@ -127,6 +127,6 @@ def settings_of(part_class: type[Any]) -> dict[str, Field[Any]]:
     return {each.name: each for each in fields(part_class) if each.init}
 
 
-def setting(default: Any, sentence: str) -> Any:
+def setting(default: Any, sentence: str, **metadata: Any) -> Any:
     """A field of a part with its default and the sentence that help pages and docs show."""
-    return field(default=default, metadata={"help": sentence})
+    return field(default=default, metadata={"help": sentence, **metadata})

@@ -18,7 +18,7 @@ from switchkd.files import write_atomically
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import name_of
 from switchkd.progress import progress_bar
-from switchkd.records import Example, Rollout
+from switchkd.records import Example
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.policies import Teacher
 
@@ -44,7 +44,7 @@ def teacher_text(
     manifest = _manifest_of(teacher, examples, args)
     while not _is_there(path, manifest):
         if writes:
-            _write(path, manifest, _rollouts(examples, engine, args))
+            _write(path, manifest, examples, engine, args)
         else:
             # No collective: writing may take longer than those wait.
             time.sleep(1)
@@ -94,14 +94,13 @@ def _is_there(path: Path, manifest: dict[str, Any]) -> bool:
     return True
 
 
-def _rollouts(examples: Sequence[Example], engine: Engine, args: SwitchConfig) -> list[Rollout]:
+def _write(
+    path: Path, manifest: dict[str, Any], examples: Sequence[Example], engine: Engine, args: SwitchConfig
+) -> None:
     prompts, policy = [example.prompt for example in examples], Teacher()
     with progress_bar(Console(stderr=True)) as progress:
         counter = progress.counter(progress.add_task("the teacher writes", total=len(prompts)))
-        return engine.generate(prompts, policy=policy, sampling=args.sampling, seed=args.seed, on_progress=counter)
-
-
-def _write(path: Path, manifest: dict[str, Any], rollouts: Sequence[Rollout]) -> None:
+        rollouts = engine.generate(prompts, policy=policy, sampling=args.sampling, seed=args.seed, on_progress=counter)
     rows = (
         {"prompt_id": r.prompt.prompt_id, "prompt_ids": r.prompt.token_ids, "response_ids": r.token_ids}
         for r in rollouts

@@ -78,7 +78,7 @@ class SwitchTrainer(Trainer):
         args.check_evaluation(has_data=eval_dataset is not None)
         has_teacher = teacher_model is not None or (isinstance(model, ModelPair) and model.teacher is not None)
         if plan.needs_teacher and not has_teacher:
-            raise UserError(f"method {args.method!r} learns from a teacher, but none was given; set teacher_model")
+            raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
         self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config)
         engine = options.pop("engine", None)
         trainer_options: dict[str, Any] = {**options}
@@ -129,7 +129,7 @@ class SwitchTrainer(Trainer):
         learns_from = f" from {name_of(teacher)} ({parameter_count(teacher) / 1e6:.3g}M)" if teacher is not None else ""
         writes = f"{self.plan.rollout_share:.0%} rolled out" if self.plan.rollout_share else "the data set's text"
         return (
-            f"{args.method}: {name_of(self.pair.student)} ({parameter_count(self.pair.student) / 1e6:.3g}M parameters) learns"
+            f"{args.method_name}: {name_of(self.pair.student)} ({parameter_count(self.pair.student) / 1e6:.3g}M parameters) learns"
             f"{learns_from}: {steps:,} steps x {rows} sequences ({writes}) of up to {args.max_new_tokens} response tokens, "
             f"at most {steps * rows * args.max_new_tokens / 1e6:.3g}M tokens, from {count:,} rows"
         )
