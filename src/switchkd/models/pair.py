@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import InitVar, dataclass
 from functools import cached_property
 from itertools import takewhile
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +23,8 @@ class ModelPair:
     """A student, the teacher it learns from (None: the student alone) and the tokenizer they share.
 
     `tokenizer` is the student's; give `teacher_tokenizer` too if it was loaded separately. Vocabularies may differ in
-    padding, see `vocabulary_size`. `tokenizers_agree` says that `check_tokenizers_agree` has passed already. Raises UserError
+    padding, see `vocabulary_size`. Weights of float32 compute in `autocast_dtype` if there is one; see `computing`.
+    `tokenizers_agree` says that `check_tokenizers_agree` has passed already. Raises UserError
     if the tokenizers give a string different ids, or if a tokenizer belongs to another model.
     """
 
@@ -28,6 +32,7 @@ class ModelPair:
     teacher: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    autocast_dtype: torch.dtype | None = None
     tokenizers_agree: InitVar[bool] = False
 
     def __post_init__(self, tokenizers_agree: bool) -> None:
@@ -48,6 +53,12 @@ class ModelPair:
                 f"{self.vocabulary_size} are known to both models, so no text could ever end; set the tokenizer's "
                 f"eos_token to a token that both know"
             )
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """The precision of whatever the two models compute: rollouts, scoring and loss run inside, so that they agree."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.student.device.type, dtype=self.autocast_dtype)
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
