@@ -6,7 +6,7 @@ READY := .venv/ready
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test slow lint types format docs smollm world-pair benchmarks clean
+.PHONY: demo test slow lint types format docs smollm world-pair benchmarks gpu-check clean
 
 demo: $(READY)  ## distil the embedded student with SWITCH: minutes on two CPU cores
 	$(BIN)/switchkd demo
@@ -39,6 +39,9 @@ benchmarks: $(READY)  ## measure, and write docs/benchmarks.md; leave the machin
 	$(BIN)/python benchmarks/rollout.py --write
 	$(BIN)/python benchmarks/objective.py --write
 	$(BIN)/python benchmarks/step.py --write
+
+gpu-check: $(READY)  ## on a machine with a GPU, two minutes: equality, memory, tokens a second (not yet run on one)
+	$(BIN)/python scripts/gpu_check.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

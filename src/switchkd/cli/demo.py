@@ -45,13 +45,14 @@ def run_demo(changes: Mapping[str, Any], console: Console) -> None:
         check_output_dir(run, resume=False)
     config = run.config()
     assert run.teacher is not None
-    pair = load_pair(run.student, run.teacher)
+    place = config.placement
+    pair = load_pair(run.student, run.teacher, placement=place)
     if is_earlier_demo:
         shutil.rmtree(folder)
     before = _measured("student before", pair, config, console)
-    teacher = _measured("teacher", load_pair(run.teacher, None), config, console)
+    teacher = _measured("teacher", load_pair(run.teacher, None, placement=place), config, console)
     train_run(run, console)
-    trained = load_pair(str(folder), None)
+    trained = load_pair(str(folder), None, placement=place)
     after = _measured("student after", trained, config, console)
     console.print("\nWhat the student was first trained on, written by student and teacher together:")
     _show_training_text(pair, run, config, console)

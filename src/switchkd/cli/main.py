@@ -19,9 +19,11 @@ from switchkd.cli.options import (
     EvaluationOptions,
     PairAndPrompts,
     PolicyCommand,
+    RunDevice,
     Set,
     SkipBadRows,
     new_console,
+    placed,
     policy_named,
     quiet_transformers,
     with_options,
@@ -90,6 +92,7 @@ def train(
     assignments: Set = [],  # noqa: B006 - typer makes a new one for each call
     data_dir: DataDir = None,
     skip_bad_rows: SkipBadRows = False,
+    device: RunDevice = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
 ) -> None:
     """Train a student as a run file says. Ctrl-C finishes the step, saves and stops."""
@@ -98,7 +101,7 @@ def train(
 
     quiet_transformers()
     run = read_run(run_file, assignments)
-    options = {"data_dir": data_dir and str(data_dir), "skip_bad_rows": skip_bad_rows or None}
+    options = {"data_dir": data_dir and str(data_dir), "skip_bad_rows": skip_bad_rows or None, "device": device}
     run = run.changed({key: value for key, value in options.items() if value is not None}, "on the command line")
     train_run(run, new_console(), resume=resume)
 
@@ -129,7 +132,7 @@ def evaluate(options: EvaluationOptions) -> None:
     model = options.model
     folder = Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{_file_name(model)}"
     folder = options.output or folder
-    pair = load_pair(model, None, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    pair = load_pair(model, None, placement=placed(options), trust_remote_code=options.trust_remote_code)
     assert pair.tokenizer is not None
     pair.check_room(options.max_prompt_tokens + options.max_new_tokens)
     console = new_console()
@@ -220,12 +223,13 @@ def demo(
     ] = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
+    device: RunDevice = None,
 ) -> None:
     """Distil the embedded student with SWITCH, in minutes on two CPU cores, and compare before with after."""
     from switchkd.cli.demo import run_demo
 
     quiet_transformers()
-    changes: dict[str, Any] = {"output_dir": str(output), "max_steps": steps, "seed": seed}
+    changes: dict[str, Any] = {"output_dir": str(output), "max_steps": steps, "seed": seed, "device": device}
     run_demo({key: value for key, value in changes.items() if value is not None}, new_console())
 
 

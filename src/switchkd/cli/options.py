@@ -18,6 +18,7 @@ from switchkd.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from switchkd.models.pair import ModelPair
+    from switchkd.models.placement import Placement
     from switchkd.records import Prompt, Sampling
     from switchkd.rollout.policies import Policy
 
@@ -27,7 +28,12 @@ Set = Annotated[
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder of the instruction sets; else SWITCHKD_DATA_DIR or the hub.")
 ]
-Dtype = Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16, ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: the first there of cuda, mps, cpu.")]
+RunDevice = Annotated[str | None, typer.Option("--device", help="As device in the run file: auto, cpu, cuda, mps.")]
+Precision = Annotated[str, typer.Option(help="float32, bf16 (autocast), or auto: bf16 on CUDA, else float32.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Type of the student's weights: float32, bfloat16, ...; else float32.")
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")]
 MaxPromptTokens = Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
@@ -72,7 +78,9 @@ class PairAndPrompts:
     top_k: Annotated[int, typer.Option(min=0, help="Tokens kept; 0 keeps every token.")] = 0
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0
     skip_bad_rows: SkipBadRows = False
-    dtype: Dtype = "float32"
+    device: Device = "auto"
+    precision: Precision = "auto"
+    dtype: Dtype = None
     trust_remote_code: TrustRemoteCode = False
 
     @property
@@ -95,7 +103,9 @@ class PairAndPrompts:
             if self.data is None
             else resolve(self.data, data_dir=self.data_dir, limit=self.limit)
         )
-        pair = load_pair(self.student, self.teacher, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        pair = load_pair(
+            self.student, self.teacher, placement=placed(self), trust_remote_code=self.trust_remote_code
+        )
         assert pair.tokenizer is not None
         loaded = to_examples(
             rows,
@@ -135,8 +145,17 @@ class EvaluationOptions:
     output: Annotated[
         Path | None, typer.Option(help="Folder for eval.json and the answers; by default MODEL/eval.")
     ] = None
-    dtype: Dtype = "float32"
+    device: Device = "auto"
+    precision: Precision = "auto"
+    dtype: Dtype = None
     trust_remote_code: TrustRemoteCode = False
+
+
+def placed(options: PairAndPrompts | EvaluationOptions) -> Placement:
+    """Device and precision as a command's options say."""
+    from switchkd.models.placement import placement_of
+
+    return placement_of(device=options.device, precision=options.precision, dtype=options.dtype)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from switchkd.errors import UserError
 from switchkd.loss.objective import Objective, TrainOn
 from switchkd.methods.plan import AutoThreshold, Plan
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
+from switchkd.models.placement import Placement, placement_of, precision_named
 from switchkd.records import Sampling
 from switchkd.rollout.blocks import check_block_size
 from switchkd.rollout.policies import POLICIES, POLICY, DecayName, Policy, Switch
@@ -52,8 +54,9 @@ class SwitchConfig(TrainingArguments):
     A component (`policy`, `divergence`, `teacher_text_divergence`) is an object, a name, or a mapping of `name` and settings;
     a mapping without a name changes the method's own. Where one is left out, the method decides.
 
-    Defaults that differ: progress is logged every step, no reports are sent unless asked for (`report_to`), precision is that of
-    the model, and the learning rate is 1e-5. Raises UserError for settings out of range, and for those that nothing would read.
+    Defaults that differ: progress is logged every step, no reports are sent unless asked for (`report_to`), bf16 follows
+    `precision`, and the learning rate is 1e-5. `placement` is what device and precision come to. Raises UserError for settings
+    out of range, and for those that nothing would read.
     """
 
     # HfArgumentParser takes the second type of a union that has None: the form that a command line can give.
@@ -120,6 +123,22 @@ class SwitchConfig(TrainingArguments):
     )
     skip_bad_rows: bool = setting(False, "Leave bad rows out, and say which, instead of stopping.")
 
+    precision: str = setting("auto", "What is computed in: float32, bf16 (autocast), or auto: bf16 on CUDA, else float32.")
+    dtype: str | None = setting(None, "Type of the student's weights; by default float32.")
+    teacher_dtype: str | None = setting(
+        None, "Type of the teacher's weights; by default bfloat16 where bf16 is computed in, else the student's."
+    )
+    attn_implementation: str | None = setting(
+        None, "Attention of both models: sdpa, flash_attention_2, eager, ...; by default transformers chooses."
+    )
+    model_init_kwargs: dict[str, Any] | None = setting(
+        None, "More keywords of from_pretrained for the student: {revision: ..., attn_implementation: ...}."
+    )
+    teacher_model_init_kwargs: dict[str, Any] | None = setting(
+        None, "The same for the teacher: {device_map: auto, quantization_config: ...}."
+    )
+    bf16: bool | None = setting(None, "As precision: bf16 where true, float32 where false.")
+
     learning_rate: float = setting(1e-5, "The initial learning rate.")
     logging_steps: float = setting(1, "Log every this many steps.")
     # The loader hands over records, not tensors: nothing of them can be pinned.
@@ -127,6 +146,7 @@ class SwitchConfig(TrainingArguments):
     report_to: None | str | list[str] = setting("none", "Where to report; as in transformers.")
 
     plan: Plan = field(init=False, repr=False, compare=False)
+    placement: Placement = field(init=False, repr=False, compare=False)
 
     def __new__(cls, *_: Any, **given: Any) -> SwitchConfig:
         """Name the new place of a setting that has moved, where the constructor would only not know it."""
@@ -138,6 +158,10 @@ class SwitchConfig(TrainingArguments):
         # Ours first: transformers' checks ask for devices and take seconds.
         self.plan = self._make_plan()
         self._check()
+        self.placement = self._placement()
+        # accelerate wraps the student's forward by these; everything else follows the placement, and the two have to agree.
+        self.bf16 = self.placement.autocast_dtype is not None
+        self.use_cpu = self.placement.device.type == "cpu"
         super().__post_init__()  # type: ignore[no-untyped-call]
 
     def check_evaluation(self, *, has_data: bool) -> None:
@@ -216,6 +240,27 @@ class SwitchConfig(TrainingArguments):
         if method.teacher_writes_data:
             return Path(self.teacher_text or Path(str(self.output_dir)) / "teacher_text.jsonl")
         return None
+
+    def _placement(self) -> Placement:
+        """Device and precision, from our settings and from those of transformers and accelerate for the same thing."""
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.fp16 or launched == "fp16":
+            raise UserError("fp16 is asked for, in which the loss's gradients underflow; take precision bf16 or float32")
+        precision, bf16 = precision_named(self.precision), True if launched == "bf16" else self.bf16
+        if bf16 is not None:
+            named = "bf16" if bf16 else "float32"
+            if precision not in ("auto", named):
+                raise UserError(f"precision is {self.precision!r}, but bf16 is {bf16}; set one of them")
+            precision = precision_named(named)
+        return placement_of(
+            device="cpu" if self.use_cpu else "auto",
+            precision=precision,
+            dtype=self.dtype,
+            teacher_dtype=self.teacher_dtype,
+            attn_implementation=self.attn_implementation,
+            model_init_kwargs=self.model_init_kwargs,
+            teacher_model_init_kwargs=self.teacher_model_init_kwargs,
+        )
 
     # ----------------------------------------------------------------------------------------------------- the checks
 

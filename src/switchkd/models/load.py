@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Unpack, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,10 +20,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from switchkd.errors import UserError
 from switchkd.models.layers import remove_layers
 from switchkd.models.pair import ModelPair, check_tokenizers_agree, id_count
+from switchkd.models.placement import Placement, PlacementSettings, WeightDtype, init_options, placement_of, torch_dtype
 from switchkd.models.sources import Source, find_source
 
 
@@ -30,51 +33,74 @@ def load_pair(
     student: str,
     teacher: str | None,
     *,
-    dtype: str = "float32",
-    teacher_dtype: str | None = None,
+    placement: Placement | None = None,
     teacher_quantization: str | None = None,
     trust_remote_code: bool = False,
     student_drop_layers: str | None = None,
+    **settings: Unpack[PlacementSettings],
 ) -> ModelPair:
-    """Student, teacher and tokenizer by name (see `find_source`), checked to fit; `teacher_dtype` None takes `dtype`.
+    """Student, teacher and tokenizer by name (see `find_source`), checked to fit, each loaded onto its device.
 
+    Device and precision are those of `placement`, or else what `settings` ask for (see `placement_of`): device="cuda",
+    dtype="bfloat16", ... `model_init_kwargs` and `teacher_model_init_kwargs` go on to `from_pretrained` and win over both.
     Raises UserError if one cannot be loaded or the tokenizers differ.
     """
-    tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code)
+    place = placement_of(**settings) if placement is None else placement
+    attention = {"attn_implementation": place.attn_implementation} if place.attn_implementation else {}
+    student_kwargs = {**attention, **(settings.pop("model_init_kwargs", None) or {})}
+    teacher_kwargs = {**attention, **(settings.pop("teacher_model_init_kwargs", None) or {})}
+    if placement is not None and settings:
+        raise UserError(f"{next(iter(settings))} is given beside a placement, which has decided it; give one of the two")
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(student, **trust, revision=student_kwargs.get("revision"))
     teacher_model = teacher_tokenizer = None
     if teacher is not None:
         # Before any weight is read: these may take minutes, and the wrong teacher shows at once.
-        teacher_tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
+        teacher_tokenizer = load_tokenizer(teacher, **trust, revision=teacher_kwargs.get("revision"))
         check_tokenizers_agree(tokenizer, teacher_tokenizer, min(id_count(tokenizer), id_count(teacher_tokenizer)))
     student_model = load_model(
-        student, dtype=dtype, trust_remote_code=trust_remote_code, drop_layers=student_drop_layers
+        student,
+        **trust,
+        dtype=place.student_dtype,
+        drop_layers=student_drop_layers,
+        device=place.device,
+        init_kwargs=student_kwargs,
     )
     if teacher is not None:
         teacher_model = load_model(
             teacher,
-            dtype=teacher_dtype or dtype,
-            trust_remote_code=trust_remote_code,
+            **trust,
+            dtype=place.teacher_dtype,
             quantization=teacher_quantization,
+            device=place.device,
+            init_kwargs=teacher_kwargs,
         )
-    return ModelPair(student_model, teacher_model, tokenizer, teacher_tokenizer, tokenizers_agree=True)
+    return ModelPair(
+        student_model, teacher_model, tokenizer, teacher_tokenizer, place.autocast_dtype, tokenizers_agree=True
+    )
 
 
 def load_model(
     name: str,
     *,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
     drop_layers: str | None = None,
     quantization: str | None = None,
+    device: torch.device | None = None,
+    init_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A causal LM in evaluation mode, from safetensors or from a GGUF file that is unpacked to plain weights.
 
-    `name` is explained at `find_source`; `dtype` is a torch floating-point type by name, or "auto"; `drop_layers` ("10-19",
-    "0,2,4-6") removes decoder layers; `quantization` "8bit" or "4bit" packs a teacher's weights with bitsandbytes. Raises
+    `name` is explained at `find_source`; `dtype` is a torch floating-point type, or "auto"; `drop_layers` ("10-19",
+    "0,2,4-6") removes decoder layers; `quantization` "8bit" or "4bit" packs a teacher's weights with bitsandbytes. `device`
+    None is the CPU. `init_kwargs` go on to `from_pretrained`; a `device_map` among them is kept in place of `device`. Raises
     UserError if the model cannot be loaded in full.
     """
     source = find_source(name)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": _torch_dtype(dtype)}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": torch_dtype(dtype)}
+    # Pickled weights, the other format, could run code.
+    options |= {"use_safetensors": True, **init_options(init_kwargs)}
     if source.gguf_file is not None:
         from transformers import GgufConfig
 
@@ -86,29 +112,45 @@ def load_model(
                 f"model {name!r} is a .gguf file, and {quantization} weights need safetensors; save it to a folder "
                 f"(load_model, then save_pretrained) and name that"
             )
+        if "quantization_config" in options:
+            raise UserError(
+                f"teacher_quantization is {quantization!r}, but teacher_model_init_kwargs bring a quantization_config; set one"
+            )
         options["quantization_config"] = _quantization(quantization, options["dtype"])
-    with _explained("model", name, source):
-        # Pickled weights, the other format, could run code.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.place, use_safetensors=True, output_loading_info=True, **options
-        )
-    model: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):
-        raise UserError(
-            f"model {name!r}: {len(missing)} weights are missing ({', '.join(missing[:3])}, ...) and would be random; save or "
-            f"download it again"
-        )
+    on_accelerator = device is not None and device.type != "cpu" and "device_map" not in options
+    if on_accelerator and source.gguf_file is None and not is_deepspeed_zero3_enabled():
+        # Onto the device, weight by weight: a machine with eight GPUs has no room for eight teachers in its own memory.
+        options["device_map"] = {"": device}
+    model = _in_full(name, source, options)
     if drop_layers:
         remove_layers(model, drop_layers)
+    if on_accelerator and "device_map" not in options:
+        cast(nn.Module, model).to(device)
     # For messages: a name such as world:student says more than the folder it leads to.
     model.name_or_path = name
     return model
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def _in_full(name: str, source: Source, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The model that transformers loads; raises UserError if any weight is missing."""
+    with _explained("model", name, source):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True, **options)
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise UserError(
+            f"model {name!r}: {len(missing)} weights are missing ({', '.join(missing[:3])}, ...) and would be random; save or "
+            f"download it again"
+        )
+    model: PreTrainedModel = loaded[0]
+    return model
+
+
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model name (see `find_source`). Raises UserError if it cannot be loaded."""
     source = find_source(name)
     options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    options |= {} if revision is None else {"revision": revision}
     with _explained("tokenizer", name, source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.place, trust_remote_code=trust_remote_code, **options
@@ -125,7 +167,7 @@ def _explained(what: str, name: str, source: Source) -> Iterator[None]:
     except UserError:
         # One of ours says what to do already; as a ValueError it would be caught below.
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
         if source.on_hub and isinstance(error, OSError) and not Path(name).exists():
             reason = "it is neither a local folder nor reachable on the hub; check the name and the connection"
         else:
@@ -134,7 +176,7 @@ def _explained(what: str, name: str, source: Source) -> Iterator[None]:
         raise UserError(f"the {what} of {name!r} cannot be loaded: {reason}") from error
 
 
-def _quantization(name: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
+def _quantization(name: str, dtype: WeightDtype) -> BitsAndBytesConfig:
     if name not in ("8bit", "4bit"):
         raise UserError(f"quantization is {name!r}; choose 8bit or 4bit")
     if find_spec("bitsandbytes") is None:
@@ -150,13 +192,6 @@ def _quantization(name: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=None if dtype == "auto" else dtype,
     )
-
-
-def _torch_dtype(name: str) -> torch.dtype | str:
-    dtype = name if name == "auto" else getattr(torch, name, None)
-    if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        return dtype
-    raise UserError(f"dtype {name!r} is not known; choose float32, bfloat16, float16, float64 or auto")
 
 
 CHATML = (

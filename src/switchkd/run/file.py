@@ -32,8 +32,7 @@ class RunConfig:
     student_drop_layers: str | None = setting(
         None, "Decoder layers removed from the student at the start, such as '10-19'."
     )
-    dtype: str = setting("float32", "Precision of the student's weights.")
-    teacher_dtype: str | None = setting(None, "Precision of the teacher's weights; by default that of the student's.")
+    device: str = setting("auto", "cpu, cuda or mps; auto is the first there of cuda, mps, cpu.")
     teacher_quantization: str | None = setting(None, "8bit or 4bit weights of the teacher, by bitsandbytes.")
     trust_remote_code: bool = setting(False, "Run code that comes with a model.")
     peft: dict[str, Any] | None = setting(
@@ -54,13 +53,19 @@ class RunConfig:
 
     def config(self) -> SwitchConfig:
         """The trainer's settings. Raises UserError where they do not fit together, and for a missing teacher."""
+        on_cpu = {"use_cpu": True} if self.device == "cpu" else {}
         try:
             # Our own progress bar takes the place of tqdm's.
-            config = SwitchConfig(output_dir=self.output_dir, disable_tqdm=True, **self.training)
+            config = SwitchConfig(output_dir=self.output_dir, disable_tqdm=True, **{**self.training, **on_cpu})
         except UserError:
             raise
         except (ValueError, TypeError) as error:
             raise UserError(f"the settings of the run do not fit: {error}") from error
+        if self.device not in ("auto", config.placement.device.type):
+            raise UserError(
+                f"device is {self.device!r}, but this run would be on {config.placement.device}; take auto, cpu, or a device "
+                f"that is here without its number (CUDA_VISIBLE_DEVICES=1 makes the second GPU the first)"
+            )
         config.check_evaluation(has_data=self.eval_data is not None)
         if self.teacher is None and config.plan.needs_teacher:
             raise UserError(f"method {config.method!r} needs a teacher; set teacher in the run file")
@@ -194,7 +199,10 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         for part in parents:
             if part in _NESTED and isinstance(target.get(part), str):
                 target[part] = {"name": target[part]}
-            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+            if isinstance(target, dict) and target.get(part) is None:
+                # Saved run files write out what is not set.
+                target[part] = {}
+            target = target[int(part)] if isinstance(target, list) else target[part]
         target[int(last) if isinstance(target, list) else last] = value
     except (IndexError, ValueError, TypeError, AttributeError):
         raise UserError(f"--set {assignment!r}: there is nothing at {path!r} to set; check the key") from None

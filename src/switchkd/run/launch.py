@@ -13,6 +13,7 @@ from transformers import PrinterCallback
 
 from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
+from switchkd.methods.describe import describe_objective
 from switchkd.models.load import load_pair, load_tokenizer
 from switchkd.models.sources import find_source
 from switchkd.records import Example
@@ -141,11 +142,12 @@ def _trainer(
     pair = load_pair(
         stage.run.student,
         stage.run.teacher if stage.config.plan.needs_teacher and stage.run.teacher != SELF else None,
-        dtype=stage.run.dtype,
-        teacher_dtype=stage.run.teacher_dtype,
+        placement=stage.config.placement,
         teacher_quantization=stage.run.teacher_quantization,
         trust_remote_code=stage.run.trust_remote_code,
         student_drop_layers=stage.run.student_drop_layers,
+        model_init_kwargs=stage.config.model_init_kwargs,
+        teacher_model_init_kwargs=stage.config.teacher_model_init_kwargs,
     )
     stopper, progress = StopCleanly(console), ConsoleProgress(console)
     trainer = SwitchTrainer(
@@ -162,8 +164,9 @@ def _trainer(
 
 
 def _first_line(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -> str:
-    starts = f"; goes on from {checkpoint}" if checkpoint else ""
-    return f"{trainer.describe()}; writes to {stage.model_folder}{starts}; how long it takes is known after the first step."
+    starts = f", going on from {checkpoint}" if checkpoint else ""
+    computes = f"Computes {stage.config.placement.describe()}: {describe_objective(stage.config)}."
+    return f"{trainer.describe()}. {computes} Writes to {stage.model_folder}{starts}."
 
 
 def _how_to_resume(run: RunConfig, stage: Stage, what: str) -> str:

@@ -1,0 +1,154 @@
+"""The mathematics on fake CUDA tensors: an operation that mixes in a tensor of the host raises, as it would on a GPU.
+
+Whole models cannot be moved to it. Fake tensors have shapes, types and devices, but no numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from switchkd.distributions.divergences import DIVERGENCES, ForwardKL, JensenShannon
+from switchkd.distributions.draw import Draft, student_proposal, written_tokens
+from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, uniform
+from switchkd.distributions.shaping import ban_repeated_ngrams, entropy, log_probabilities, shaped_logp
+from switchkd.loss.objective import Counted, Objective, distillation_loss
+from switchkd.loss.signals import DenseTeacher, TopKTeacher
+from switchkd.models.heads import Head
+from switchkd.records import Prompt, Sampling
+from switchkd.rollout.policies import POLICIES, Policy, Positions
+
+B, T, V, H, N = 3, 4, 11, 6, 9
+CUDA = torch.device("cuda", 0)
+
+
+class _Answers(TorchDispatchMode):
+    """Answers a question for one number with 1: a fake tensor has none, and which branch is taken is not what is tested."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def fake() -> Iterator[None]:
+    # The number of elements that a mask selects is a symbol.
+    with FakeTensorMode(shape_env=ShapeEnv()), _Answers(), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+def logp(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.log_softmax(torch.randn(*shape, V, device=CUDA, dtype=dtype), dim=-1)
+
+
+def address(*shape: int) -> Address:
+    key = row_keys(0, [Prompt((1,), row) for row in range(B)], CUDA)
+    assert key.device == CUDA
+    position = torch.arange(B, device=CUDA) if len(shape) == 1 else torch.zeros(shape, dtype=torch.long, device=CUDA)
+    return Address(key if len(shape) == 1 else key[:, None].expand(shape), position)
+
+
+def head() -> Head:
+    return Head(nn.Linear(H, V + 2, device=CUDA), V, lambda logits: logits * 2)
+
+
+@pytest.mark.parametrize("shape", [(B,), (B, T)])
+def test_noise(shape: tuple[int, ...]) -> None:
+    assert uniform(address(*shape), Stream.KEEP).device == gumbel(address(*shape), Stream.PROPOSAL, V).device == CUDA
+
+
+@pytest.mark.parametrize("sampling", [Sampling(4), Sampling(4, temperature=0), Sampling(4, temperature=0.7, top_p=0.9, top_k=5)])
+def test_shaping(sampling: Sampling) -> None:
+    logits = torch.randn(B, V, device=CUDA, dtype=torch.bfloat16)
+    logits = ban_repeated_ngrams(logits, [[1, 2, 1], [3, 3], [4]], 2)
+    assert shaped_logp(logits, sampling).device == CUDA
+    assert entropy(log_probabilities(logits, 0.5)).device == CUDA
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("independent", [False, True])
+def test_draws(greedy: bool, independent: bool) -> None:
+    at, student = address(B, T), logp(B, T)
+    draft = Draft(student_proposal(student, at, greedy=greedy), student, at)
+    by_teacher = torch.zeros(B, T, dtype=torch.bool, device=CUDA)
+    token, replaced = written_tokens(draft, logp(B, T), by_teacher, greedy=greedy, independent=independent)
+    assert token.device == replaced.device == CUDA
+
+
+def positions(*shape: int) -> Positions:
+    # As the engines make them: a past in the type that policies ask for.
+    past = torch.zeros(B, 2, device=CUDA)
+    return Positions(
+        position=torch.zeros(shape, dtype=torch.long, device=CUDA),
+        divergence=torch.rand(shape, device=CUDA),
+        student_logp=logp(*shape),
+        teacher_logp=logp(*shape),
+        proposal=torch.zeros(shape, dtype=torch.long, device=CUDA),
+        coin=torch.rand(shape, device=CUDA),
+        max_new_tokens=8,
+        past_divergence=past,
+        past_by_teacher=past > 0,
+    )
+
+
+@pytest.mark.parametrize("shape", [(B,), (B, T)])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_policies(policy: type[Policy], shape: tuple[int, ...]) -> None:
+    seen = positions(*shape)
+    decision = policy().decide(seen)
+    assert decision.by_teacher.device == decision.threshold.device == CUDA
+    written = policy().written_logp(seen.student_logp[..., 0], seen.teacher_logp[..., 0], decision.by_teacher)
+    assert written.device == CUDA
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES.keys())
+def test_divergences(divergence: Any) -> None:
+    student = logp(N).requires_grad_()
+    value = divergence()(student, logp(N))
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert value.device == gradient.device == CUDA
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("signal", ["dense", "top k", "none"])
+def test_objective(signal: str, dtype: torch.dtype) -> None:
+    hidden = torch.randn(N, H, device=CUDA, requires_grad=True)
+    ids = torch.zeros(N, dtype=torch.long, device=CUDA)
+    by_teacher = torch.zeros(N, dtype=torch.bool, device=CUDA)
+    objective = Objective(None, 1.0) if signal == "none" else Objective(JensenShannon(), 0.5, long_term_weight=1.0)
+    if signal == "dense":
+        objective = Objective(JensenShannon(), 0.5, teacher_text_divergence=ForwardKL(), long_term_weight=1.0)
+    weight = objective.weights(by_teacher, ~by_teacher)
+    counted = Counted(hidden, ids, weight, by_teacher, torch.randn(N, device=CUDA))
+    of_teacher = Head(nn.Linear(H, V, device=CUDA, dtype=dtype), V, lambda logits: logits)
+    # The teacher's states may come from the host: they are moved chunk by chunk.
+    teachers = {
+        "dense": DenseTeacher(torch.randn(N, H, dtype=dtype), of_teacher),
+        "top k": TopKTeacher(torch.zeros(N, 3, dtype=torch.long), logp(N)[:, :3].cpu()),
+        "none": None,
+    }
+    student = head()
+    denominator = torch.ones((), device=CUDA)
+    loss, report = distillation_loss(
+        counted, student, objective, teacher=teachers[signal], denominator=denominator, measure=True, chunk_positions=4
+    )
+    gradients = torch.autograd.grad(loss, [hidden, student.projection.weight])
+    assert {tensor.device for tensor in (loss, *gradients, report.cross_entropy_N)} == {CUDA}
+
+
+class _OnTheHost(Policy):
+    def decide(self, positions: Positions) -> Any:
+        return positions.divergence > torch.linspace(0, 1, T)
+
+
+def test_a_tensor_of_the_host_is_found() -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        _OnTheHost().decide(positions(B, T))
