@@ -35,7 +35,11 @@ from switchkd.training.trainer import SwitchTrainer
 MIB = 2**20
 # A student of 0.5B and a teacher of 1.5B, as Qwen2.5 builds them, and what stands in for them where only the code is tried.
 SIZES = {
-    "large": ({"hidden_size": 896, "layers": 24, "heads": 14}, {"hidden_size": 1536, "layers": 28, "heads": 12}, 151_936),
+    "large": (
+        {"hidden_size": 896, "layers": 24, "heads": 14},
+        {"hidden_size": 1536, "layers": 28, "heads": 12},
+        151_936,
+    ),
     "tiny": ({"hidden_size": 32, "layers": 2, "heads": 4}, {"hidden_size": 64, "layers": 2, "heads": 4}, 256),
 }
 
@@ -110,7 +114,9 @@ def random_pair(place: Placement, size: str) -> ModelPair:
     """A pair with random weights: as large as real ones, and nothing to download."""
     student, teacher, vocabulary = SIZES[size]
     dtypes = (place.student_dtype, place.teacher_dtype)
-    models = [_random(sizes, vocabulary, place.device, dtype) for sizes, dtype in zip((student, teacher), dtypes, strict=True)]
+    models = [
+        _random(sizes, vocabulary, place.device, dtype) for sizes, dtype in zip((student, teacher), dtypes, strict=True)
+    ]
     return ModelPair(models[0], models[1], autocast_dtype=place.autocast_dtype)
 
 

@@ -65,7 +65,9 @@ def test_noise(shape: tuple[int, ...]) -> None:
     assert uniform(address(*shape), Stream.KEEP).device == gumbel(address(*shape), Stream.PROPOSAL, V).device == CUDA
 
 
-@pytest.mark.parametrize("sampling", [Sampling(4), Sampling(4, temperature=0), Sampling(4, temperature=0.7, top_p=0.9, top_k=5)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(4), Sampling(4, temperature=0), Sampling(4, temperature=0.7, top_p=0.9, top_k=5)]
+)
 def test_shaping(sampling: Sampling) -> None:
     logits = torch.randn(B, V, device=CUDA, dtype=torch.bfloat16)
     logits = ban_repeated_ngrams(logits, [[1, 2, 1], [3, 3], [4]], 2)

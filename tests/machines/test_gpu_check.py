@@ -80,7 +80,9 @@ def test_weights_gradients_and_optimizer(gpu_check: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_caches_and_kept_states(gpu_check: Any, family: str, precision: str) -> None:
     made = tiny_pair(family)
-    pair = ModelPair(made.student, made.teacher, autocast_dtype=placement_of(device="cpu", precision=precision).autocast_dtype)
+    pair = ModelPair(
+        made.student, made.teacher, autocast_dtype=placement_of(device="cpu", precision=precision).autocast_dtype
+    )
     rows, width, block = 5, 7, 3
     prompts = [Prompt(tuple(range(2 + row, 2 + row + width)), row) for row in range(rows)]
     found: dict[int, int] = {}
@@ -98,4 +100,7 @@ def test_caches_and_kept_states(gpu_check: Any, family: str, precision: str) -> 
     assert sum(found.values()) == parts["student cache"] + parts["teacher cache"]
     kept = [text.teacher_hidden for text in texts]
     tokens = sum(len(text.token_ids) for text in texts)
-    assert sum(states.nbytes for states in kept if states is not None) * rows * NEW_TOKENS == parts["kept teacher states"] * tokens
+    assert (
+        sum(states.nbytes for states in kept if states is not None) * rows * NEW_TOKENS
+        == parts["kept teacher states"] * tokens
+    )

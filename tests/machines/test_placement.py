@@ -154,7 +154,9 @@ def test_models_are_loaded_onto_their_device(
     assert pair.autocast_dtype is BF16
 
 
-def test_a_map_of_the_teacher_s_own_is_kept(gpus: pytest.MonkeyPatch, asked: list[dict[str, Any]], models: Path) -> None:
+def test_a_map_of_the_teacher_s_own_is_kept(
+    gpus: pytest.MonkeyPatch, asked: list[dict[str, Any]], models: Path
+) -> None:
     load_pair(*names(models), teacher_model_init_kwargs={"device_map": "auto"})
     assert [call["device_map"] for call in asked] == [{"": torch.device("cuda", 0)}, "auto"]
 
@@ -170,7 +172,10 @@ def test_on_a_cpu_nothing_is_placed(asked: list[dict[str, Any]], models: Path) -
 def test_what_a_trl_user_types_reaches_from_pretrained(models: Path) -> None:
     student = {"torch_dtype": "float64", "attn_implementation": "eager"}
     pair = load_pair(
-        *names(models), attn_implementation="sdpa", model_init_kwargs=student, teacher_model_init_kwargs={"dtype": "bf16"}
+        *names(models),
+        attn_implementation="sdpa",
+        model_init_kwargs=student,
+        teacher_model_init_kwargs={"dtype": "bf16"},
     )
     assert pair.teacher is not None
     assert (pair.student.dtype, pair.teacher.dtype) == (torch.float64, BF16)
@@ -225,9 +230,7 @@ def test_a_run_on_a_gpu_is_in_bf16_unless_told_otherwise(gpus: pytest.MonkeyPatc
         ({}, "fp16", "fp16 is asked for"),
     ],
 )
-def test_contradictions_are_refused(
-    settings: Any, launched: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contradictions_are_refused(settings: Any, launched: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     with pytest.raises(UserError, match=said):
         config(**settings)
@@ -267,7 +270,9 @@ def test_the_first_line_of_a_run_says_it(models: Path, tmp_path: Path, capsys: p
 
 
 def test_on_other_machines_it_says_another_thing(gpus: pytest.MonkeyPatch) -> None:
-    words = "on cuda:0 in float32 under bfloat16 autocast, teacher in bfloat16: learning rate 1e-05, forward_kl, threshold"
+    words = (
+        "on cuda:0 in float32 under bfloat16 autocast, teacher in bfloat16: learning rate 1e-05, forward_kl, threshold"
+    )
     assert said().startswith(words)
 
 
@@ -281,7 +286,10 @@ def test_on_a_mac_too() -> None:
     [
         ({"method": "sft"}, "learning rate 1e-05, cross-entropy"),
         ({"method": "kd", "cross_entropy_weight": 0.5}, "forward_kl + 0.5 x cross-entropy"),
-        ({"method": "gkd", "learning_rate": 2e-4}, "learning rate 0.0002, jensen_shannon (teacher_weight 0.1), policy student"),
+        (
+            {"method": "gkd", "learning_rate": 2e-4},
+            "learning rate 0.0002, jensen_shannon (teacher_weight 0.1), policy student",
+        ),
         ({"method": "skd"}, "forward_kl, policy interleave (keep_top_k 25)"),
         ({"threshold": "auto"}, "threshold for 53% teacher tokens"),
     ],

@@ -31,9 +31,7 @@ DataDir = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: the first there of cuda, mps, cpu.")]
 RunDevice = Annotated[str | None, typer.Option("--device", help="As device in the run file: auto, cpu, cuda, mps.")]
 Precision = Annotated[str, typer.Option(help="float32, bf16 (autocast), or auto: bf16 on CUDA, else float32.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="Type of the student's weights: float32, bfloat16, ...; else float32.")
-]
+Dtype = Annotated[str | None, typer.Option(help="Type of the student's weights: float32, bfloat16, ...; else float32.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")]
 MaxPromptTokens = Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
@@ -103,9 +101,7 @@ class PairAndPrompts:
             if self.data is None
             else resolve(self.data, data_dir=self.data_dir, limit=self.limit)
         )
-        pair = load_pair(
-            self.student, self.teacher, placement=placed(self), trust_remote_code=self.trust_remote_code
-        )
+        pair = load_pair(self.student, self.teacher, placement=placed(self), trust_remote_code=self.trust_remote_code)
         assert pair.tokenizer is not None
         loaded = to_examples(
             rows,

@@ -123,7 +123,9 @@ class SwitchConfig(TrainingArguments):
     )
     skip_bad_rows: bool = setting(False, "Leave bad rows out, and say which, instead of stopping.")
 
-    precision: str = setting("auto", "What is computed in: float32, bf16 (autocast), or auto: bf16 on CUDA, else float32.")
+    precision: str = setting(
+        "auto", "What is computed in: float32, bf16 (autocast), or auto: bf16 on CUDA, else float32."
+    )
     dtype: str | None = setting(None, "Type of the student's weights; by default float32.")
     teacher_dtype: str | None = setting(
         None, "Type of the teacher's weights; by default bfloat16 where bf16 is computed in, else the student's."
@@ -245,7 +247,9 @@ class SwitchConfig(TrainingArguments):
         """Device and precision, from our settings and from those of transformers and accelerate for the same thing."""
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.fp16 or launched == "fp16":
-            raise UserError("fp16 is asked for, in which the loss's gradients underflow; take precision bf16 or float32")
+            raise UserError(
+                "fp16 is asked for, in which the loss's gradients underflow; take precision bf16 or float32"
+            )
         precision, bf16 = precision_named(self.precision), True if launched == "bf16" else self.bf16
         if bf16 is not None:
             named = "bf16" if bf16 else "float32"

@@ -50,34 +50,36 @@ def load_pair(
     student_kwargs = {**attention, **(settings.pop("model_init_kwargs", None) or {})}
     teacher_kwargs = {**attention, **(settings.pop("teacher_model_init_kwargs", None) or {})}
     if placement is not None and settings:
-        raise UserError(f"{next(iter(settings))} is given beside a placement, which has decided it; give one of the two")
-    trust = {"trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(student, **trust, revision=student_kwargs.get("revision"))
+        raise UserError(
+            f"{next(iter(settings))} is given beside a placement, which has decided it; give one of the two"
+        )
+    tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code, revision=student_kwargs.get("revision"))
     teacher_model = teacher_tokenizer = None
     if teacher is not None:
         # Before any weight is read: these may take minutes, and the wrong teacher shows at once.
-        teacher_tokenizer = load_tokenizer(teacher, **trust, revision=teacher_kwargs.get("revision"))
+        teacher_tokenizer = load_tokenizer(
+            teacher, trust_remote_code=trust_remote_code, revision=teacher_kwargs.get("revision")
+        )
         check_tokenizers_agree(tokenizer, teacher_tokenizer, min(id_count(tokenizer), id_count(teacher_tokenizer)))
     student_model = load_model(
         student,
-        **trust,
+        trust_remote_code=trust_remote_code,
         dtype=place.student_dtype,
-        drop_layers=student_drop_layers,
         device=place.device,
         init_kwargs=student_kwargs,
+        drop_layers=student_drop_layers,
     )
     if teacher is not None:
         teacher_model = load_model(
             teacher,
-            **trust,
+            trust_remote_code=trust_remote_code,
             dtype=place.teacher_dtype,
-            quantization=teacher_quantization,
             device=place.device,
             init_kwargs=teacher_kwargs,
+            quantization=teacher_quantization,
         )
-    return ModelPair(
-        student_model, teacher_model, tokenizer, teacher_tokenizer, place.autocast_dtype, tokenizers_agree=True
-    )
+    models, tokenizers = (student_model, teacher_model), (tokenizer, teacher_tokenizer)
+    return ModelPair(*models, *tokenizers, place.autocast_dtype, tokenizers_agree=True)
 
 
 def load_model(

@@ -50,7 +50,9 @@ class Placement:
     def __post_init__(self) -> None:
         kind, index = self.device.type, self.device.index or 0
         if kind not in _DEVICES:
-            raise UserError(f"device is '{self.device}'; choose auto, cpu, mps, cuda, or one of several, such as cuda:1")
+            raise UserError(
+                f"device is '{self.device}'; choose auto, cpu, mps, cuda, or one of several, such as cuda:1"
+            )
         if kind == "mps" and not torch.backends.mps.is_available():
             raise UserError("device is 'mps', but torch finds no Metal device here; take auto or cpu")
         if kind == "cuda" and not torch.cuda.is_available():
@@ -132,11 +134,9 @@ def precision_named(name: str) -> Precision:
 def init_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Keywords of `from_pretrained` as they are given to it: `torch_dtype` under its newer name, types no longer names."""
     options = dict(given or {})
-    if "torch_dtype" in options:
-        options.setdefault("dtype", options.pop("torch_dtype"))
-        options.pop("torch_dtype", None)
-    if options.get("dtype") is not None:
-        options["dtype"] = torch_dtype(options["dtype"])
+    older, newer = options.pop("torch_dtype", None), options.pop("dtype", None)
+    if dtype := newer or older:
+        options["dtype"] = torch_dtype(dtype)
     return options
 
 
