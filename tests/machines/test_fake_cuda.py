@@ -1,6 +1,7 @@
-"""The mathematics on fake CUDA tensors: an operation that mixes in a tensor of the host raises, as it would on a GPU.
+"""The mathematics on fake tensors of another device: an operation that mixes in one of the host raises, as on a GPU.
 
-Whole models cannot be moved to it. Fake tensors have shapes, types and devices, but no numbers.
+Fake tensors have shapes, types and devices, but no numbers. They are labeled "meta": under the label "cuda" a build without CUDA
+cannot index them, nor go backward. Whole models cannot be moved to it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +28,7 @@ from switchkd.records import Prompt, Sampling
 from switchkd.rollout.policies import POLICIES, Policy, Positions
 
 B, T, V, H, N = 3, 4, 11, 6, 9
-CUDA = torch.device("cuda", 0)
+DEVICE = torch.device("meta")
 
 
 class _Answers(TorchDispatchMode):
@@ -41,38 +43,44 @@ class _Answers(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def fake() -> Iterator[None]:
     # The number of elements that a mask selects is a symbol.
-    with FakeTensorMode(shape_env=ShapeEnv()), _Answers(), torch.autograd.set_multithreading_enabled(False):
+    with (
+        config.patch(fake_tensor_allow_meta=True),
+        FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True),
+        _Answers(),
+    ):
         yield
 
 
 def logp(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.log_softmax(torch.randn(*shape, V, device=CUDA, dtype=dtype), dim=-1)
+    return torch.log_softmax(torch.randn(*shape, V, device=DEVICE, dtype=dtype), dim=-1)
 
 
 def address(*shape: int) -> Address:
-    key = row_keys(0, [Prompt((1,), row) for row in range(B)], CUDA)
-    assert key.device == CUDA
-    position = torch.arange(B, device=CUDA) if len(shape) == 1 else torch.zeros(shape, dtype=torch.long, device=CUDA)
+    key = row_keys(0, [Prompt((1,), row) for row in range(B)], DEVICE)
+    assert key.device == DEVICE
+    position = (
+        torch.arange(B, device=DEVICE) if len(shape) == 1 else torch.zeros(shape, dtype=torch.long, device=DEVICE)
+    )
     return Address(key if len(shape) == 1 else key[:, None].expand(shape), position)
 
 
 def head() -> Head:
-    return Head(nn.Linear(H, V + 2, device=CUDA), V, lambda logits: logits * 2)
+    return Head(nn.Linear(H, V + 2, device=DEVICE), V, lambda logits: logits * 2)
 
 
 @pytest.mark.parametrize("shape", [(B,), (B, T)])
 def test_noise(shape: tuple[int, ...]) -> None:
-    assert uniform(address(*shape), Stream.KEEP).device == gumbel(address(*shape), Stream.PROPOSAL, V).device == CUDA
+    assert uniform(address(*shape), Stream.KEEP).device == gumbel(address(*shape), Stream.PROPOSAL, V).device == DEVICE
 
 
 @pytest.mark.parametrize(
     "sampling", [Sampling(4), Sampling(4, temperature=0), Sampling(4, temperature=0.7, top_p=0.9, top_k=5)]
 )
 def test_shaping(sampling: Sampling) -> None:
-    logits = torch.randn(B, V, device=CUDA, dtype=torch.bfloat16)
+    logits = torch.randn(B, V, device=DEVICE, dtype=torch.bfloat16)
     logits = ban_repeated_ngrams(logits, [[1, 2, 1], [3, 3], [4]], 2)
-    assert shaped_logp(logits, sampling).device == CUDA
-    assert entropy(log_probabilities(logits, 0.5)).device == CUDA
+    assert shaped_logp(logits, sampling).device == DEVICE
+    assert entropy(log_probabilities(logits, 0.5)).device == DEVICE
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -80,21 +88,21 @@ def test_shaping(sampling: Sampling) -> None:
 def test_draws(greedy: bool, independent: bool) -> None:
     at, student = address(B, T), logp(B, T)
     draft = Draft(student_proposal(student, at, greedy=greedy), student, at)
-    by_teacher = torch.zeros(B, T, dtype=torch.bool, device=CUDA)
+    by_teacher = torch.zeros(B, T, dtype=torch.bool, device=DEVICE)
     token, replaced = written_tokens(draft, logp(B, T), by_teacher, greedy=greedy, independent=independent)
-    assert token.device == replaced.device == CUDA
+    assert token.device == replaced.device == DEVICE
 
 
 def positions(*shape: int) -> Positions:
     # As the engines make them: a past in the type that policies ask for.
-    past = torch.zeros(B, 2, device=CUDA)
+    past = torch.zeros(B, 2, device=DEVICE)
     return Positions(
-        position=torch.zeros(shape, dtype=torch.long, device=CUDA),
-        divergence=torch.rand(shape, device=CUDA),
+        position=torch.zeros(shape, dtype=torch.long, device=DEVICE),
+        divergence=torch.rand(shape, device=DEVICE),
         student_logp=logp(*shape),
         teacher_logp=logp(*shape),
-        proposal=torch.zeros(shape, dtype=torch.long, device=CUDA),
-        coin=torch.rand(shape, device=CUDA),
+        proposal=torch.zeros(shape, dtype=torch.long, device=DEVICE),
+        coin=torch.rand(shape, device=DEVICE),
         max_new_tokens=8,
         past_divergence=past,
         past_by_teacher=past > 0,
@@ -106,9 +114,9 @@ def positions(*shape: int) -> Positions:
 def test_policies(policy: type[Policy], shape: tuple[int, ...]) -> None:
     seen = positions(*shape)
     decision = policy().decide(seen)
-    assert decision.by_teacher.device == decision.threshold.device == CUDA
+    assert decision.by_teacher.device == decision.threshold.device == DEVICE
     written = policy().written_logp(seen.student_logp[..., 0], seen.teacher_logp[..., 0], decision.by_teacher)
-    assert written.device == CUDA
+    assert written.device == DEVICE
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES.keys())
@@ -116,21 +124,21 @@ def test_divergences(divergence: Any) -> None:
     student = logp(N).requires_grad_()
     value = divergence()(student, logp(N))
     (gradient,) = torch.autograd.grad(value.sum(), student)
-    assert value.device == gradient.device == CUDA
+    assert value.device == gradient.device == DEVICE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("signal", ["dense", "top k", "none"])
 def test_objective(signal: str, dtype: torch.dtype) -> None:
-    hidden = torch.randn(N, H, device=CUDA, requires_grad=True)
-    ids = torch.zeros(N, dtype=torch.long, device=CUDA)
-    by_teacher = torch.zeros(N, dtype=torch.bool, device=CUDA)
+    hidden = torch.randn(N, H, device=DEVICE, requires_grad=True)
+    ids = torch.zeros(N, dtype=torch.long, device=DEVICE)
+    by_teacher = torch.zeros(N, dtype=torch.bool, device=DEVICE)
     objective = Objective(None, 1.0) if signal == "none" else Objective(JensenShannon(), 0.5, long_term_weight=1.0)
     if signal == "dense":
         objective = Objective(JensenShannon(), 0.5, teacher_text_divergence=ForwardKL(), long_term_weight=1.0)
     weight = objective.weights(by_teacher, ~by_teacher)
-    counted = Counted(hidden, ids, weight, by_teacher, torch.randn(N, device=CUDA))
-    of_teacher = Head(nn.Linear(H, V, device=CUDA, dtype=dtype), V, lambda logits: logits)
+    counted = Counted(hidden, ids, weight, by_teacher, torch.randn(N, device=DEVICE))
+    of_teacher = Head(nn.Linear(H, V, device=DEVICE, dtype=dtype), V, lambda logits: logits)
     # The teacher's states may come from the host: they are moved chunk by chunk.
     teachers = {
         "dense": DenseTeacher(torch.randn(N, H, dtype=dtype), of_teacher),
@@ -138,12 +146,12 @@ def test_objective(signal: str, dtype: torch.dtype) -> None:
         "none": None,
     }
     student = head()
-    denominator = torch.ones((), device=CUDA)
+    denominator = torch.ones((), device=DEVICE)
     loss, report = distillation_loss(
         counted, student, objective, teacher=teachers[signal], denominator=denominator, measure=True, chunk_positions=4
     )
     gradients = torch.autograd.grad(loss, [hidden, student.projection.weight])
-    assert {tensor.device for tensor in (loss, *gradients, report.cross_entropy_N)} == {CUDA}
+    assert {tensor.device for tensor in (loss, *gradients, report.cross_entropy_N)} == {DEVICE}
 
 
 class _OnTheHost(Policy):
