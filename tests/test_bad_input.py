@@ -222,7 +222,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_run_resumes(
     assert not (folder / "checkpoint-4").exists()
     assert last_complete_checkpoint(folder) == folder / "checkpoint-2"
     assert switchkd("train", run, "--resume") == 0
-    assert "goes on from" in capsys.readouterr().out
+    assert "Goes on from" in capsys.readouterr().out
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
 
 

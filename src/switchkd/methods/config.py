@@ -139,7 +139,7 @@ class SwitchConfig(TrainingArguments):
     teacher_model_init_kwargs: dict[str, Any] | None = setting(
         None, "The same for the teacher: {device_map: auto, quantization_config: ...}."
     )
-    bf16: bool | None = setting(None, "As precision: bf16 where true, float32 where false.")
+    bf16: bool | None = setting(None, "As precision: bf16 where true, float32 where false.")  # type: ignore[assignment]
 
     learning_rate: float = setting(1e-5, "The initial learning rate.")
     logging_steps: float = setting(1, "Log every this many steps.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from switchkd.distributions.divergences import DIVERGENCE
+from switchkd.distributions.divergences import DIVERGENCE, Divergence
 from switchkd.methods.config import SwitchConfig
 from switchkd.rollout.policies import POLICY, Switch
 
@@ -15,7 +15,8 @@ from switchkd.rollout.policies import POLICY, Switch
 def describe_objective(config: SwitchConfig) -> str:
     """Learning rate, what is minimized and who writes, for the first line of a run; the threshold at both ends, in nats."""
     objective = config.plan.objective
-    compared = [] if objective.divergence is None else [_in_words(DIVERGENCE.describe(objective.divergence))]
+    divergence = objective.divergence
+    compared = [_in_words(DIVERGENCE.describe(divergence))] if isinstance(divergence, Divergence) else []
     if weight := objective.cross_entropy_weight:
         compared.append("cross-entropy" if weight == 1 else f"{weight:g} x cross-entropy")
     said = [f"learning rate {config.learning_rate:g}", " + ".join(compared)]
@@ -35,4 +36,4 @@ def _writer(config: SwitchConfig) -> str:
 def _in_words(part: Mapping[str, Any]) -> str:
     """A part's name and, in brackets, the settings that are not left open."""
     settings = [f"{key} {value}" for key, value in part.items() if key != "name" and value is not None]
-    return part["name"] + (f" ({', '.join(settings)})" if settings else "")
+    return str(part["name"]) + (f" ({', '.join(settings)})" if settings else "")

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from switchkd.errors import UserError
 from switchkd.models.layers import remove_layers
@@ -50,9 +50,7 @@ def load_pair(
     student_kwargs = {**attention, **(settings.pop("model_init_kwargs", None) or {})}
     teacher_kwargs = {**attention, **(settings.pop("teacher_model_init_kwargs", None) or {})}
     if placement is not None and settings:
-        raise UserError(
-            f"{next(iter(settings))} is given beside a placement, which has decided it; give one of the two"
-        )
+        raise UserError(f"{next(iter(settings))} is given beside a placement, which has decided it; give one of them")
     tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code, revision=student_kwargs.get("revision"))
     teacher_model = teacher_tokenizer = None
     if teacher is not None:
@@ -78,8 +76,8 @@ def load_pair(
             init_kwargs=teacher_kwargs,
             quantization=teacher_quantization,
         )
-    models, tokenizers = (student_model, teacher_model), (tokenizer, teacher_tokenizer)
-    return ModelPair(*models, *tokenizers, place.autocast_dtype, tokenizers_agree=True)
+    tokenizers = tokenizer, teacher_tokenizer
+    return ModelPair(student_model, teacher_model, *tokenizers, place.autocast_dtype, tokenizers_agree=True)
 
 
 def load_model(

@@ -164,9 +164,9 @@ def _trainer(
 
 
 def _first_line(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -> str:
-    starts = f", going on from {checkpoint}" if checkpoint else ""
+    starts = f" Goes on from {checkpoint}." if checkpoint else ""
     computes = f"Computes {stage.config.placement.describe()}: {describe_objective(stage.config)}."
-    return f"{trainer.describe()}. {computes} Writes to {stage.model_folder}{starts}."
+    return f"{trainer.describe()}. {computes} Writes to {stage.model_folder}.{starts}"
 
 
 def _how_to_resume(run: RunConfig, stage: Stage, what: str) -> str:
