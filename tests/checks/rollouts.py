@@ -96,7 +96,7 @@ def tie_margin(
         own = logp.pop(int(draft.proposal))
         edge = sorted(logp, reverse=True)[policy.keep_top_k - 1 : policy.keep_top_k]
         margins += [abs(own - each) for each in edge if math.isfinite(own) and math.isfinite(each)]
-    if policy.draws_anew:
+    if policy.draws_independently:
         return min([*margins, _lead(_scores(teacher_logp, address, Stream.EXCESS, sampling))])
     if sampling.greedy:
         return min([*margins, _lead(teacher_logp)])

@@ -47,6 +47,7 @@ def run_demo(changes: Mapping[str, Any], console: Console) -> None:
     assert run.teacher is not None
     pair = load_pair(run.student, run.teacher)
     if is_earlier_demo:
+        # Only now that the pair has loaded: a failed attempt leaves the earlier run.
         shutil.rmtree(folder)
     before = _measured("student before", pair, config, console)
     teacher = _measured("teacher", load_pair(run.teacher, None), config, console)
@@ -64,6 +65,7 @@ def _holds_demo(folder: Path) -> bool:
     saved = folder / RUN_FILE
     if not saved.is_file():
         return False
+    # A demo that is repeated must never delete somebody's own work.
     if read_mapping(saved).get("run_name") != RUN_NAME:
         raise UserError(f"{folder} holds a run that is no demo; give another folder with --output")
     return True
@@ -86,8 +88,7 @@ def _measured(label: str, pair: ModelPair, config: SwitchConfig, console: Consol
 def _show_training_text(pair: ModelPair, run: RunConfig, config: SwitchConfig, console: Console) -> None:
     assert pair.tokenizer is not None
     rows = resolve(run.train_data, limit=SHOWN_ROLLOUTS)
-    examples = tokenized(rows, pair.tokenizer, config, need_response=False)
-    prompts = [example.prompt for example in examples]
+    prompts = [each.prompt for each in tokenized(rows, pair.tokenizer, config, need_response=False)]
     rollouts = SpeculativeEngine(pair).generate(prompts, config.plan.policy, config.sampling, seed=config.seed)
     print_rollouts(rollouts, pair.tokenizer, console)
 

@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _say(str(message))
         sys.exit(USER_ERROR if isinstance(message, UserError) else INTERRUPTED)
     except Exception as error:
+        # A traceback helps a developer alone, and a developer asks for it.
         if debug:
             raise
         _say(f"{type(error).__name__}: {error}; this should not happen: run again with {DEBUG} to see where")
@@ -99,6 +100,7 @@ def train(
     quiet_transformers()
     run = read_run(run_file, assignments)
     options = {"data_dir": data_dir and str(data_dir), "skip_bad_rows": skip_bad_rows or None}
+    # What was not given on the command line leaves the run file as it is.
     run = run.changed({key: value for key, value in options.items() if value is not None}, "on the command line")
     train_run(run, new_console(), resume=resume)
 
@@ -115,22 +117,19 @@ def evaluate(options: EvaluationOptions) -> None:
     from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
-    sampling = Sampling(
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        no_repeat_ngram_size=options.no_repeat_ngram,
-    )
+    ngram = options.no_repeat_ngram
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, no_repeat_ngram_size=ngram)
     settings = EvaluationSettings(sampling, _whole_numbers("--seeds", options.seeds), options.max_prompt_tokens)
     names = [name.strip() for name in options.sets.split(",") if name.strip()]
     if not names:
         raise UserError(f"--sets is {options.sets!r}; name at least one set, such as dolly or world")
     rows = {name: resolve(name, "eval", data_dir=options.data_dir, limit=options.limit) for name in names}
     model = options.model
-    folder = Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{_file_name(model)}"
-    folder = options.output or folder
+    beside = Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{_file_name(model)}"
+    folder = options.output or beside
     pair = load_pair(model, None, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     assert pair.tokenizer is not None
+    # Refused now, not after the first sets have been answered.
     pair.check_room(options.max_prompt_tokens + options.max_new_tokens)
     console = new_console()
     evaluation = score(

@@ -234,6 +234,7 @@ class SwitchConfig(TrainingArguments):
                 f"teacher_text_divergence is {self.teacher_text_divergence}, but method {self.method_name!r} has no divergence; "
                 f"set one, or leave it out"
             )
+        # Refused and not ignored: a setting that nothing reads is a run that is not what its author thinks.
         of_rollouts = ("policy", "teacher_text_share", "replay_capacity", "replay_share", "long_term_weight")
         for key in (*of_rollouts, "teacher_text_divergence"):
             if getattr(self, key) and not (method.student_share or method.share_rise):
@@ -249,6 +250,7 @@ class SwitchConfig(TrainingArguments):
         """Raise UserError for settings out of range that no component checks."""
         check_block_size(self.block_size)
         sampling, weight = self.sampling, self.plan.objective.long_term_weight
+        # Returns are of the models' own probabilities; what top-k or top-p excludes would make them infinite.
         if weight and (sampling.temperature, sampling.top_p, sampling.top_k) != (1, 1, 0):
             raise UserError(
                 f"long_term_weight is {weight}, which needs text drawn from the models' own distributions; set temperature "

@@ -79,7 +79,8 @@ class Plan:
 
     def _check_long_term(self) -> None:
         weight = self.objective.long_term_weight
-        if weight and self.policy.draws_anew:
+        # Importance weights divide by the probability with which the text was written, by the student as it is.
+        if weight and self.policy.draws_independently:
             raise UserError(
                 f"long_term_weight is {weight}, but the probability of what {type(self.policy).__name__} writes is not "
                 f"known; set it to 0"

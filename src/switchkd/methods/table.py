@@ -17,7 +17,7 @@ from switchkd.distributions.divergences import (
     SkewedReverseKL,
 )
 from switchkd.rollout.policies import AdaSwitch, Early, Interleave, Late, Mix, Policy, Student, Switch
-from switchkd.settings.components import Registry
+from switchkd.settings.components import Registry, settings_of
 from switchkd.settings.paper import PAPER_SHARE
 
 
@@ -55,19 +55,9 @@ class Method:
         return type(self.policy).__name__ if self.student_share or self.share_rise else "data set"
 
 
+_OF_THE_ROW_ALONE = ("summary", "source", "departs", "teacher_writes_data", "start")
 # What a run's settings of the same name replace.
-REPLACEABLE = (
-    "policy",
-    "divergence",
-    "teacher_text_divergence",
-    "cross_entropy_weight",
-    "long_term_weight",
-    "student_share",
-    "teacher_text_share",
-    "share_rise",
-    "replay_capacity",
-    "replay_share",
-)
+REPLACEABLE = tuple(key for key in settings_of(Method) if key not in _OF_THE_ROW_ALONE)
 
 
 def _control(policy: Policy, summary: str) -> Method:

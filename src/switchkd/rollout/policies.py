@@ -18,6 +18,7 @@ from torch import Tensor
 
 from switchkd.errors import UserError
 from switchkd.settings.components import Registry, setting
+from switchkd.settings.paper import PAPER_FINAL_FRACTION
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class Policy(ABC):
     """Decides, position by position, who writes. It keeps no state: all it knows of a row is what the row's record says.
 
     `needs_teacher` is False where the student writes alone and no teacher runs; `needs_history` is True where the decision looks
-    at the row's past. `draws_anew` is True where the decision looks at the proposal: the teacher's token is then drawn
+    at the row's past. `draws_independently` is True where the decision looks at the proposal: the teacher's token is then drawn
     independently of it, since the coupled draw has the teacher's law only over all proposals, not over those a policy picked.
     """
 
     needs_teacher: ClassVar[bool] = True
-    draws_anew: ClassVar[bool] = False
+    draws_independently: ClassVar[bool] = False
     needs_history: ClassVar[bool] = False
 
     @property
@@ -81,7 +82,7 @@ class Policy(ABC):
     def written_logp(self, student_logp: Tensor, teacher_logp: Tensor, by_teacher: Tensor) -> Tensor:
         """The log-probability in nats with which each token was written, given its prefix: that of its writer.
 
-        All arguments have one shape. This holds where the prefix alone decides who writes, not for a policy that `draws_anew`.
+        All arguments have one shape. It holds where the prefix alone decides who writes, not if the policy `draws_independently`.
         """
         return torch.where(by_teacher, teacher_logp, student_logp)
 
@@ -195,7 +196,7 @@ class Interleave(Policy):
     """
 
     keep_top_k: int = setting(25, "Keep the student's token if it is among the teacher's most likely `keep_top_k`.")
-    draws_anew: ClassVar[bool] = True
+    draws_independently: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.keep_top_k < 1:
@@ -270,7 +271,7 @@ class Switch(Policy):
         """The decay rate per token that is in force for responses of at most `max_new_tokens` tokens."""
         if self.decay_rate is not None:
             return self.decay_rate
-        fraction = 0.1 if self.final_fraction is None else self.final_fraction
+        fraction = PAPER_FINAL_FRACTION if self.final_fraction is None else self.final_fraction
         return DECAYS[self.decay].rate_for(fraction, max(1, max_new_tokens - 1))
 
     def thresholds(self, position: Tensor, max_new_tokens: int) -> Tensor:

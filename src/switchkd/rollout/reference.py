@@ -126,7 +126,7 @@ class ReferenceEngine:
                 decision = policy.decide(positions)
                 divergence, by_teacher, threshold = positions.divergence, decision.by_teacher, decision.threshold
                 token, _ = written_tokens(
-                    draft, teacher_logp, by_teacher, greedy=sampling.greedy, independent=policy.draws_anew
+                    draft, teacher_logp, by_teacher, greedy=sampling.greedy, independent=policy.draws_independently
                 )
                 teacher_token_logp = teacher_logp.gather(-1, token[:, None])[:, 0]
             student_token_logp = student_logp.gather(-1, token[:, None])[:, 0]

@@ -310,7 +310,11 @@ class _Run:
             positions = observe(policy, draft, teacher_logp, logs, self.sampling.max_new_tokens)
             decision = policy.decide(positions)
             token, replaced = written_tokens(
-                draft, teacher_logp, decision.by_teacher, greedy=self.sampling.greedy, independent=policy.draws_anew
+                draft,
+                teacher_logp,
+                decision.by_teacher,
+                greedy=self.sampling.greedy,
+                independent=policy.draws_independently,
             )
             logps = (each.gather(-1, token[..., None])[..., 0] for each in (draft.student_logp, teacher_logp))
             ends = replaced | torch.isin(token, self.eos)

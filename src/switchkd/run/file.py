@@ -165,6 +165,7 @@ def read_run(path: str | Path, assignments: Sequence[str] = ()) -> RunConfig:
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises UserError that names the file, and the line of a fault."""
     try:
+        # Safe: a run file from somebody else must not run code.
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no run file {path}; check the path") from None

@@ -44,6 +44,7 @@ def train_run(run: RunConfig, console: Console, *, resume: bool = False) -> None
     from the last complete checkpoint and skips finished stages. Raises UserError for whatever does not fit, and Stopped
     where Ctrl-C ended the run.
     """
+    # From the launcher: accelerate knows it only once it has taken the devices, and the checks come before that.
     is_main_process = os.environ.get("RANK", "0") == "0"
     stages = run.in_stages()
     if is_main_process:
@@ -74,6 +75,7 @@ def _check_order(to_do: Sequence[Stage]) -> None:
 def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
     """The examples of each stage; the cheap checks of all stages come before the expensive ones of any."""
     sources = []
+    # Names and files first: a mistyped teacher of the last stage must not wait for the tokenizing of the first.
     for stage in to_do:
         run = stage.run
         train = resolve(run.train_data, "train", data_dir=run.data_dir)

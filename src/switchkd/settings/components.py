@@ -62,7 +62,8 @@ class Registry(Generic[PartT]):
 
     def _load(self, name: str) -> Any:
         entry = self._installed.get(name) or EntryPoint(name, name, self.group)
-        # A console script does not look into the folder that it is called from, where a researcher's module lies.
+        # A console script does not look into the folder that it is called from, where a researcher's module lies. Appended,
+        # so that no file there takes the place of an installed package.
         if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds text
             sys.path.append(os.getcwd())  # noqa: PTH109
         try:

@@ -2,3 +2,5 @@
 
 # The share of tokens that the teacher writes at the paper's best setting; the student writes the other 47 %.
 PAPER_SHARE = 0.53
+# The paper's best decay factor, in the one of its two readings that is the default here; see `Switch`.
+PAPER_FINAL_FRACTION = 0.1
