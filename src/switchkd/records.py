@@ -126,8 +126,8 @@ class Batch:
     the response tokens, the end-of-text token included: these N positions are counted, and the token at t is predicted
     at t - 1; `rolled_out_BT` (bool) is True at those of rollouts, not of a data set's text, and `written_by_teacher_BT` (bool)
     where a rollout says so; `student_logp_BT` and `teacher_logp_BT` (float64, nats) are each model's log-probability of the
-    token when it was written, 0 where there is no rollout; they stay on the CPU. `teacher_hidden_NH` is the teacher's last hidden state that
-    predicted each counted token, row after row, where every sequence brought it.
+    token when it was written, 0 where there is no rollout; they stay on the CPU. `teacher_hidden_NH` is the teacher's last
+    hidden state that predicted each counted token, row after row, where every sequence brought it.
     """
 
     input_ids_BT: torch.Tensor

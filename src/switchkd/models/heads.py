@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 
 from switchkd.errors import UserError
 
@@ -66,7 +66,7 @@ class _Tap:
         self.is_open = False
         self.hidden_BTH: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: object, output: ModelOutput) -> None:
+    def __call__(self, module: nn.Module, args: object, output: BaseModelOutput) -> None:
         if self.is_open:
             self.hidden_BTH = output.last_hidden_state
 
@@ -83,7 +83,9 @@ class _Tap:
 def computing_dtype(weights: Tensor | PreTrainedModel) -> torch.dtype:
     """The type that matrix products with these weights are computed in: that of autocast where it is on, or their own."""
     kind = weights.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights.dtype
+    # Autocast leaves float64 alone.
+    lowers = torch.is_autocast_enabled(kind) and weights.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if lowers else weights.dtype
 
 
 def head_rows(model: nn.Module) -> int:
@@ -149,8 +151,8 @@ class Head:
         inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "use_cache": False}
         with evaluating(model):
             expected = model(**inputs).logits[..., : self.vocabulary_size]
-            # Through the whole projection, as in the model itself: the product of a cut weight may be tiled in another way, and
-            # in TF32 differ by a thousand roundings of float32. Then all numbers are the same; allow a few roundings.
+            # Through the whole projection, as in the model itself: for a cut weight a GPU may choose another kernel, whose result
+            # in TF32 differs by a thousand roundings of float32. Shapes and numbers are the same here; allow a few roundings.
             logits = self.transform(self.projection(backbone(model)(**inputs).last_hidden_state))
             logits = logits[..., : self.vocabulary_size]
         tolerance = 8 * torch.finfo(computing_dtype(self.projection.weight)).eps * expected.abs().max()

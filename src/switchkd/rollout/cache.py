@@ -23,8 +23,8 @@ from transformers.cache_utils import CacheLayerMixin
 from switchkd.models.heads import Head, backbone, base_of, computing_dtype, evaluating
 from switchkd.models.pair import position_limit
 
-# The tokens that one forward of a prefill reads, rows times positions. Activations of a 7B model then take about 1 GB, and no
-# machine that we know of computes faster with more.
+# The tokens that one forward of a prefill reads, rows times positions. The widest activations of a 7B model then take about
+# 1 GB, and the matrix products of any machine are long since large enough.
 _PREFILL_TOKENS = 8192
 
 
@@ -60,9 +60,8 @@ class _RaggedLayer(CacheLayerMixin):
 
     def _room(self, kept: Tensor | None, like: Tensor) -> Tensor:
         # The model may have moved or changed its type since, and inference tensors cannot be written outside their mode.
-        if kept is not None and all(getattr(kept, each) == getattr(like, each) for each in ("dtype", "device")):
-            if kept.is_inference() == like.is_inference():
-                return kept
+        if kept is not None and _kind(kept) == _kind(like):
+            return kept
         return like.new_zeros(self.shared.rows, like.shape[1], self.shared.slots, like.shape[3])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -81,6 +80,10 @@ class _RaggedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.shared.slots
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.device, tensor.is_inference()
 
 
 class RaggedCache(Cache):

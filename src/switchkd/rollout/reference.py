@@ -70,9 +70,7 @@ class ReferenceEngine:
     go; None leaves them on the teacher's device.
     """
 
-    def __init__(
-        self, pair: ModelPair, max_rows: int = 64, hidden_device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, pair: ModelPair, max_rows: int = 64, hidden_device: torch.device | str | None = None) -> None:
         check_models(pair)
         self.pair = pair
         self.max_rows = max_rows
