@@ -71,8 +71,8 @@ def _same(ours: list[Rollout], theirs: list[Rollout]) -> bool:
 
 @pytest.mark.parametrize("method", ["switch", "minillm", "adaswitch"])
 def test_a_training_step_needs_no_float64_on_the_device(method: str, tmp_path: Path, llama_pair: ModelPair) -> None:
-    trainer = make_trainer(tmp_path, llama_pair, max_steps=1, method=method, use_cpu=True, logging_strategy="no")
     with NoFloat64():
+        trainer = make_trainer(tmp_path, llama_pair, max_steps=1, method=method, use_cpu=True, logging_strategy="no")
         trainer.train()
     assert trainer.state.global_step == 1
 
