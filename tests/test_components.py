@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -72,28 +71,32 @@ def test_a_policy_from_outside_rolls_out(models: Path, tmp_path: Path, module: s
         assert '"written_by_teacher": [false, true' in (tmp_path / "rollouts.jsonl").read_text()
 
 
-def test_an_installed_package_gives_its_parts_short_names(tmp_path: Path, module: str) -> None:
-    """Entry points, as pip leaves them: a folder of metadata beside the module, on the path of another process."""
+def test_an_installed_package_gives_its_parts_short_names(
+    tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entry points as pip leaves them: a folder of metadata beside the module, on the path."""
     metadata = tmp_path / f"{module}-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-    groups = {
-        "policies": "every_third = {}:EveryThird",
-        "divergences": "squared = {}:SquaredDistance",
-        "methods": "mine = {}:MINE",
+    lines = {
+        "policies": f"every_third = {module}:EveryThird",
+        "divergences": f"squared = {module}:SquaredDistance",
+        "methods": f"mine = {module}:MINE",
     }
-    text = "".join(f"[switchkd.{group}]\n{line.format(module)}\n" for group, line in groups.items())
+    text = "".join(f"[switchkd.{group}]\n{line}\n" for group, line in lines.items())
     (metadata / "entry_points.txt").write_text(text)
-    code = (
-        "from switchkd import SwitchConfig\n"
-        "plan = SwitchConfig(output_dir='x', policy={'name': 'every_third', 'period': 5}, divergence='squared').plan\n"
-        "print(plan.policy.period, type(plan.objective.divergence).__name__)\n"
-        "print(SwitchConfig(output_dir='x', method='mine').plan.policy)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path
-    )
-    assert done.stdout.strip() == "5 SquaredDistance\nEveryThird(period=3)"
+    monkeypatch.syspath_prepend(tmp_path)
+    for registry in (POLICY, DIVERGENCE, METHOD):
+        # Looked up once a process; it is looked up again after this test too.
+        monkeypatch.setitem(vars(registry), "_installed", None)
+        del vars(registry)["_installed"]
+    plan = SwitchConfig(
+        output_dir="unused", policy={"name": "every_third", "period": 5}, divergence={"name": "squared", "scale": 2.0}
+    ).plan
+    assert (plan.policy.period, plan.objective.divergence.scale) == (5, 2.0)
+    assert SwitchConfig(output_dir="unused", method="mine").plan.policy.period == 3
+    with pytest.raises(UserError, match=r"choose one of student, .*, every_third, or module:NAME"):
+        POLICY.make("none")
 
 
 @pytest.mark.parametrize(

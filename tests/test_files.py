@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from multiprocessing import get_context
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,23 +65,15 @@ def test_two_writers_of_one_path_have_temporary_files_of_their_own(tmp_path: Pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def write_often(path: Path, letter: str) -> None:
-    for _ in range(50):
-        write_atomically(path, letter * 100_000)
-
-
 def test_two_processes_never_mix_their_text(tmp_path: Path) -> None:
     path, letters = tmp_path / "log", ("a", "b")
-    context = get_context("spawn")
-    writers = [context.Process(target=write_often, args=(path, letter)) for letter in letters]
-    for writer in writers:
-        writer.start()
+    code = "import sys; from pathlib import Path; from switchkd.files import write_atomically\n"
+    code += "for _ in range(50): write_atomically(Path(sys.argv[1]), sys.argv[2] * 100_000)"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), letter]) for letter in letters]
     seen = set()
-    while any(writer.is_alive() for writer in writers):
+    while any(writer.poll() is None for writer in writers):
         if path.exists():
             seen.add(path.read_text())
-    for writer in writers:
-        writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [writer.returncode for writer in writers] == [0, 0]
     assert seen | {path.read_text()} <= {letter * 100_000 for letter in letters}
     assert list(tmp_path.iterdir()) == [path]
