@@ -114,7 +114,7 @@ def test_memory_is_that_of_the_given_rows_and_slots() -> None:
     assert reader.forwards == 2
 
 
-def test_keys_and_values_are_freed_when_generate_returns() -> None:
+def test_keys_and_values_are_freed_with_their_engine_and_those_of_a_prefill_at_once() -> None:
     """By reference counting: on a GPU nothing triggers the collector of cycles before memory runs out."""
     pair = tiny_pair("llama")
     engine, seen = SpeculativeEngine(pair, 4), set()
@@ -127,12 +127,15 @@ def test_keys_and_values_are_freed_when_generate_returns() -> None:
     gc.disable()
     try:
         engine.generate([[5, 6, 7], [8, 9]], Teacher(), Sampling(9))
+        kept = [tensor for tensor in seen if tensor() is not None]
+        del engine
         alive = [tensor for tensor in seen if tensor() is not None]
     finally:
         gc.enable()
         for hook in hooks:
             hook.remove()
     assert len(seen) == 2 * 2 * 2 * 2  # a prefill and a cache of two models, keys and values of two layers
+    assert len(kept) == len(seen) / 2  # the next call writes into the caches again; the prefills are gone
     assert not alive
 
 

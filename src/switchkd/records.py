@@ -77,7 +77,7 @@ class Rollout:
     `threshold` is what the policy compared it with (NaN where the policy has none); `student_logp` and
     `teacher_logp` are each model's log-probability of the written token in nats, -inf where the model excludes it.
     Where no teacher ran, `divergence` and `teacher_logp` are NaN. `teacher_hidden` is the teacher's last hidden state that
-    predicted each token, shape (T, H), where the engine was asked to keep it.
+    predicted each token, shape (T, H), where the engine was asked to keep it, on the device that the engine left it on.
     """
 
     prompt: Prompt
@@ -94,6 +94,10 @@ class Rollout:
     def teacher_share(self) -> float:
         """The share of tokens that the teacher wrote, 0 to 1."""
         return sum(self.written_by_teacher) / len(self.written_by_teacher)
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The same rollout with what it keeps of the teacher on another device: "cpu" to store it or to send it."""
+        return self if self.teacher_hidden is None else replace(self, teacher_hidden=self.teacher_hidden.to(device))
 
 
 def teacher_share_of(rollouts: Sequence[Rollout]) -> float:
@@ -122,8 +126,8 @@ class Batch:
     the response tokens, the end-of-text token included: these N positions are counted, and the token at t is predicted
     at t - 1; `rolled_out_BT` (bool) is True at those of rollouts, not of a data set's text, and `written_by_teacher_BT` (bool)
     where a rollout says so; `student_logp_BT` and `teacher_logp_BT` (float64, nats) are each model's log-probability of the
-    token when it was written, 0 where there is no rollout. `teacher_hidden_NH` is the teacher's last hidden state that
-    predicted each counted token, row after row, where every sequence brought it.
+    token when it was written, 0 where there is no rollout; they stay on the CPU. `teacher_hidden_NH` is the teacher's last
+    hidden state that predicted each counted token, row after row, where every sequence brought it.
     """
 
     input_ids_BT: torch.Tensor
@@ -141,6 +145,7 @@ class Batch:
         return int(self.response_mask_BT.sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        """The same batch on another device, but for the log-probabilities: not every device has float64."""
+        names = [field.name for field in fields(self) if field.name not in ("student_logp_BT", "teacher_logp_BT")]
+        tensors = {name: getattr(self, name) for name in names}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})

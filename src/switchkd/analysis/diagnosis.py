@@ -84,7 +84,7 @@ def diagnose(
         raise UserError("a diagnosis asks the teacher about every text, but the pair has no teacher; load one")
     if not prompts:
         raise UserError("there is no prompt to diagnose; give at least one")
-    engine = engine or SpeculativeEngine(pair)
+    engine = engine or SpeculativeEngine(pair, hidden_device="cpu")
     writers: dict[str, Policy] = {"student": Student(), "switch": switch, "teacher": Teacher()}
     return {
         name: _diagnosis(policy, engine.generate(prompts, policy, sampling, seed, keep_teacher="hidden"), head)

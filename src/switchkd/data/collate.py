@@ -64,7 +64,11 @@ def response_ids(sequence: Example | Rollout) -> tuple[int, ...]:
 
 def _packed_teacher_hidden(sequences: Sequence[Example | Rollout]) -> torch.Tensor | None:
     kept = [sequence.teacher_hidden for sequence in sequences if sequence.teacher_hidden is not None]
-    return torch.cat(kept) if len(kept) == len(sequences) else None
+    if len(kept) < len(sequences):
+        return None
+    # Those of this step are where the teacher is, replayed ones may be on the CPU.
+    device = next((hidden.device for hidden in kept if hidden.device.type != "cpu"), kept[0].device)
+    return torch.cat([hidden.to(device) for hidden in kept])
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:

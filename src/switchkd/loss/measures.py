@@ -25,14 +25,17 @@ def sums_of(report: Report, batch: Batch) -> Iterator[tuple[str, float, float]]:
     Names are those of `MEASURE_NAMES`: "divergence", "divergence/teacher_tokens", "divergence/0-31", ... Units are the report's:
     nats, and 0 or 1 for the agreement. `batch` is the one that the report is about.
     """
-    counted = batch.response_mask_BT
+    # On the CPU, since not every device has float64.
+    counted, by_teacher, rolled_out = (
+        mask.cpu() for mask in (batch.response_mask_BT, batch.written_by_teacher_BT, batch.rolled_out_BT)
+    )
     position = (counted.cumsum(dim=1) - 1)[counted]
-    by_teacher, rolled_out = batch.written_by_teacher_BT[counted], batch.rolled_out_BT[counted]
+    by_teacher, rolled_out = by_teacher[counted], rolled_out[counted]
     # Neither model wrote the data set's text, whatever written_by_teacher says of it.
     writer = torch.where(rolled_out, by_teacher.long(), 2)
-    bucket = torch.bucketize(position, torch.tensor(BUCKET_ENDS, device=position.device), right=True)
+    bucket = torch.bucketize(position, torch.tensor(BUCKET_ENDS), right=True)
     for measure in _MEASURES:
-        values = getattr(report, f"{measure}_N").double()
+        values = getattr(report, f"{measure}_N").cpu().double()
         if not values.numel():
             continue
         yield measure, float(values.sum()), values.numel()

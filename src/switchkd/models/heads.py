@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from switchkd.errors import UserError
 
@@ -46,13 +47,45 @@ def last_hidden(wrapped: nn.Module, model: nn.Module, input_ids_BT: Tensor, atte
 
     Data parallelism works by hooks on the wrapper's forward. The model's own head runs on one position only.
     """
-    captured: list[Tensor] = []
-    handle = backbone(model).register_forward_hook(lambda *call: captured.append(call[-1].last_hidden_state))
+    tap = _Tap.on(backbone(model))
+    tap.is_open = True
     try:
         wrapped(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, logits_to_keep=1)
+        if tap.hidden_BTH is None:
+            raise RuntimeError("the wrapper's forward did not run the model's own backbone")
+        return tap.hidden_BTH
     finally:
-        handle.remove()
-    return captured[0]
+        # The states hold the whole graph of the forward.
+        tap.is_open, tap.hidden_BTH = False, None
+
+
+class _Tap:
+    """A forward hook that stays on its module: putting one on and off at each call would recompile a compiled model each time."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.hidden_BTH: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: object, output: BaseModelOutput) -> None:
+        if self.is_open:
+            self.hidden_BTH = output.last_hidden_state
+
+    @classmethod
+    def on(cls, module: nn.Module) -> _Tap:
+        """The module's own tap. A copied module has a copy of it, so no list of taps is kept elsewhere."""
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, cls):
+                return hook
+        module.register_forward_hook(tap := cls())
+        return tap
+
+
+def computing_dtype(weights: Tensor | PreTrainedModel) -> torch.dtype:
+    """The type that matrix products with these weights are computed in: that of autocast where it is on, or their own."""
+    kind = weights.device.type
+    # Autocast leaves float64 alone.
+    lowers = torch.is_autocast_enabled(kind) and weights.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if lowers else weights.dtype
 
 
 def head_rows(model: nn.Module) -> int:
@@ -109,7 +142,8 @@ class Head:
         return None if bias is None else bias[: self.vocabulary_size]
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
-        """Logits (N, V) of hidden states (N, H), in the weight's type."""
+        """Logits (N, V) of hidden states (N, H), in the weight's type and on its device."""
+        hidden_NH = hidden_NH.to(self.projection.weight.device)
         return self.transform(nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V))
 
     def _compare_with(self, model: nn.Module) -> None:
@@ -117,9 +151,11 @@ class Head:
         inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "use_cache": False}
         with evaluating(model):
             expected = model(**inputs).logits[..., : self.vocabulary_size]
-            logits = self(backbone(model)(**inputs).last_hidden_state)
-        # The operations and numbers are the same, but kernels may be chosen by shape: allow a few roundings.
-        tolerance = 8 * torch.finfo(self.projection.weight.dtype).eps * expected.abs().max()
+            # Through the whole projection, as in the model itself: for a cut weight a GPU may choose another kernel, whose result
+            # in TF32 differs by a thousand roundings of float32. Shapes and numbers are the same here; allow a few roundings.
+            logits = self.transform(self.projection(backbone(model)(**inputs).last_hidden_state))
+            logits = logits[..., : self.vocabulary_size]
+        tolerance = 8 * torch.finfo(computing_dtype(self.projection.weight)).eps * expected.abs().max()
         if logits.shape != expected.shape or not bool(((logits - expected).abs() <= tolerance).all()):
             raise UserError(
                 f"switchkd does not know how {type(base_of(model)).__name__} computes its logits: they are not its projected "

@@ -74,12 +74,14 @@ class ModelPair:
     @cached_property
     def student_head(self) -> Head:
         """The student's head, cut to the shared vocabulary; proven once, see `Head.of`."""
-        return Head.of(self.student, self.vocabulary_size)
+        with self.computing():
+            return Head.of(self.student, self.vocabulary_size)
 
     @cached_property
     def teacher_head(self) -> Head | None:
         """The teacher's head, cut to the shared vocabulary; None without a teacher."""
-        return None if self.teacher is None else Head.of(self.teacher, self.vocabulary_size)
+        with self.computing():
+            return None if self.teacher is None else Head.of(self.teacher, self.vocabulary_size)
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:

@@ -28,6 +28,6 @@ class Engine(Protocol):
         """One rollout for each prompt, in the order of the prompts.
 
         `keep_teacher="hidden"` keeps the teacher's last hidden state for every token: T x H numbers per rollout, in the
-        teacher's dtype, on the CPU. `on_progress` is called after each step with the number of finished rollouts. Raises
+        teacher's dtype and on its device. `on_progress` is called after each step with the number of finished rollouts. Raises
         UserError for prompts, policy and sampling that do not fit the models or one another.
         """

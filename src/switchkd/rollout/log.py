@@ -48,10 +48,15 @@ class RolloutLog:
         for column, values in zip(columns, measures, strict=True):
             column += values
 
-    def rollout(self, eos_ids: Sequence[int]) -> Rollout:
-        """The record of the finished row. The kept hidden states, pieces of shape (..., H), become one tensor (T, H)."""
+    def rollout(self, eos_ids: Sequence[int], hidden_device: torch.device | str | None) -> Rollout:
+        """The record of the finished row. The kept hidden states, pieces of shape (..., H), become one tensor (T, H).
+
+        They move to `hidden_device`, or stay where they are if it is None.
+        """
         ended = self.token_ids[-1] in eos_ids
         pieces = [piece.reshape(-1, piece.shape[-1]) for piece in self.teacher_hidden]
+        # One copy a row. A copy for each block would wait for the device each time.
+        hidden = torch.cat(pieces).to(hidden_device) if pieces else None
         return Rollout(
             prompt=self.prompt,
             token_ids=tuple(self.token_ids),
@@ -61,7 +66,7 @@ class RolloutLog:
             student_logp=tuple(self.student_logp),
             teacher_logp=tuple(self.teacher_logp),
             finish_reason=FinishReason.END_OF_TEXT if ended else FinishReason.LENGTH,
-            teacher_hidden=torch.cat(pieces) if pieces else None,
+            teacher_hidden=hidden,
         )
 
 
@@ -71,10 +76,9 @@ def observe(
     """What the policy sees of a draft (...), one position or a block of them per row of `logs`, with `teacher_logp` (..., V)."""
     past_divergence = past_by_teacher = None
     if policy.needs_history:
-        device = draft.proposal.device
-        # float64 holds the record's numbers exactly, so a block sees its past as single steps saw it.
-        divergences = [torch.tensor(log.divergence, dtype=torch.float64, device=device) for log in logs]
-        writers = [torch.tensor(log.written_by_teacher, dtype=torch.bool, device=device) for log in logs]
+        # float64 holds the record's numbers exactly, so a block sees its past as single steps saw it. Not every device has it.
+        divergences = [torch.tensor(log.divergence, dtype=torch.float64) for log in logs]
+        writers = [torch.tensor(log.written_by_teacher, dtype=torch.bool) for log in logs]
         past_divergence = pad_sequence(divergences, batch_first=True, padding_value=math.nan, padding_side="left")
         past_by_teacher = pad_sequence(writers, batch_first=True, padding_value=False, padding_side="left")
     return Positions(

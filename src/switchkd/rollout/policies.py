@@ -30,7 +30,7 @@ class Positions:
     of every token; `max_new_tokens` bounds `position`.
 
     Only a policy that `needs_history` sees the row's past: `past_divergence` (float64) and `past_by_teacher`, both (B, L),
-    padded on the left with NaN and False where a row has written fewer than L tokens.
+    on the CPU, padded on the left with NaN and False where a row has written fewer than L tokens.
     """
 
     position: Tensor
@@ -46,7 +46,10 @@ class Positions:
 
 @dataclass(frozen=True)
 class Decision:
-    """`by_teacher`: True where the teacher writes; `threshold`: what the divergence was compared with, or NaN."""
+    """`by_teacher`: True where the teacher writes; `threshold`: what the divergence was compared with, or NaN.
+
+    `by_teacher` is on the device of the positions. A threshold in float64 is on the CPU: not every device has that type.
+    """
 
     by_teacher: Tensor
     threshold: Tensor
@@ -272,13 +275,15 @@ class Switch(Policy):
         return DECAYS[self.decay].rate_for(fraction, max(1, max_new_tokens - 1))
 
     def thresholds(self, position: Tensor, max_new_tokens: int) -> Tensor:
-        """The threshold in nats at each position, float64, the shape of `position`."""
-        return self.threshold * DECAYS[self.decay].curve(position.double(), self.rate(max_new_tokens))
+        """The threshold in nats at each position, float64 on the CPU, the shape of `position`."""
+        return self.threshold * DECAYS[self.decay].curve(position.cpu().double(), self.rate(max_new_tokens))
 
     def decide(self, positions: Positions) -> Decision:
         """The teacher where the divergence exceeds the threshold."""
-        threshold = self.thresholds(positions.position, positions.max_new_tokens).to(positions.divergence.dtype)
-        return Decision(positions.divergence > threshold, threshold)
+        divergence = positions.divergence
+        threshold = self.thresholds(positions.position, positions.max_new_tokens).to(divergence.dtype)
+        threshold = threshold.to(divergence.device)
+        return Decision(divergence > threshold, threshold)
 
 
 @dataclass(frozen=True)
@@ -310,9 +315,9 @@ class AdaSwitch(Policy):
         """The teacher from the switch on; the threshold is NaN before the window is full and after the switch."""
         assert positions.past_divergence is not None
         assert positions.past_by_teacher is not None
-        # One position of each row is a block of one. In float64, which holds a record's numbers exactly.
-        rows = len(positions.past_by_teacher)
-        block_BT = positions.divergence.double().reshape(rows, -1)
+        # One position of each row is a block of one. On the CPU, in float64, which holds a record's numbers exactly.
+        rows, shape = len(positions.past_by_teacher), positions.divergence.shape
+        block_BT = positions.divergence.cpu().double().reshape(rows, -1)
         width = block_BT.shape[1]
         padded = torch.nn.functional.pad(positions.past_divergence, (self.window, 0), value=math.nan)
         series = torch.cat([padded[:, -self.window :], block_BT], dim=1)
@@ -322,9 +327,8 @@ class AdaSwitch(Policy):
         jumps = block_BT > threshold
         switched_before = (jumps.cumsum(dim=1) - jumps.long() > 0) | positions.past_by_teacher.any(dim=1, keepdim=True)
         threshold = threshold.masked_fill(switched_before, math.nan)
-        return Decision(
-            (jumps | switched_before).reshape(positions.divergence.shape), threshold.reshape(positions.divergence.shape)
-        )
+        by_teacher = (jumps | switched_before).reshape(shape).to(positions.divergence.device)
+        return Decision(by_teacher, threshold.reshape(shape))
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -66,13 +66,15 @@ class _Decoder:
 class ReferenceEngine:
     """Rolls out token by token, with one forward of each model per token; batched, left-padded, cached.
 
-    `max_rows` prompts run together (default 64); the result does not depend on it.
+    `max_rows` prompts run together (default 64); the result does not depend on it. `hidden_device` is where kept hidden states
+    go; None leaves them on the teacher's device.
     """
 
-    def __init__(self, pair: ModelPair, max_rows: int = 64) -> None:
+    def __init__(self, pair: ModelPair, max_rows: int = 64, hidden_device: torch.device | str | None = None) -> None:
         check_models(pair)
         self.pair = pair
         self.max_rows = max_rows
+        self.hidden_device = hidden_device
 
     def generate(
         self,
@@ -86,7 +88,7 @@ class ReferenceEngine:
         """One rollout for each prompt, in their order; see `Engine.generate`."""
         records = checked_prompts(self.pair, prompts, policy, sampling, keep_teacher)
         rollouts: list[Rollout] = []
-        with evaluating(self.pair.student, self.pair.teacher):
+        with evaluating(self.pair.student, self.pair.teacher), self.pair.computing():
             for start in range(0, len(records), self.max_rows):
                 batch = records[start : start + self.max_rows]
                 rollouts += self._roll_out(batch, policy, sampling, seed, keep_teacher)
@@ -114,7 +116,7 @@ class ReferenceEngine:
             address = Address(key, torch.full_like(key, position))
             token = proposal = student_proposal(student_logp, address, greedy=sampling.greedy)
             by_teacher = torch.zeros_like(token, dtype=torch.bool)
-            divergence = threshold = teacher_token_logp = torch.full_like(token, math.nan, dtype=torch.float64)
+            divergence = threshold = teacher_token_logp = torch.full_like(token, math.nan, dtype=torch.float32)
             if teacher is not None:
                 teacher_logp = shaped_logp(teacher.step(ids_BT, mask_BS), sampling).to(device)
                 draft = Draft(proposal, student_logp, address)
@@ -134,10 +136,10 @@ class ReferenceEngine:
                 if writing[row]:
                     log.extend(*(column[row : row + 1] for column in columns))
                     if teacher is not None and teacher.keep_hidden:
-                        log.teacher_hidden.append(teacher.hidden_BH[row].cpu())
+                        log.teacher_hidden.append(teacher.hidden_BH[row])
                     writing[row] = log.token_ids[-1] not in pair.eos_ids
             if not any(writing):
                 break
             ids_BT = token[:, None]
             mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BT)], dim=1)
-        return [log.rollout(pair.eos_ids) for log in logs]
+        return [log.rollout(pair.eos_ids, self.hidden_device) for log in logs]

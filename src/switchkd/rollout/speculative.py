@@ -9,7 +9,9 @@ Shape letters: A rows in flight, K positions of a block, V vocabulary, H hidden.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -23,17 +25,14 @@ from switchkd.models.heads import evaluating
 from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.blocks import BlockChooser, check_block_size
-from switchkd.rollout.cache import CachedModel, cache_mismatch, why_not_ragged
+from switchkd.rollout.cache import CachedModel, RaggedCache, cache_mismatch, taking_masks, why_not_ragged
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
 from switchkd.rollout.log import RolloutLog, observe
+from switchkd.rollout.memory import numbers_at_once
 from switchkd.rollout.metrics import RolloutMetrics
 from switchkd.rollout.policies import Policy
 from switchkd.rollout.reference import ReferenceEngine
-
-# Comparing two distributions takes a handful of tensors of their size. Rows are compared in groups of about this many
-# numbers, which bounds that memory (64 MB per tensor in float32).
-_COMPARED_NUMBERS = 1 << 24
 
 
 class SpeculativeEngine:
@@ -41,13 +40,20 @@ class SpeculativeEngine:
 
     At most `max_rows` rows are in flight. A finished row leaves at once and a waiting prompt takes its place, so one long row
     does not hold up the others. Memory is bounded whatever the number of prompts: each model's cache holds `max_rows` rows
-    of the longest prompt + `max_new_tokens` + one block. Neither setting changes a token.
+    of the longest prompt + `max_new_tokens` + one block, and is kept for the next call. Neither setting changes a token.
 
-    Models whose caches cannot take a token back are served by the reference engine, with a warning. `metrics` describes
-    the last call. Raises UserError for a `block_size` or `max_rows` below 1.
+    `hidden_device` is where kept hidden states go; None leaves them on the teacher's device. Models whose caches cannot take a
+    token back are served by the reference engine, with a warning; those with flash attention compute with sdpa here. `metrics`
+    describes the last call. Raises UserError for a `block_size` or `max_rows` below 1.
     """
 
-    def __init__(self, pair: ModelPair, block_size: int | str = "auto", max_rows: int = 64) -> None:
+    def __init__(
+        self,
+        pair: ModelPair,
+        block_size: int | str = "auto",
+        max_rows: int = 64,
+        hidden_device: torch.device | str | None = None,
+    ) -> None:
         check_block_size(block_size)
         if max_rows < 1:
             raise UserError(f"max_rows is {max_rows}; at least one row has to be in flight")
@@ -55,19 +61,29 @@ class SpeculativeEngine:
         self.pair = pair
         self.block_size = block_size
         self.max_rows = max_rows
+        self.hidden_device = hidden_device
         self.metrics = RolloutMetrics()
+        # By role. A call takes them out and puts them back: one that fails may leave NaN, which no mask hides.
+        self.caches: dict[str, RaggedCache] = {}
         self._fallback: ReferenceEngine | None = None
         students, teachers = ("student", pair.student, pair.student_head), ("teacher", pair.teacher, pair.teacher_head)
         for role, model, head in (students, teachers):
             if model is None or head is None:
                 continue
-            reason = why_not_ragged(model) or cache_mismatch(CachedModel(model, head, rows=2, slots=8))
+            with self._computing():
+                reason = why_not_ragged(model) or cache_mismatch(CachedModel(model, head, rows=2, slots=8))
             if reason is not None:
                 warnings.warn(
                     f"rollouts go one token at a time: the {role} cannot draft blocks, since {reason}", stacklevel=2
                 )
-                self._fallback = ReferenceEngine(pair, max_rows)
+                self._fallback = ReferenceEngine(pair, max_rows, hidden_device)
                 break
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        student, teacher = self.pair.student, self.pair.teacher
+        with evaluating(student, teacher), self.pair.computing(), taking_masks(student, teacher):
+            yield
 
     def generate(
         self,
@@ -85,8 +101,11 @@ class SpeculativeEngine:
         self.metrics = RolloutMetrics()
         if not records:
             return []
-        with evaluating(self.pair.student, self.pair.teacher):
-            return _Run(self, records, policy, sampling, seed, keep_teacher, on_progress).rollouts()
+        with self._computing():
+            run = _Run(self, records, policy, sampling, seed, keep_teacher, on_progress)
+            rollouts = run.rollouts()
+        self.caches |= {role: model.cache for role, model in run.models.items()}
+        return rollouts
 
 
 class _Row:
@@ -134,6 +153,7 @@ class _Run:
         self.on_progress = on_progress
         self.metrics = engine.metrics
         self.device = pair.student.device
+        self.hidden_device = engine.hidden_device
         keys = row_keys(seed, prompts).tolist()
         # Longest first, so that the call does not end with one long row; equal prompts together, to share their prefill.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), prompts[i].token_ids, i))
@@ -144,10 +164,12 @@ class _Run:
         # An n-gram ban looks at the tokens written so far, so it needs them one by one.
         self.chooser = BlockChooser(1 if sampling.no_repeat_ngram_size else engine.block_size, sampling.max_new_tokens)
         slots = len(prompts[order[0]].token_ids) + sampling.max_new_tokens + self.chooser.largest
-        self.student = CachedModel(pair.student, pair.student_head, self.max_rows, slots)
-        self.teacher = None
+        size, kept = (self.max_rows, slots), engine.caches
+        self.student = CachedModel(pair.student, pair.student_head, *size, kept.pop("student", None))
+        self.models, self.teacher = {"student": self.student}, None
         if pair.teacher is not None and pair.teacher_head is not None and (policy.needs_teacher or keep_teacher):
-            self.teacher = CachedModel(pair.teacher, pair.teacher_head, self.max_rows, slots)
+            self.teacher = CachedModel(pair.teacher, pair.teacher_head, *size, kept.pop("teacher", None))
+            self.models["teacher"] = self.teacher
         self.eos = torch.tensor(pair.eos_ids, dtype=torch.long, device=self.device)
 
     def rollouts(self) -> list[Rollout]:
@@ -189,22 +211,19 @@ class _Run:
         if not self.waiting or (self.rows and free < max(1, self.max_rows // 8)):
             return
         arriving = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
-        for model in (self.student, self.teacher):
-            if model is not None:
-                self._prefill(model, arriving)
+        for role, model in self.models.items():
+            self._prefill(role, model, arriving)
         self.rows += arriving
 
-    def _prefill(self, model: CachedModel, arriving: list[_Row]) -> None:
+    def _prefill(self, role: str, model: CachedModel, arriving: list[_Row]) -> None:
         """Give each row all of its prompt but the last token, from a row in flight with that prompt or read once for all."""
         sources = {row.prompt_ids: (model.cache, place) for place, row in enumerate(self.rows)}
         unread = list(dict.fromkeys(row.prompt_ids for row in arriving if row.length and row.prompt_ids not in sources))
         if unread:
-            with self.metrics.timing("student" if model is self.student else "teacher"):
-                width = max(map(len, unread)) - 1
-                fresh = CachedModel(model.model, model.head, len(unread), width)
-                padded = [[*prompt[:-1], *[self.pair.pad_id] * (width - len(prompt) + 1)] for prompt in unread]
-                fresh.read(torch.tensor(padded), [0] * len(unread))
-                model.forwards += 1
+            with self.metrics.timing(role):
+                fresh = CachedModel(model.model, model.head, len(unread), max(map(len, unread)) - 1)
+                fresh.prefill([prompt[:-1] for prompt in unread], self.pair.pad_id)
+                model.forwards += fresh.forwards
             sources |= {prompt: (fresh.cache, place) for place, prompt in enumerate(unread)}
         with self.metrics.timing("cache"):
             for place, row in enumerate(arriving, start=len(self.rows)):
@@ -219,18 +238,21 @@ class _Run:
                 row = self.rows[place]
                 if self._room(row) and row.pending not in self.pair.eos_ids:
                     continue
-                self.results[row.index] = row.log.rollout(self.pair.eos_ids)
+                self.results[row.index] = row.log.rollout(self.pair.eos_ids, self.hidden_device)
                 last = self.rows.pop()
                 if last is row:
                     continue
                 self.rows[place] = last
-                for model in (self.student, self.teacher):
-                    if model is not None:
-                        model.cache.copy_prefix(model.cache, len(self.rows), place, last.length)
+                for model in self.models.values():
+                    model.cache.copy_prefix(model.cache, len(self.rows), place, last.length)
         if self.on_progress:
             self.on_progress(len(self.results) - len(self.rows) - len(self.waiting))
 
     # ------ a block of tokens
+
+    @cached_property
+    def _numbers_at_once(self) -> int:
+        return numbers_at_once(self.device)
 
     def _draft(self, size: int) -> Draft:
         """The student's proposals for the next `size` positions of every row."""
@@ -242,8 +264,8 @@ class _Run:
         address = Address(key[:, None].expand(-1, size), position[:, None] + block)
         greedy, vocabulary = self.sampling.greedy, self.pair.vocabulary_size
         noise: Sequence[Tensor | None] = [None] * size
-        if not greedy and address.position.numel() * vocabulary <= _COMPARED_NUMBERS:
-            # Noise depends on no token, and for a small model it is cheaper to make the whole block's at once.
+        if not greedy and address.position.numel() * vocabulary <= self._numbers_at_once:
+            # Noise depends on no token, and it is cheaper to make the whole block's at once where there is room for it.
             with self.metrics.timing("student"):
                 noise = proposal_noise(address, vocabulary).unbind(dim=1)
         proposals, logps = [], []
@@ -275,7 +297,7 @@ class _Run:
 
     def _decide(self, teacher: CachedModel, draft: Draft, hidden: Tensor) -> _Verdict:
         """The policy's verdict on the whole block, in groups of rows where the vocabulary is large."""
-        size = max(1, _COMPARED_NUMBERS // draft.student_logp[0].numel())
+        size = max(1, self._numbers_at_once // draft.student_logp[0].numel())
         groups = [slice(start, start + size) for start in range(0, len(self.rows), size)]
         verdicts = [self._decide_group(teacher, draft.rows(group), hidden[group], self.rows[group]) for group in groups]
         return verdicts[0] if len(verdicts) == 1 else _Verdict(*map(torch.cat, zip(*verdicts, strict=True)))
@@ -304,18 +326,18 @@ class _Run:
         Returns the number of tokens written, and of rows that stopped before the last token they had room for.
         """
         check_numbers(verdict.student_logp, verdict.divergence if self.teacher else None)
-        ends, token, by_teacher, *measures = verdict
-        size = token.shape[1]
+        ends, *recorded = verdict
+        size = ends.shape[1]
         upto = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, size).tolist()
-        # Stacked, the measures cross to the CPU in one copy; float64 holds those of any type exactly.
-        columns = [token.tolist(), by_teacher.tolist(), *torch.stack([each.double() for each in measures]).tolist()]
+        # They become Python's numbers on the CPU, which hold those of any type exactly.
+        columns = [each.tolist() for each in recorded]
         written = stopped = 0
         for place, row in enumerate(self.rows):
             count = min(upto[place], self._room(row))
             stopped += count < min(size, self._room(row))
             row.log.extend(*(column[place][:count] for column in columns))
             if self.keep_teacher and hidden is not None:
-                row.log.teacher_hidden.append(hidden[place, :count].cpu())
+                row.log.teacher_hidden.append(hidden[place, :count])
             row.length += count
             row.pending = row.log.token_ids[-1]
             written += count
