@@ -22,7 +22,7 @@ from trainers import EXAMPLES, PROMPTS_ONLY, make_examples
 
 def loss_of(method: str, pair: ModelPair, **settings: Any) -> StepLoss:
     plan = SwitchConfig(output_dir="unused", method=method, **settings).plan
-    return StepLoss(pair, plan, rows=4, device=torch.device("cpu"))
+    return StepLoss(pair, plan, rows=4)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from rich.console import Console
 from rich.progress import TaskID
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from switchkd.progress import progress_bar
@@ -146,48 +150,64 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class StopCleanly(TrainerCallback):
-    """The first Ctrl-C finishes the step, saves a checkpoint and stops; the second stops at once (KeyboardInterrupt).
+    """The first Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; a Ctrl-C after it raises KeyboardInterrupt.
 
-    Afterwards `stopped` says whether training ended before its last step for this reason.
+    All processes of a run stop after the same step, whichever of them the signal reached. Afterwards `stopped` says whether
+    training ended before its last step for this reason.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.stop_requested = False
         self.stopped = False
-        self._before: Any = None
+        self._requested_at = 0.0
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take over SIGINT."""
+        """Take over SIGINT and SIGTERM."""
         # Python lets no other thread set a handler.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._interrupted)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._interrupted)
 
     def _interrupted(self, signal_number: int, frame: FrameType | None) -> None:
         if self.stop_requested:
-            raise KeyboardInterrupt
-        self.stop_requested = True
+            # torchrun passes on what the terminal has sent to its processes already.
+            passed_on = torch.distributed.is_torchelastic_launched() and time.monotonic() - self._requested_at < 2
+            if signal_number == signal.SIGINT and not passed_on:
+                raise KeyboardInterrupt
+            return
+        self.stop_requested, self._requested_at = True, time.monotonic()
+        name = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
         self.console.print(
-            "\nCtrl-C: the run finishes this step, saves a checkpoint and stops. Press Ctrl-C again to stop at once."
+            f"\n{name}: the run finishes this step, saves a checkpoint and stops. Press Ctrl-C to stop at once."
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop after a Ctrl-C."""
+        """Save and stop after a signal to any process."""
         # After the last step the run saves and ends in any case.
-        if self.stop_requested and state.global_step < state.max_steps:
+        if state.global_step < state.max_steps and _any_process(self.stop_requested):
             self.stopped = True
             control.should_save = control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give SIGINT back."""
+        """Give the signals back."""
         self.close()
 
     def close(self) -> None:
-        """Give SIGINT back, also where training ended with an exception."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        """Give the signals back, also where training ended with an exception."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+
+def _any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process: a process that stopped alone would leave the others waiting for it."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return flag
+    flags: Tensor = gather(torch.tensor([flag], device=state.device))
+    return bool(flags.any())

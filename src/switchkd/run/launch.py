@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 from transformers import PrinterCallback
 
@@ -57,6 +58,8 @@ def train_run(run: RunConfig, console: Console, *, resume: bool = False) -> None
     _check_order(to_do)
     for prepared in _prepare(to_do):
         _train_stage(prepared, run, console, is_main_process, resume)
+        # A trainer is in reference cycles, and its models and optimizer would fill the device that the next stage needs.
+        clear_device_cache(garbage_collection=True)
     if is_main_process:
         events = read_log(Path(run.output_dir) / LOG_FILE)
         console.print(run_table(events, Path(run.output_dir)))
@@ -135,6 +138,7 @@ def _train_stage(
         save_final(model if prepared.peft_config is None else model.merge_and_unload(), trainer.pair.tokenizer, stage)
     # The next stage reads what was saved.
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
 
 
 def _trainer(

@@ -32,6 +32,8 @@ def examples_of(
         empty = sum(not example.response_ids for example in dataset)
         if need_response and empty:
             raise UserError(f"{empty} of {len(dataset)} examples have no response; give their response_ids")
+        if not all(example.prompt.token_ids for example in dataset):
+            raise UserError("an example has no prompt, but its first token has to be predicted from something; give prompt tokens")
         return list(dataset)
     if tokenizer is None:
         raise UserError("the rows are text, but there is no tokenizer; give processing_class")
@@ -56,3 +58,13 @@ def with_row_numbers(examples: list[Example]) -> dict[str, Any]:
     """The loader's batch: the records themselves, since a rollout may take the place of one."""
     # The evaluation loop counts the rows of a batch by its first tensor.
     return {"examples": examples, "rows": torch.arange(len(examples))}
+
+
+def without_repeats(examples: Sequence[Example], rows: int, process: int, processes: int) -> Sequence[Example]:
+    """The examples of a process's last batch that no other batch of the epoch has; `rows` is the data set's length.
+
+    accelerate fills the last batches of all processes up with rows from the start of the epoch, so that all are of one size.
+    """
+    # A single process's last batch may be smaller.
+    left = rows % (len(examples) * processes) if processes > 1 else 0
+    return examples[: max(0, left - process * len(examples))] if left else examples

@@ -28,38 +28,38 @@ class StepLoss:
     Made while the teacher's weights are loaded, since a head proves itself on a forward. Only `scored` needs them again.
     """
 
-    def __init__(self, pair: ModelPair, plan: Plan, *, rows: int, device: torch.device) -> None:
+    def __init__(self, pair: ModelPair, plan: Plan, *, rows: int) -> None:
         self.pair = pair
         self.rows = rows
-        self.device = device
         self.objective = plan.objective
         self.policy = plan.policy
         self.student_head = pair.student_head
         self.teacher_head = None if plan.objective.divergence is None else pair.teacher_head
 
     def scored(self, sequences: Sequence[Example | Rollout]) -> Sequence[Example | Rollout]:
-        """The sequences, each with the teacher's last hidden states that predict its response, (T, H) on the CPU.
+        """The sequences, each with the teacher's last hidden states that predict its response, (T, H) on its device.
 
         Rollouts that the teacher took part in have them already. The teacher reads the others, at most `rows` of similar
-        length at a time. Where the objective compares with no teacher, the sequences stay as they are.
+        length at a time, and one that occurs twice (a replayed one) once. Where the objective compares with no teacher, the
+        sequences stay as they are.
         """
-        if self.teacher_head is None or self.pair.teacher is None:
+        teacher = self.pair.teacher
+        if self.teacher_head is None or teacher is None:
             return sequences
-        scored = list(sequences)
-        unread = [index for index, sequence in enumerate(sequences) if sequence.teacher_hidden is None]
-        lengths = [len(sequences[index].prompt.token_ids) + len(response_ids(sequences[index])) for index in unread]
+        unread = [*{id(each): each for each in sequences if each.teacher_hidden is None}.values()]
+        lengths = [len(sequence.prompt.token_ids) + len(response_ids(sequence)) for sequence in unread]
+        read: dict[int, Example | Rollout] = {}
         for group in groups_of_like_length(lengths, self.rows):
-            indices = [unread[each] for each in group]
-            batch = collate([sequences[index] for index in indices], self.pair.pad_id).to(self.device)
+            batch = collate([unread[index] for index in group], self.pair.pad_id).to(teacher.device)
             with torch.no_grad():
-                output = backbone(self.pair.teacher)(
+                output = backbone(teacher)(
                     input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
                 )
             states_BTH, masks_BT = output.last_hidden_state, batch.response_mask_BT
-            for index, hidden_TH, mask_T in zip(indices, states_BTH, masks_BT, strict=True):
+            for index, hidden_TH, mask_T in zip(group, states_BTH, masks_BT, strict=True):
                 # The token at t is predicted at t - 1.
-                scored[index] = replace(sequences[index], teacher_hidden=hidden_TH[:-1][mask_T[1:]].cpu())
-        return scored
+                read[id(unread[index])] = replace(unread[index], teacher_hidden=hidden_TH[:-1][mask_T[1:]])
+        return [read.get(id(sequence), sequence) for sequence in sequences]
 
     def micro_batches(self, sequences: Sequence[Example | Rollout], size: int) -> list[dict[str, Any]]:
         """The inputs of a step's forwards, each on at most `size` sequences of similar length, the longest first."""

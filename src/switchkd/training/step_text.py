@@ -20,7 +20,7 @@ from switchkd.rollout.policies import Policy, Switch, Teacher
 from switchkd.training.adaptive_share import AdaptiveShare
 from switchkd.training.auto_threshold import CalibratedPolicy
 from switchkd.training.meters import Meters
-from switchkd.training.replay import ReplayBuffer
+from switchkd.training.replay import ReplayBuffer, on_host
 
 TEXT_MEASURES = (
     "student_share",
@@ -83,9 +83,14 @@ class StepText:
             if rolled_out:
                 self.meters.add("replayed", len(replayed), len(rolled_out))
             # All processes keep, and draw from, the same rollouts.
-            self.replay.add(gather_object(list(written.values())))
+            self.replay.add(gather_object([on_host(rollout) for rollout in written.values()]))
         in_place = {**replayed, **written}
         return [in_place.get(row, example) for row, example in enumerate(examples)]
+
+    def keep_scored(self, sequences: Sequence[Example | Rollout]) -> None:
+        """Put back into the replay what the teacher has read of it for this step; each process keeps what its own teacher read."""
+        if self.replay is not None:
+            self.replay.put_back(each for each in sequences if isinstance(each, Rollout))
 
     def _coins(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """Uniforms in (0, 1) for each `_Coin` and row."""

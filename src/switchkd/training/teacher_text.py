@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -18,38 +20,97 @@ from switchkd.files import write_atomically
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import name_of
 from switchkd.progress import progress_bar
-from switchkd.records import Example
-from switchkd.rollout.engine import Engine
+from switchkd.records import Example, Prompt
+from switchkd.rollout.engine import Engine, Progress
 from switchkd.rollout.policies import Teacher
 
 # Numbers of each weight tensor that go into the teacher's fingerprint: enough to tell one training from another.
 _NUMBERS = 64
+# How often a process fills its rows between two writings to the file. A crash loses that much; with fewer, the rows that wait
+# for the longest one of a call would count.
+_FILLINGS = 8
+
+_REMEDY = "delete it to have it written again"
+
+# One line of the file.
+Line = dict[str, Any]
 
 
 def teacher_text(
-    path: Path,
-    teacher: PreTrainedModel,
-    examples: Sequence[Example],
-    engine: Engine,
-    args: SwitchConfig,
-    *,
-    writes: bool,
+    path: Path, teacher: PreTrainedModel, examples: Sequence[Example], engine: Engine, args: SwitchConfig
 ) -> list[Example]:
     """The examples with the teacher's responses: read from `path`, or written there first.
 
     The file has one JSON line a prompt with `prompt_id`, `prompt_ids` and `response_ids`. The manifest beside it, written last,
-    says what the text depends on. Where `writes` is False, another process of the run makes the file, and this one waits for it.
-    Raises UserError for text that depends on anything else, naming it, and for a file that was changed.
+    says what the text depends on. All processes write, in rounds, each its share of the prompts. After each round the main one,
+    which alone needs the files, adds the lines to a partial file: a run that was cut off goes on from there.
+    Raises UserError for text that depends on anything else, naming it, for a file that was changed, and where a process fails.
     """
+    partial = path.with_name(f"{path.stem}.partial.jsonl")
     manifest = _manifest_of(teacher, examples, args)
-    while not _is_there(path, manifest):
-        if writes:
-            _write(path, manifest, examples, engine, args)
-        else:
-            # No collective: writing may take longer than those wait.
-            time.sleep(1)
-    responses = {row["prompt_id"]: row["response_ids"] for row in map(json.loads, path.read_text().splitlines())}
-    return [replace(example, response_ids=tuple(responses[example.prompt.prompt_id])) for example in examples]
+    lines = _in_main(_lines_there, path, partial, manifest)
+    written = {line["prompt_id"] for line in lines}
+    if left := [example.prompt for example in examples if example.prompt.prompt_id not in written]:
+        lines += _write(partial, left, engine, args)
+    by_id = {line["prompt_id"]: line for line in lines}
+    ordered = [by_id[example.prompt.prompt_id] for example in examples]
+    _in_main(_finish, path, partial, manifest, ordered)
+    return [
+        replace(example, response_ids=tuple(line["response_ids"]))
+        for example, line in zip(examples, ordered, strict=True)
+    ]
+
+
+def _in_all(make: Callable[..., list[Line]], *given: Any) -> list[Line]:
+    """The lines that all processes make. Where one fails, all do: none waits for another that is gone."""
+    made: list[Line] = []
+    failure = None
+    try:
+        made = make(*given)
+    except Exception as error:
+        # Whatever it is, the others must hear of it.
+        failure = error
+    parts = gather_object([(made, None if failure is None else f"{type(failure).__name__}: {failure}")])
+    if failure is not None:
+        raise failure
+    for process, (_, reason) in enumerate(parts):
+        if reason is not None:
+            raise UserError(
+                f"process {process} could not write the teacher's text ({reason}); start the run again to go on"
+            )
+    return [line for part, _ in parts for line in part]
+
+
+def _in_main(make: Callable[..., list[Line]], *given: Any) -> list[Line]:
+    """The lines that the main process makes, in all processes."""
+    return _in_all(make if PartialState().is_main_process else lambda *_: [], *given)
+
+
+def _write(partial: Path, prompts: Sequence[Prompt], engine: Engine, args: SwitchConfig) -> list[Line]:
+    """The teacher's responses to the prompts, which the main process adds to the partial file as they come."""
+    process, processes = PartialState().process_index, PartialState().num_processes
+    size = _FILLINGS * args.rollout_rows * processes
+    lines: list[Line] = []
+    # Its own prompts stand for those of all processes.
+    with progress_bar(Console(stderr=True), None if process == 0 else False) as progress:
+        task = progress.add_task("the teacher writes", total=len(prompts[::processes]))
+        for start in range(0, len(prompts), size):
+            share = prompts[start : start + size][process::processes]
+            # One round a collective: these give up on a process that is silent for longer than a timeout.
+            made = _in_all(_responses, share, engine, args, progress.counter(task))
+            _in_main(_append, partial, made)
+            lines += made
+    return lines
+
+
+def _responses(prompts: Sequence[Prompt], engine: Engine, args: SwitchConfig, on_progress: Progress) -> list[Line]:
+    if not prompts:
+        return []
+    made = engine.generate(prompts, policy=Teacher(), sampling=args.sampling, seed=args.seed, on_progress=on_progress)
+    return [
+        {"prompt_id": r.prompt.prompt_id, "prompt_ids": list(r.prompt.token_ids), "response_ids": list(r.token_ids)}
+        for r in made
+    ]
 
 
 def _manifest_of(teacher: PreTrainedModel, examples: Sequence[Example], args: SwitchConfig) -> dict[str, Any]:
@@ -58,7 +119,7 @@ def _manifest_of(teacher: PreTrainedModel, examples: Sequence[Example], args: Sw
     weights = hashlib.sha256()
     for name, parameter in teacher.named_parameters():
         if parameter.device.type != "meta":
-            numbers = parameter.detach().flatten()[:_NUMBERS].double().tolist()
+            numbers = parameter.detach().flatten()[:_NUMBERS].cpu().double().tolist()
             weights.update(f"{name} {tuple(parameter.shape)} {numbers}".encode())
     prompts = json.dumps([(e.prompt.prompt_id, e.prompt.token_ids) for e in examples])
     return {
@@ -74,38 +135,62 @@ def _manifest_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.manifest.json")
 
 
+def _lines_there(path: Path, partial: Path, manifest: dict[str, Any]) -> list[Line]:
+    """The lines of the finished file, or of the partial one, whose first line is the manifest; without either it is begun."""
+    if _is_there(path, manifest):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not partial.is_file():
+        write_atomically(partial, json.dumps(manifest) + "\n")
+        return []
+    try:
+        text = partial.read_bytes()
+        # What follows the last whole line was cut off by a crash, and the next line must not be joined to it.
+        os.truncate(partial, whole := text.rfind(b"\n") + 1)
+        begun_with, *lines = map(json.loads, text[:whole].splitlines())
+    except (OSError, ValueError) as error:
+        raise UserError(f"the teacher's text in {partial} cannot be read ({error}); {_REMEDY}") from error
+    _check_same(partial, begun_with, manifest)
+    return lines
+
+
+def _append(partial: Path, lines: Sequence[Line]) -> list[Line]:
+    with partial.open("a", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(line)}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    return []
+
+
+def _finish(path: Path, partial: Path, manifest: dict[str, Any], lines: Sequence[Line]) -> list[Line]:
+    """Write the file in the order of the examples, then its manifest; nothing where that was done before."""
+    if partial.is_file():
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        write_atomically(path, text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        write_atomically(_manifest_path(path), json.dumps({**manifest, "sha256": digest}, indent=2) + "\n")
+        partial.unlink()
+    return []
+
+
 def _is_there(path: Path, manifest: dict[str, Any]) -> bool:
-    remedy = "delete it to have it written again"
     try:
         found = json.loads(_manifest_path(path).read_text(encoding="utf-8"))
         text = path.read_bytes()
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:
-        raise UserError(f"the teacher's text in {path} cannot be read ({error}); {remedy}") from error
-    for key, value in manifest.items():
-        if found.get(key) != value:
-            raise UserError(
-                f"the teacher's text in {path} was made with other {key} ({found.get(key)}, now {value}); {remedy}, or set "
-                f"teacher_text to another file"
-            )
+        raise UserError(f"the teacher's text in {path} cannot be read ({error}); {_REMEDY}") from error
+    _check_same(path, found, manifest)
     if found["sha256"] != hashlib.sha256(text).hexdigest():
-        raise UserError(f"the teacher's text in {path} was changed after it was written; {remedy}")
+        raise UserError(f"the teacher's text in {path} was changed after it was written; {_REMEDY}")
     return True
 
 
-def _write(
-    path: Path, manifest: dict[str, Any], examples: Sequence[Example], engine: Engine, args: SwitchConfig
-) -> None:
-    prompts, policy = [example.prompt for example in examples], Teacher()
-    with progress_bar(Console(stderr=True)) as progress:
-        counter = progress.counter(progress.add_task("the teacher writes", total=len(prompts)))
-        rollouts = engine.generate(prompts, policy=policy, sampling=args.sampling, seed=args.seed, on_progress=counter)
-    rows = (
-        {"prompt_id": r.prompt.prompt_id, "prompt_ids": r.prompt.token_ids, "response_ids": r.token_ids}
-        for r in rollouts
-    )
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    write_atomically(path, text)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    write_atomically(_manifest_path(path), json.dumps({**manifest, "sha256": digest}, indent=2) + "\n")
+def _check_same(path: Path, found: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise UserError that names the first difference."""
+    for key, value in manifest.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"the teacher's text in {path} was made with other {key} ({found.get(key)}, now {value}); {_REMEDY}, or set "
+                f"teacher_text to another file"
+            )

@@ -13,12 +13,14 @@ from typing import Any, cast, get_args
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from switchkd.errors import UserError
 from switchkd.methods.config import Offload
 from switchkd.models.heads import base_of, evaluating
+from switchkd.models.pair import ModelPair, parameter_count
+from switchkd.training.machine import is_spread
 
 SELF = "self"
 
@@ -68,31 +70,40 @@ class _WithoutAdapter(nn.Module):
         return cast(nn.Module, getattr(projection, "original_module", projection))
 
 
+def teacher_size(pair: ModelPair) -> int:
+    """The number of the teacher's parameters: of a student without its adapter, those of the student that do not train."""
+    if not isinstance(pair.teacher, _WithoutAdapter):
+        return 0 if pair.teacher is None else parameter_count(pair.teacher)
+    return parameter_count(pair.student) - sum(each.numel() for each in pair.student.parameters() if each.requires_grad)
+
+
 class TeacherPlace:
     """Keeps a teacher's weights elsewhere while nobody reads it: `with place.loaded():` brings them back. Freezes the teacher.
 
-    `offload` "cpu" moves them to the machine's memory. "disk" writes them to a file in `folder` once and reads them from there;
-    the file is removed at the end. The head stays: the objective projects the kept states through it. Without a teacher nothing
-    is moved. Raises UserError for an unknown `offload`, and for a quantized teacher that would have to move.
+    `offload` "cpu" keeps one copy in the machine's memory, and drops the device's. "disk" writes them to a file in `folder` once
+    and reads them from there; the file is removed at the end. The head stays: the objective projects the kept states through it.
+    Without a teacher nothing is moved; one with a device_map stays where that put it. Raises UserError for an unknown `offload`,
+    and for a teacher that would have to move but cannot: a quantized one, or one on several devices.
     """
 
     def __init__(self, teacher: PreTrainedModel | None, offload: Offload, device: torch.device, folder: Path) -> None:
         if offload not in get_args(Offload):
             raise UserError(f"teacher_offload is {offload!r}; choose one of {', '.join(get_args(Offload))}")
         self.offload = offload
-        self.device = device
         self._depth = 0
         self._moved: dict[str, nn.Parameter] = {}
+        self._on_host: dict[str, Tensor] = {}
         self._file: Path | None = None
         if teacher is None:
             return
         quantized = bool(getattr(teacher, "is_quantized", False))
-        if quantized and offload != "none":
-            raise UserError(
-                f"teacher_offload is {offload!r}, but quantized weights stay where they were loaded; leave it out"
-            )
-        # Packed weights were put on their device while they were loaded.
-        (teacher if quantized else cast(nn.Module, teacher).to(device)).eval().requires_grad_(False)
+        if offload != "none" and (quantized or is_spread(teacher)):
+            kind = "quantized weights" if quantized else "the weights of a teacher on several devices"
+            raise UserError(f"teacher_offload is {offload!r}, but {kind} stay where they were loaded; leave it out")
+        # Packed weights, and those with a device_map, were put on their device while they were loaded.
+        stays = quantized or getattr(teacher, "hf_device_map", None)
+        (teacher if stays else cast(nn.Module, teacher).to(device)).eval().requires_grad_(False)
+        self.device = next((each.device for each in teacher.parameters()), device)
         head = {id(parameter) for parameter in base_of(teacher).get_output_embeddings().parameters()}
         self._moved = {name: each for name, each in teacher.named_parameters() if id(each) not in head}
         if offload == "disk" and self._moved:
@@ -102,6 +113,8 @@ class TeacherPlace:
             self._file = Path(place) / "weights.safetensors"
             # Weights that share memory are one parameter here, and so one entry of the file.
             save_file({name: each.data.contiguous() for name, each in self._moved.items()}, self._file)
+        if offload == "cpu":
+            self._on_host = {name: _host_copy(each.data) for name, each in self._moved.items()}
         self._unload()
 
     @contextmanager
@@ -119,8 +132,8 @@ class TeacherPlace:
 
     def _load(self) -> None:
         if self.offload == "cpu":
-            for parameter in self._moved.values():
-                parameter.data = parameter.data.to(self.device, non_blocking=True)
+            for name, parameter in self._moved.items():
+                parameter.data = self._on_host[name].to(self.device, non_blocking=True)
         elif self._file is not None:
             with safe_open(self._file, framework="pt", device=str(self.device)) as weights:
                 for name, parameter in self._moved.items():
@@ -128,8 +141,15 @@ class TeacherPlace:
 
     def _unload(self) -> None:
         if self.offload == "cpu":
-            for parameter in self._moved.values():
-                parameter.data = parameter.data.to("cpu")
+            # They are frozen, so the copy on the host is still true.
+            for name, parameter in self._moved.items():
+                parameter.data = self._on_host[name]
         elif self._file is not None:
             for parameter in self._moved.values():
                 parameter.data = parameter.data.new_empty(0)
+
+
+def _host_copy(weight: Tensor) -> Tensor:
+    """The weight on the CPU; for a GPU in pinned memory, from which it is copied fastest and without waiting."""
+    copy = weight.to("cpu")
+    return copy.pin_memory() if weight.device.type == "cuda" else copy

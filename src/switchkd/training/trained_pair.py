@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from switchkd.errors import UserError
 from switchkd.models.load import load_model, load_tokenizer
 from switchkd.models.pair import ModelPair
+from switchkd.training.machine import autocast_dtype_of
 from switchkd.training.teachers import SELF, self_teacher
 
 if TYPE_CHECKING:
@@ -20,18 +21,22 @@ def trained_pair(
     teacher_model: PreTrainedModel | str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: PeftConfig | None,
+    args: TrainingArguments,
 ) -> ModelPair:
     """The pair, with names loaded and the student adapted where there is a `peft_config`.
 
     `model` is the student or a pair; "self" as teacher is the student without its adapter. Without a `tokenizer`, the student's
-    name gives it. Raises UserError for parts that do not fit.
+    name gives it. It computes in the precision that `args` ask for, or else in a given pair's. Raises UserError for parts that
+    do not fit.
     """
+    autocast_dtype = autocast_dtype_of(args)
     if isinstance(model, ModelPair):
         if tokenizer is not None or not (teacher_model is None or (teacher_model == SELF and model.teacher is None)):
             raise UserError(
                 "model is a pair, with a teacher and a tokenizer; leave teacher_model and processing_class out"
             )
-        if peft_config is None and teacher_model is None:
+        autocast_dtype = autocast_dtype or model.autocast_dtype
+        if peft_config is None and teacher_model is None and autocast_dtype == model.autocast_dtype:
             # Its heads may have been proven already.
             return model
         teacher_model, tokenizer = teacher_model or model.teacher, model.tokenizer
@@ -49,4 +54,4 @@ def trained_pair(
         student = cast(PreTrainedModel, get_peft_model(student, peft_config))
     teacher = self_teacher(student) if teacher_model == SELF else teacher_model
     teacher = load_model(teacher) if isinstance(teacher, str) else teacher
-    return ModelPair(student, teacher, tokenizer, teacher_tokenizer)
+    return ModelPair(student, teacher, tokenizer, teacher_tokenizer, autocast_dtype)

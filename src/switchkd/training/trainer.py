@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -22,12 +23,13 @@ from switchkd.records import Example
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
-from switchkd.training.dataset import examples_of, with_row_numbers
+from switchkd.training.dataset import examples_of, with_row_numbers, without_repeats
+from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_text import teacher_text
-from switchkd.training.teachers import TeacherPlace
+from switchkd.training.teachers import TeacherPlace, teacher_size
 from switchkd.training.trained_pair import trained_pair
 
 if TYPE_CHECKING:
@@ -79,7 +81,8 @@ class SwitchTrainer(Trainer):
         has_teacher = teacher_model is not None or (isinstance(model, ModelPair) and model.teacher is not None)
         if plan.needs_teacher and not has_teacher:
             raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
-        self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config)
+        self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config, args)
+        check_one_device(args, pair)
         engine = options.pop("engine", None)
         trainer_options: dict[str, Any] = {**options}
         super().__init__(
@@ -91,27 +94,27 @@ class SwitchTrainer(Trainer):
             processing_class=pair.tokenizer,
             **trainer_options,
         )
-        self._check_whole_weights_and_room()
+        check_whole_weights(self.accelerator.state)
+        self._check_room()
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not self.is_deepspeed_enabled:
+            warn_if_weights_stand_still(pair.student, args)
         # Our loss is divided by the whole step's count, so the trainer must not divide it again.
         self.loss_is_scaled_for_ga = True
+        # Before its weights leave for another place.
+        self._teacher_size = teacher_size(pair)
         self._place = TeacherPlace(pair.teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
         with self._place.loaded():
             self.engine = engine or SpeculativeEngine(pair, args.block_size, max_rows=args.rollout_rows)
-            self._loss = StepLoss(pair, plan, rows=args.train_batch_size, device=args.device)
+            self._loss = StepLoss(pair, plan, rows=args.train_batch_size)
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
         self._text = StepText(args, pair, self._meters, self.train_dataset or ())
         if self._text.share:
             self.add_callback(self._text.share)
         self._step_started, self._step_tokens = 0.0, 0
-        self._eval_tokens_per_row = 1.0
+        self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0
 
-    def _check_whole_weights_and_room(self) -> None:
-        """Raise UserError where a process has a part of the weights only, or a model has too few positions."""
-        if self.plan.rolls_out and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise UserError(
-                "rollouts need whole weights on every process, which FSDP and DeepSpeed take apart; run this method with "
-                "plain data parallelism (accelerate launch --multi_gpu), or train on data (sft, kd)"
-            )
+    def _check_room(self) -> None:
+        """Raise UserError where a model has too few positions for the data or the rollouts."""
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
         written = self.args.max_new_tokens if self.plan.rolls_out or self.plan.teacher_text else 0
         lengths = (
@@ -126,7 +129,7 @@ class SwitchTrainer(Trainer):
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(count / rows))
         teacher = self.pair.teacher
-        learns_from = f" from {name_of(teacher)} ({parameter_count(teacher) / 1e6:.3g}M)" if teacher is not None else ""
+        learns_from = f" from {name_of(teacher)} ({self._teacher_size / 1e6:.3g}M)" if teacher is not None else ""
         writes = f"{self.plan.rollout_share:.0%} rolled out" if self.plan.rollout_share else "the data set's text"
         return (
             f"{args.method_name}: {name_of(self.pair.student)} ({parameter_count(self.pair.student) / 1e6:.3g}M parameters) learns"
@@ -139,16 +142,26 @@ class SwitchTrainer(Trainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimizer step, rolled out, and the count of their trained tokens over all processes."""
         self._measure_speed()
-        loaded, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        loaded: list[Sequence[Example]] = []
+        examples: list[Example] = []
+        last: Sequence[Example] = ()
+        for inputs in islice(epoch_iterator, num_batches):
+            loaded.append(inputs["examples"])
+            # Asked here, since the loader says that a batch is the last one only until it is asked for the next.
+            last = self._without_repeats(loaded[-1], len(self.train_dataset))
+            examples += last
         if not loaded:
-            return loaded, None
-        with self._place.loaded():
-            examples = [example for inputs in loaded for example in inputs["examples"]]
+            return [], None
+        with self._place.loaded(), self.pair.computing():
             written = self._text.sequences_of_step(examples, self.state, self.engine, self.log)
+            if not last:
+                # The other processes have rows, and wait for this one's gradient: one of a text that counts nowhere.
+                written.append(replace(loaded[-1][0], response_ids=()))
             self._step_started = time.perf_counter()
             sequences = self._loss.scored(written)
+        self._text.keep_scored(sequences)
         # As many micro-batches as the loader gave: transformers counts them to find the end of a step.
-        batches = self._loss.micro_batches(sequences, max(len(inputs["examples"]) for inputs in loaded))
+        batches = self._loss.micro_batches(sequences, max(map(len, loaded)))
         self._step_tokens = sum(inputs["batch"].response_tokens for inputs in batches)
         trained = sum(inputs["trained_tokens"] for inputs in batches)
         # Where the policy left nothing to train on, the loss is 0 and not 0 / 0.
@@ -166,7 +179,8 @@ class SwitchTrainer(Trainer):
         denominator = max(1, inputs["trained_tokens"]) if num_items_in_batch is None else num_items_in_batch
         every = self.args.measure_every
         measure = every > 0 and self.state.global_step % every == 0
-        loss, report = self._loss(model, inputs, denominator, measure=measure)
+        with self.pair.computing():
+            loss, report = self._loss(model, inputs, denominator, measure=measure)
         for name, total, count in sums_of(report, inputs["batch"]):
             self._meters.add(name, total, count)
         # Data parallelism takes the mean of the processes' gradients; ours are parts of one sum.
@@ -186,25 +200,56 @@ class SwitchTrainer(Trainer):
         """As in `transformers.Trainer`, with the means of our own measures in training's lines."""
         if "loss" in logs:
             self._measure_speed()
-            logs = {**logs, **self._meters.drain(lambda sums: self.accelerator.gather(sums.to(self.args.device)).cpu())}
+            logs = {**logs, **self._meters.drain(self._gathered)}
         super().log(logs, start_time)
 
-    def evaluation_loop(self, dataloader: Any, *positional: Any, **named: Any) -> EvalLoopOutput:
-        """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token."""
-        examples: Sequence[Example] = dataloader.dataset
-        self._eval_tokens_per_row = sum(len(example.response_ids) for example in examples) / max(1, len(examples))
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Values of all processes, along the first axis, on the CPU."""
+        # Of one process they stay there: not every device has float64.
+        alone = self.accelerator.num_processes == 1
+        return values if alone else self.accelerator.gather(values.to(self.args.device)).cpu()
+
+    def _without_repeats(self, examples: Sequence[Example], rows: int) -> Sequence[Example]:
+        """The examples of a loader's newest batch, without those that fill up the last step; see `without_repeats`."""
+        accelerator = self.accelerator
+        if not accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
+            return examples
+        return without_repeats(examples, rows, accelerator.process_index, accelerator.num_processes)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token.
+
+        It is the sum over all their tokens / their number, whatever the batches and processes.
+        """
+        self._eval_rows, self._eval_sum, self._eval_tokens = len(dataloader.dataset), 0.0, 0
         with self._place.loaded():
-            return super().evaluation_loop(dataloader, *positional, **named)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        sums = torch.tensor([[self._eval_sum, self._eval_tokens]], dtype=torch.float64)
+        total, tokens = self._gathered(sums).sum(dim=0).tolist()
+        if output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / max(1, tokens)
+        return output
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **also_ignored: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The micro-batch's loss, scaled so that the loop's mean over rows is the mean over tokens."""
-        examples = inputs["examples"]
-        inputs = self._on_device(self._loss.inputs(self._loss.scored(examples)))
-        with torch.no_grad():
-            loss, _ = self._loss(model, inputs, len(examples) * self._eval_tokens_per_row)
-        return loss, None, None
+        """Add the batch's losses and tokens to the evaluation's. None is returned: the loop would take a mean of means."""
+        if examples := self._without_repeats(inputs["examples"], self._eval_rows):
+            with self.pair.computing(), torch.no_grad():
+                inputs = self._on_device(self._loss.inputs(self._loss.scored(examples)))
+                loss, _ = self._loss(model, inputs, 1)
+            self._eval_sum += float(loss)
+            self._eval_tokens += inputs["trained_tokens"]
+        return None, None, None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`; True resumes from the last checkpoint that is complete, or raises UserError."""
@@ -215,12 +260,10 @@ class SwitchTrainer(Trainer):
         if self._text.replay is not None:
             self._text.replay.load(checkpoint)
         if self.plan.teacher_text is not None and self.pair.teacher is not None:
-            with self._place.loaded():
-                writes, path = self.is_world_process_zero(), self.plan.teacher_text
+            with self._place.loaded(), self.pair.computing():
                 self.train_dataset = teacher_text(
-                    path, self.pair.teacher, self.train_dataset, self.engine, self.args, writes=writes
+                    self.plan.teacher_text, self.pair.teacher, self.train_dataset, self.engine, self.args
                 )
-            self.accelerator.wait_for_everyone()
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -1,0 +1,349 @@
+"""Training on machines that are not this one: GPUs, several processes, 16 bits, signals, crashes, teachers elsewhere.
+
+What needs two processes is in tests/test_distributed.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import signal
+import warnings
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from accelerate.utils import DistributedType
+from rich.console import Console
+from torch import Tensor
+from transformers import TrainerCallback
+
+from runs import save_pair, switchkd, write_run
+from switchkd.errors import UserError
+from switchkd.loss.chunked import chunked_sum
+from switchkd.models import heads
+from switchkd.models.heads import Head
+from switchkd.models.pair import ModelPair, parameter_count
+from switchkd.records import Prompt, Rollout, Sampling
+from switchkd.rollout.policies import Student
+from switchkd.rollout.reference import ReferenceEngine
+from switchkd.run import launch
+from switchkd.run.callbacks import StopCleanly
+from switchkd.training.teachers import TeacherPlace
+from switchkd.training.trainer import SwitchTrainer
+from tiny import tiny_model, tiny_pair
+from trainers import EXAMPLES, RecordingEngine, assert_same_weights, make_examples, make_trainer, weights
+
+# --------------------------------------------------------------------------------------------------------- several GPUs
+
+
+def test_two_gpus_without_a_launcher_are_refused_with_the_line_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda args: 2))
+    with pytest.raises(UserError, match=r"2 GPUs.*torchrun --nproc-per-node 2 -m switchkd.*CUDA_VISIBLE_DEVICES=0"):
+        make_trainer(tmp_path, tiny_pair("llama"))
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "switch"])
+@pytest.mark.parametrize(
+    ("kind", "stage", "refused"),
+    [
+        (DistributedType.FSDP, 0, "FSDP"),
+        (DistributedType.DEEPSPEED, 3, "ZeRO-3"),
+        (DistributedType.DEEPSPEED, 2, None),
+        (DistributedType.DEEPSPEED, 1, None),
+    ],
+)
+def test_weights_in_parts_are_refused_and_whole_ones_are_not(
+    method: str, kind: DistributedType, stage: int, refused: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = transformers.Trainer.__init__
+
+    def in_parts(trainer: Any, *args: Any, **named: Any) -> None:
+        init(trainer, *args, **named)
+        trainer.is_fsdp_enabled = kind == DistributedType.FSDP
+        trainer.is_deepspeed_enabled = kind == DistributedType.DEEPSPEED
+        plugin = SimpleNamespace(zero_stage=stage)
+        trainer.accelerator.state = SimpleNamespace(distributed_type=kind, deepspeed_plugin=plugin)
+
+    monkeypatch.setattr(transformers.Trainer, "__init__", in_parts)
+    if refused is None:
+        make_trainer(tmp_path, tiny_pair("llama"), method=method)
+        return
+    with pytest.raises(UserError, match=f"{refused} leaves each with a part"):
+        make_trainer(tmp_path, tiny_pair("llama"), method=method)
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+class Signalled(TrainerCallback):
+    """A signal in the first step."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_stops_after_the_step_and_is_given_back(number: int, name: str, tmp_path: Path) -> None:
+    said = io.StringIO()
+    stopper = StopCleanly(Console(file=said))
+    callbacks = [stopper, Signalled(number)]
+    trainer = make_trainer(tmp_path, tiny_pair("llama", layers=1), method="sft", max_steps=4, callbacks=callbacks)
+    before = [signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)]
+    ours = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        trainer.train()
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == ours
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+    assert stopper.stopped
+    assert (trainer.state.global_step, (tmp_path / "checkpoint-1").is_dir()) == (1, True)
+    assert f"{name}: the run finishes this step" in said.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------- the teacher reads
+
+
+def _rows_read(pair: ModelPair) -> list[int]:
+    """The rows of each forward that the teacher will run."""
+    assert pair.teacher is not None
+    rows: list[int] = []
+    pair.teacher.get_decoder().register_forward_pre_hook(
+        lambda module, positional, named: rows.append(named["input_ids"].shape[0]), with_kwargs=True
+    )
+    return rows
+
+
+def test_the_teacher_reads_a_replayed_rollout_once(tmp_path: Path) -> None:
+    pair = tiny_pair("llama")
+    options = {"method": "gkd", "student_share": 1.0, "replay_capacity": 8, "max_steps": 6, "split": (8, 1)}
+    trainer = make_trainer(tmp_path, pair, **options)
+    engine, rows = RecordingEngine(trainer), _rows_read(pair)
+    trainer.train()
+    written = sum(map(len, engine.calls))
+    assert written < 6 * 8
+    assert sum(rows) == written
+
+
+def test_a_rollout_that_a_step_draws_twice_is_read_once(tmp_path: Path) -> None:
+    pair = tiny_pair("llama")
+    trainer = make_trainer(tmp_path, pair, method="gkd")
+    (rollout,) = ReferenceEngine(pair).generate([[5, 6]], Student(), Sampling(4))
+    rows = _rows_read(pair)
+    first, second = trainer._loss.scored([rollout, rollout])
+    assert rows == [1]
+    assert first.teacher_hidden is second.teacher_hidden is not None
+
+
+# ---------------------------------------------------------------------------------------------------- the teacher writes
+
+
+class Killed(RecordingEngine):
+    """Dies in its second call."""
+
+    def generate(self, prompts: Sequence[Prompt], **named: Any) -> list[Rollout]:
+        if self.calls:
+            raise KeyboardInterrupt
+        return super().generate(prompts, **named)
+
+
+def test_the_teachers_text_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "seqkd", "max_steps": 1, "rollout_rows": 1}
+    examples = make_examples(20)
+    whole = make_trainer(tmp_path / "whole", tiny_pair("llama"), examples, **options)
+    whole.train()
+    killed = make_trainer(tmp_path / "cut", tiny_pair("llama"), examples, **options)
+    first = Killed(killed)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert not (tmp_path / "cut" / "teacher_text.jsonl").exists()
+    # What a crash in the middle of a line leaves.
+    with (tmp_path / "cut" / "teacher_text.partial.jsonl").open("a") as file:
+        file.write('{"prompt_id": 19, "prompt_i')
+    resumed = make_trainer(tmp_path / "cut", tiny_pair("llama"), examples, **options)
+    second = RecordingEngine(resumed)
+    resumed.train()
+    wrote = [[rollout.prompt.prompt_id for call in engine.calls for rollout in call] for engine in (first, second)]
+    assert wrote == [list(range(8)), list(range(8, 20))]
+    for name in ("teacher_text.jsonl", "teacher_text.manifest.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob("*/*partial*"))
+    assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_text_that_was_begun_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "seqkd", "max_steps": 1, "rollout_rows": 1}
+    killed = make_trainer(tmp_path, tiny_pair("llama"), make_examples(20), **options)
+    Killed(killed)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    with pytest.raises(UserError, match=r"partial.jsonl was made with other seed"):
+        make_trainer(tmp_path, tiny_pair("llama"), make_examples(20), **options, seed=7).train()
+
+
+# ------------------------------------------------------------------------------------------------- stages and what is said
+
+
+def test_a_stages_models_are_freed_before_the_next_ones_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pair(tmp_path)
+    stages = [{"method": "kd", "max_steps": 1}, {"method": "gkd", "max_steps": 1}]
+    # Under bf16 accelerate replaces the model's forward, which puts the model in a cycle.
+    run = write_run(tmp_path, tmp_path, stages=stages, bf16=True)
+    load, students, alive = launch.load_pair, [], []
+
+    def watched(*args: Any, **named: Any) -> ModelPair:
+        alive.append([student() is not None for student in students])
+        pair = load(*args, **named)
+        students.append(weakref.ref(pair.student))
+        return pair
+
+    monkeypatch.setattr(launch, "load_pair", watched)
+    gc.disable()
+    try:
+        assert switchkd("train", run) == 0
+    finally:
+        gc.enable()
+    assert alive == [[], [False]]
+
+
+def test_a_run_says_the_size_of_a_teacher_on_disk(tmp_path: Path) -> None:
+    pair = tiny_pair("llama")
+    here, away = (make_trainer(tmp_path, pair, teacher_offload=place).describe() for place in ("none", "disk"))
+    assert here == away
+    assert pair.teacher is not None
+
+
+def test_a_run_says_the_size_of_a_teacher_that_is_the_student(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    student = tiny_model("llama", hidden=64)
+    size = parameter_count(student)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trainer = make_trainer(tmp_path, ModelPair(student), teacher_model="self", peft_config=config)
+    assert f"({size / 1e6:.3g}M): " in trainer.describe()
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+def test_the_heads_gradient_is_added_up_in_float32() -> None:
+    """In bfloat16 a sum of 512 parts of one sign stops growing, since each is below half a rounding of it."""
+    generator = torch.Generator().manual_seed(0)
+    model = tiny_model("llama", dtype=torch.bfloat16, hidden=32)
+    hidden_NH = torch.rand(2048, 32, generator=generator).bfloat16()
+    factor_N1 = torch.rand(2048, 1, generator=generator)
+    head = Head(model.lm_head, 64, lambda logits: logits)
+
+    def loss(logits_PV: Tensor, at: slice, chunk: slice) -> Tensor:
+        return (logits_PV.float() * factor_N1[at]).sum(dim=-1)
+
+    chunked_sum(hidden_NH, head, loss, chunk_positions=4).backward()
+    gradient = model.lm_head.weight.grad
+    assert gradient.dtype == torch.bfloat16
+    # Of each chunk's gradient by the logits, the factors, 8 bits are kept.
+    expected_H = (factor_N1.bfloat16().double() * hidden_NH.double()).sum(dim=0)
+    torch.testing.assert_close(gradient.double(), expected_H.expand(64, -1), rtol=5e-3, atol=0)
+
+
+def test_bf16_covers_rollouts_scoring_and_the_loss_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, torch.dtype]] = []
+    transform_of = heads._transform_of
+
+    def watched(model: Any) -> Any:
+        transform = transform_of(model)
+
+        def noted(logits: Tensor) -> Tensor:
+            seen.append(("logits", logits.dtype))
+            return transform(logits)
+
+        return noted
+
+    monkeypatch.setattr(heads, "_transform_of", watched)
+    pair = tiny_pair("llama", scale=5.0, noise=0.5)
+    trainer = make_trainer(
+        tmp_path, pair, EXAMPLES[:4], method="switch", student_share=0.5, bf16=True, use_cpu=True, max_steps=30,
+        learning_rate=3e-3, adam_beta2=0.95, eval_dataset=EXAMPLES,
+    )  # fmt: skip
+    assert trainer.pair.autocast_dtype == torch.bfloat16
+    for role, model in trainer.pair.models.items():
+        model.get_decoder().layers[0].mlp.register_forward_hook(
+            lambda module, given, output, role=role: seen.append((role, output.dtype))
+        )
+    seen.clear()
+    engine = RecordingEngine(trainer)
+    trainer.train()
+    trainer.evaluate()
+    assert 0 < sum(map(len, engine.calls)) < 30 * 4
+    assert {*seen} == {(part, torch.bfloat16) for part in ("logits", "student", "teacher")}
+    assert {each.dtype for each in weights(trainer).values()} == {torch.float32}
+    measured = [line["divergence"] for line in trainer.state.log_history if "divergence" in line]
+    assert sum(measured[-5:]) < sum(measured[:5]) / 1.5
+
+
+def test_a_given_pair_keeps_its_precision(tmp_path: Path) -> None:
+    pair = tiny_pair("llama")
+    given = ModelPair(pair.student, pair.teacher, autocast_dtype=torch.bfloat16)
+    args = make_trainer(tmp_path, pair).args
+    assert SwitchTrainer(given, args=args, train_dataset=EXAMPLES).pair is given
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_would_stand_still_are_warned_of(rate: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    pair = tiny_pair("llama", dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(tmp_path, pair, method="sft", learning_rate=rate, max_steps=1)
+    said = [str(each.message) for each in caught if "rounded away" in str(each.message)]
+    assert len(said) == (rate == 1e-5 and dtype == torch.bfloat16)
+    assert all("precision: auto" in each for each in said)
+    # What is said is true: of a step, most weights show nothing.
+    before = {name: value.clone() for name, value in weights(trainer).items()}
+    trainer.train()
+    moved = torch.cat(
+        [(value != before[name]).flatten() for name, value in weights(trainer).items() if value.ndim == 2]
+    )
+    assert (float(moved.float().mean()) < 0.5) == bool(said)
+
+
+# ------------------------------------------------------------------------------------------------- where the teacher is
+
+
+def test_offloaded_weights_are_not_copied_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine moving to a device copies nothing; here it does, as to a GPU and back."""
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *given, **named: to(tensor, *given, **named).clone())
+    teacher = tiny_model("gpt2")
+    expected = {name: each.clone() for name, each in teacher.state_dict().items()}
+    place = TeacherPlace(teacher, "cpu", torch.device("cpu"), tmp_path)
+    # Kept, so that no later copy gets the same memory.
+    away = {name: parameter.data for name, parameter in place._moved.items()}
+    for _ in range(2):
+        with place.loaded():
+            assert all(each.data.data_ptr() != away[name].data_ptr() for name, each in place._moved.items())
+            assert_same_weights(teacher.state_dict(), expected)
+        assert all(each.data.data_ptr() == away[name].data_ptr() for name, each in place._moved.items())
+
+
+def test_a_teacher_with_a_device_map_keeps_its_place(tmp_path: Path) -> None:
+    """The student's device is one that it must not be moved to."""
+    teacher: Any = tiny_model("llama")
+    teacher.hf_device_map = {"": "cpu"}
+    TeacherPlace(teacher, "none", torch.device("meta"), tmp_path)
+    assert {each.device.type for each in teacher.parameters()} == {"cpu"}
+    teacher.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(UserError, match="a teacher on several devices stay where they were loaded"):
+        TeacherPlace(teacher, "cpu", torch.device("meta"), tmp_path)
