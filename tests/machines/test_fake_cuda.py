@@ -94,8 +94,7 @@ def test_draws(greedy: bool, independent: bool) -> None:
 
 
 def positions(*shape: int) -> Positions:
-    # As the engines make them: a past in the type that policies ask for.
-    past = torch.zeros(B, 2, device=DEVICE)
+    past = torch.zeros(B, 2, dtype=torch.float64)
     return Positions(
         position=torch.zeros(shape, dtype=torch.long, device=DEVICE),
         divergence=torch.rand(shape, device=DEVICE),
@@ -114,7 +113,8 @@ def positions(*shape: int) -> Positions:
 def test_policies(policy: type[Policy], shape: tuple[int, ...]) -> None:
     seen = positions(*shape)
     decision = policy().decide(seen)
-    assert decision.by_teacher.device == decision.threshold.device == DEVICE
+    # The threshold goes into the record, which is the host's: it may be there already.
+    assert decision.by_teacher.device == DEVICE
     written = policy().written_logp(seen.student_logp[..., 0], seen.teacher_logp[..., 0], decision.by_teacher)
     assert written.device == DEVICE
 

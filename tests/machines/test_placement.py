@@ -16,6 +16,7 @@ from switchkd.methods.describe import describe_objective
 from switchkd.models.load import load_model, load_pair
 from switchkd.models.placement import Placement, placement_of
 from switchkd.run.file import read_run, run_from_values
+from switchkd.training.trainer import SwitchTrainer
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 RUN = {"student": "a", "teacher": "b", "train_data": "dolly", "output_dir": "runs/x"}
@@ -234,6 +235,16 @@ def test_contradictions_are_refused(settings: Any, launched: str, said: str, mon
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     with pytest.raises(UserError, match=said):
         config(**settings)
+
+
+def test_a_trainer_loads_names_as_its_settings_say(models: Path, tmp_path: Path) -> None:
+    settings = {"precision": "bf16", "attn_implementation": "eager", "teacher_model_init_kwargs": {"dtype": "fp32"}}
+    args = SwitchConfig(output_dir=str(tmp_path), max_new_tokens=8, **settings)
+    trainer = SwitchTrainer(*names(models), args, [{"prompt": "one two"}])
+    assert trainer.pair.teacher is not None
+    assert trainer.pair.autocast_dtype is BF16
+    assert [model.dtype for model in trainer.pair.models.values()] == [torch.float32] * 2
+    assert {model.config._attn_implementation for model in trainer.pair.models.values()} == {"eager"}
 
 
 def test_a_run_file_names_device_and_keywords(tmp_path: Path) -> None:

@@ -46,9 +46,8 @@ def load_pair(
     Raises UserError if one cannot be loaded or the tokenizers differ.
     """
     place = placement_of(**settings) if placement is None else placement
-    attention = {"attn_implementation": place.attn_implementation} if place.attn_implementation else {}
-    student_kwargs = {**attention, **(settings.pop("model_init_kwargs", None) or {})}
-    teacher_kwargs = {**attention, **(settings.pop("teacher_model_init_kwargs", None) or {})}
+    student_kwargs = place.init_kwargs(settings.pop("model_init_kwargs", None))
+    teacher_kwargs = place.init_kwargs(settings.pop("teacher_model_init_kwargs", None))
     if placement is not None and settings:
         raise UserError(f"{next(iter(settings))} is given beside a placement, which has decided it; give one of them")
     tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code, revision=student_kwargs.get("revision"))

@@ -67,6 +67,11 @@ class Placement:
         if kind == "mps" and torch.float64 in (self.student_dtype, self.teacher_dtype):
             raise UserError("dtype is float64, which the device mps does not have; take float32, or device cpu")
 
+    def init_kwargs(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """A model's own keywords of `from_pretrained`, and the attention of both where it has none."""
+        attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
+        return {**attention, **(given or {})}
+
     def describe(self) -> str:
         """Device and precision in a few words."""
         student, teacher = _name(self.student_dtype), _name(self.teacher_dtype)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchkd.errors import UserError
+from switchkd.methods.config import SwitchConfig
 from switchkd.models.load import load_model, load_tokenizer
 from switchkd.models.pair import ModelPair
 from switchkd.training.machine import autocast_dtype_of
@@ -21,7 +22,7 @@ def trained_pair(
     teacher_model: PreTrainedModel | str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: PeftConfig | None,
-    args: TrainingArguments,
+    args: SwitchConfig,
 ) -> ModelPair:
     """The pair, with names loaded and the student adapted where there is a `peft_config`.
 
@@ -47,11 +48,18 @@ def trained_pair(
         tokenizer = load_tokenizer(name) if tokenizer is None and name else tokenizer
         named = teacher_model if isinstance(teacher_model, str) and teacher_model != SELF else None
         teacher_tokenizer = load_tokenizer(named) if named else None
-        student = load_model(model) if isinstance(model, str) else model
+        place, kwargs = args.placement, args.placement.init_kwargs(args.model_init_kwargs)
+        student = (
+            load_model(model, dtype=place.student_dtype, device=place.device, init_kwargs=kwargs)
+            if isinstance(model, str)
+            else model
+        )
     if peft_config is not None:
         from peft import get_peft_model
 
         student = cast(PreTrainedModel, get_peft_model(student, peft_config))
     teacher = self_teacher(student) if teacher_model == SELF else teacher_model
-    teacher = load_model(teacher) if isinstance(teacher, str) else teacher
+    if isinstance(teacher, str):
+        place, kwargs = args.placement, args.placement.init_kwargs(args.teacher_model_init_kwargs)
+        teacher = load_model(teacher, dtype=place.teacher_dtype, device=place.device, init_kwargs=kwargs)
     return ModelPair(student, teacher, tokenizer, teacher_tokenizer, autocast_dtype)
