@@ -141,7 +141,8 @@ def _random(sizes: dict[str, int], vocabulary: int, device: torch.device, dtype:
 def bytes_by_part(pair: ModelPair, *, rows: int, slots: int, tokens: int) -> dict[str, int]:
     """The formula of docs/gpu.md: what each part of a step holds, in bytes, activations and the loss's pieces left out.
 
-    `slots` is the longest prompt + the tokens of a response + a block; `tokens` those of a response.
+    `rows` texts are rolled out at a time, and are all of the step's. `slots` is the longest prompt + the tokens of a response + a
+    block; `tokens` those of a response.
     """
     trained = [parameter for parameter in pair.student.parameters() if parameter.requires_grad]
     of_trained = sum(parameter.numel() * parameter.element_size() for parameter in trained)
@@ -221,6 +222,7 @@ def measure(pair: ModelPair, place: Placement, *, rows: int, tokens: int) -> Non
             ),
             train_dataset=[Example(prompt, ()) for prompt in prompts],
         )
+        trainer.remove_callback(transformers.PrinterCallback)
         with _measured("3 training steps, blocks of 4", place.device, 3 * rows * tokens):
             trainer.train()
 
