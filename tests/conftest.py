@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before transformers is imported: it reads them then.
@@ -22,6 +23,13 @@ torch.set_num_threads(1)
 # A busy machine is no failure: the time of one example is not what is tested.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+def pytest_collection_finish() -> None:
+    # accelerate collects garbage before every training, a quarter of a second over all that torch and transformers have
+    # made: half of a short training. What is there by now stays anyway, and need not be looked at again.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,7 +20,7 @@ from checks.rollouts import assert_same_rollouts, tie_margin
 from switchkd.errors import UserError
 from switchkd.models.heads import backbone
 from switchkd.models.pair import ModelPair
-from switchkd.records import FinishReason, Prompt, Rollout, Sampling
+from switchkd.records import FinishReason, Prompt, Rollout, Sampling, teacher_share_of
 from switchkd.rollout.policies import AdaSwitch, Early, Interleave, Late, Mix, Policy, Student, Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
@@ -61,11 +61,11 @@ POLICIES: dict[str, Policy] = {
 RULES = ("adaswitch", "interleave", "mix")
 
 SAMPLINGS: dict[str, Sampling] = {
-    "plain": Sampling(max_new_tokens=21),
-    "greedy": Sampling(max_new_tokens=21, temperature=0),
-    "cool": Sampling(max_new_tokens=21, temperature=0.7),
-    "top-p": Sampling(max_new_tokens=21, top_p=0.9),
-    "top-k": Sampling(max_new_tokens=21, temperature=1.3, top_k=8),
+    "plain": Sampling(max_new_tokens=18),
+    "greedy": Sampling(max_new_tokens=18, temperature=0),
+    "cool": Sampling(max_new_tokens=18, temperature=0.7),
+    "top-p": Sampling(max_new_tokens=18, top_p=0.9),
+    "top-k": Sampling(max_new_tokens=18, temperature=1.3, top_k=8),
 }
 
 # One-token prompts, equal prompts, padding and end-of-text ids as ordinary prompt tokens.
@@ -124,7 +124,13 @@ def forwards_of(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
 
 
 GRID = [(kind, policy, torch.float32) for kind in KINDS for policy in POLICIES]
-GRID += [(kind, policy, torch.float64) for kind in KINDS for policy in ("student", "teacher", "switch low", *RULES)]
+# In float64 tokens are equal without exception: SWITCH for each kind, and by turns two of the other rules.
+OTHERS = ("student", "teacher", *RULES)
+GRID += [
+    (kind, policy, torch.float64)
+    for turn, kind in enumerate(KINDS)
+    for policy in ("switch low", OTHERS[2 * turn % 5], OTHERS[(2 * turn + 1) % 5])
+]
 
 
 @pytest.mark.parametrize(("turn", "kind", "policy", "dtype"), [(turn, *each) for turn, each in enumerate(GRID)])
@@ -141,7 +147,7 @@ def test_equals_the_reference_engine(turn: int, kind: str, policy: str, dtype: t
 def test_block_size_changes_no_token(policy: str, sampling: str) -> None:
     pair, expected = pair_of("llama", torch.float64), oracle("llama", policy, sampling, torch.float64)
     every = policy not in ("student", "teacher") and sampling == "plain"
-    sizes = ("auto", *range(1, 17)) if every else ("auto", 2, 5)
+    sizes = ("auto", 1, 2, 3, 4, 5, 7, 8, 12, 16) if every else ("auto", 2, 5)
     for block_size in sizes:
         rollouts = SpeculativeEngine(pair, block_size).generate(PROMPTS, POLICIES[policy], SAMPLINGS[sampling])
         assert_same_rollouts(rollouts, expected, pair, POLICIES[policy], SAMPLINGS[sampling])
@@ -164,12 +170,10 @@ def test_the_grid_really_switches(kind: str) -> None:
 @pytest.mark.parametrize("policy", RULES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_grid_really_mixes_writers_under_every_rule(kind: str, policy: str) -> None:
-    rollouts = oracle(kind, policy, "plain", torch.float32)
-    writers = [writer for rollout in rollouts for writer in rollout.written_by_teacher]
-    # The flat distributions of soft-capped logits agree on their best.
-    assert 0.04 < sum(writers) / len(writers) < 0.9
     engine = SpeculativeEngine(pair_of(kind, torch.float32), block_size=4)
-    engine.generate(PROMPTS, POLICIES[policy], SAMPLINGS["plain"])
+    rollouts = engine.generate(PROMPTS, POLICIES[policy], SAMPLINGS["plain"])
+    # The flat distributions of soft-capped logits agree on their best.
+    assert 0.04 < teacher_share_of(rollouts) < 0.9
     assert 0.25 < engine.metrics.acceptance < 1  # at 1/4 no proposal was kept, at 1 none refused
 
 
