@@ -30,7 +30,7 @@ class NoFloat64(TorchFunctionMode):
             on_host = all(hasattr(each, "on_host") for each in given) if given else kwargs.get("device") is None
         for each in tree_leaves(result):
             if isinstance(each, Tensor) and on_host:
-                each.on_host = True  # type: ignore[attr-defined]
+                each.on_host = True
             elif isinstance(each, Tensor) and each.dtype == torch.float64:
                 raise TypeError(f"{name}: this device has no float64")
         return result

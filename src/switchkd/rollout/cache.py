@@ -99,7 +99,7 @@ class RaggedCache(Cache):
 
     def restarted(self) -> RaggedCache:
         """The same cache for another call, which keeps the layers' tensors where they still fit the model."""
-        for layer in self.layers:
+        for layer in cast(list[_RaggedLayer], self.layers):
             layer.is_initialized = False
         return self
 

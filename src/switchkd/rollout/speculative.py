@@ -63,7 +63,8 @@ class SpeculativeEngine:
         self.max_rows = max_rows
         self.hidden_device = hidden_device
         self.metrics = RolloutMetrics()
-        # By role. A call takes them out and puts them back: one that fails may leave NaN, which no mask hides.
+        # By role; clear it to free their memory. A call takes them out and puts them back: one that fails may leave NaN, which no
+        # mask hides.
         self.caches: dict[str, RaggedCache] = {}
         self._fallback: ReferenceEngine | None = None
         students, teachers = ("student", pair.student, pair.student_head), ("teacher", pair.teacher, pair.teacher_head)
