@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +123,9 @@ def meet_trouble(folder: Path, rank: int) -> None:
         (folder / f"broken-{rank}").write_text(f"{type(error).__name__}: {error}")
 
 
-def launch(folder: Path, rows_a_process: int) -> None:
-    """This file as a script in `PROCESSES` processes, with the environment that torchrun gives, but for the port."""
+@contextmanager
+def launched(folder: Path, rows_a_process: int) -> Iterator[None]:
+    """Beside the block this file runs as a script in `PROCESSES` processes, in torchrun's environment but for the port."""
     shared = {"WORLD_SIZE": str(PROCESSES), "LOCAL_WORLD_SIZE": str(PROCESSES), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
@@ -134,6 +137,7 @@ def launch(folder: Path, rows_a_process: int) -> None:
         )
         for rank in range(PROCESSES)
     ]
+    yield
     errors = [process.communicate(timeout=250)[1][-3000:] for process in started]
     assert [process.returncode for process in started] == [0] * PROCESSES, "\n".join(errors)
 
@@ -142,8 +146,8 @@ def launch(folder: Path, rows_a_process: int) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders "one" and "two". Costs two starts of Python with torch and transformers: nothing less runs the gathering."""
     folder = tmp_path_factory.mktemp("runs")
-    launch(folder / "two", rows_a_process=8 // PROCESSES)
-    train_each_method(folder / "one", rows_a_process=8)
+    with launched(folder / "two", rows_a_process=8 // PROCESSES):
+        train_each_method(folder / "one", rows_a_process=8)
     return folder
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import signal
 import warnings
 import weakref
@@ -18,9 +19,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedType
 from rich.console import Console
 from torch import Tensor
+from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 from runs import save_pair, switchkd, write_run
@@ -34,6 +37,7 @@ from switchkd.rollout.policies import Student
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.run import launch
 from switchkd.run.callbacks import StopCleanly
+from switchkd.training.dataset import without_repeats
 from switchkd.training.teachers import TeacherPlace
 from switchkd.training.trainer import SwitchTrainer
 from tiny import tiny_model, tiny_pair
@@ -78,6 +82,21 @@ def test_weights_in_parts_are_refused_and_whole_ones_are_not(
         return
     with pytest.raises(UserError, match=f"{refused} leaves each with a part"):
         make_trainer(tmp_path, tiny_pair("llama"), method=method)
+
+
+@pytest.mark.parametrize("split_batches", [False, True])
+def test_over_all_processes_each_row_of_an_epoch_comes_once(split_batches: bool) -> None:
+    """Of what accelerate hands out, for any number of rows, rows a batch and processes."""
+    for rows, size, processes in itertools.product(range(1, 20), (1, 2, 3), (1, 2, 3)):
+        sampler = BatchSampler(range(rows), size * (processes if split_batches else 1), drop_last=False)
+        came: list[int] = []
+        for process in range(processes):
+            # A single process's loader is not cut up.
+            shard = sampler if processes == 1 else BatchSamplerShard(sampler, processes, process, split_batches)
+            *batches, last = shard
+            came += [row for batch in batches for row in batch]
+            came += without_repeats(last, rows, process, processes)
+        assert sorted(came) == [*range(rows)]
 
 
 # -------------------------------------------------------------------------------------------------------------- signals

@@ -56,10 +56,11 @@ def train_run(run: RunConfig, console: Console, *, resume: bool = False) -> None
         console.print(f"The run in {run.output_dir} is finished; there is nothing to do.", markup=False, soft_wrap=True)
         return
     _check_order(to_do)
-    for prepared in _prepare(to_do):
+    for number, prepared in enumerate(_prepare(to_do)):
+        if number:
+            # A trainer may be in reference cycles, and its models and optimizer fill the device that this stage needs.
+            clear_device_cache(garbage_collection=True)
         _train_stage(prepared, run, console, is_main_process, resume)
-        # A trainer is in reference cycles, and its models and optimizer would fill the device that the next stage needs.
-        clear_device_cache(garbage_collection=True)
     if is_main_process:
         events = read_log(Path(run.output_dir) / LOG_FILE)
         console.print(run_table(events, Path(run.output_dir)))
@@ -138,7 +139,6 @@ def _train_stage(
         save_final(model if prepared.peft_config is None else model.merge_and_unload(), trainer.pair.tokenizer, stage)
     # The next stage reads what was saved.
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.free_memory()
 
 
 def _trainer(

@@ -33,7 +33,9 @@ def examples_of(
         if need_response and empty:
             raise UserError(f"{empty} of {len(dataset)} examples have no response; give their response_ids")
         if not all(example.prompt.token_ids for example in dataset):
-            raise UserError("an example has no prompt, but its first token has to be predicted from something; give prompt tokens")
+            raise UserError(
+                "an example has no prompt, but its first token has to be predicted from something; give prompt tokens"
+            )
         return list(dataset)
     if tokenizer is None:
         raise UserError("the rows are text, but there is no tokenizer; give processing_class")

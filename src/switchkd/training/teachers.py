@@ -72,9 +72,11 @@ class _WithoutAdapter(nn.Module):
 
 def teacher_size(pair: ModelPair) -> int:
     """The number of the teacher's parameters: of a student without its adapter, those of the student that do not train."""
-    if not isinstance(pair.teacher, _WithoutAdapter):
-        return 0 if pair.teacher is None else parameter_count(pair.teacher)
-    return parameter_count(pair.student) - sum(each.numel() for each in pair.student.parameters() if each.requires_grad)
+    if pair.teacher is None:
+        return 0
+    trained = (parameter.numel() for parameter in pair.student.parameters() if parameter.requires_grad)
+    # A student without its adapter owns no weights.
+    return parameter_count(pair.teacher) or parameter_count(pair.student) - sum(trained)
 
 
 class TeacherPlace:

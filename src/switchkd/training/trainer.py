@@ -212,7 +212,8 @@ class SwitchTrainer(Trainer):
     def _without_repeats(self, examples: Sequence[Example], rows: int) -> Sequence[Example]:
         """The examples of a loader's newest batch, without those that fill up the last step; see `without_repeats`."""
         accelerator = self.accelerator
-        if not accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
+        filled_up = accelerator.even_batches and not self.args.dataloader_drop_last
+        if not filled_up or not accelerator.gradient_state.end_of_dataloader:
             return examples
         return without_repeats(examples, rows, accelerator.process_index, accelerator.num_processes)
 
