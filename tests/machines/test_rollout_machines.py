@@ -21,10 +21,10 @@ from checks.rollouts import assert_same_rollouts, tie_margin
 from machines.mps import NoFloat64
 from switchkd.data.collate import collate
 from switchkd.models.heads import Head, backbone, last_hidden
+from switchkd.models.memory import numbers_at_once
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Prompt, Rollout, Sampling
 from switchkd.rollout.cache import CachedModel, cache_mismatch
-from switchkd.rollout.memory import numbers_at_once
 from switchkd.rollout.policies import POLICIES, AdaSwitch, Policy, Student, Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine

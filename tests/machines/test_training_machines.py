@@ -32,7 +32,7 @@ from switchkd.loss.chunked import chunked_sum
 from switchkd.models import heads
 from switchkd.models.heads import Head
 from switchkd.models.pair import ModelPair, parameter_count
-from switchkd.records import Prompt, Rollout, Sampling
+from switchkd.records import Example, Prompt, Rollout, Sampling
 from switchkd.rollout.policies import Student
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.run import launch
@@ -366,3 +366,28 @@ def test_a_teacher_with_a_device_map_keeps_its_place(tmp_path: Path) -> None:
     teacher.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     with pytest.raises(UserError, match="a teacher on several devices stay where they were loaded"):
         TeacherPlace(teacher, "cpu", torch.device("meta"), tmp_path)
+
+
+def test_the_chunks_of_the_loss_follow_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Head.of(tiny_model("llama", vocab=64))
+    hidden_NH = torch.randn(100, 32, generator=torch.Generator().manual_seed(0))
+    seen: list[tuple[int, int]] = []
+
+    def square(logits_PV: Tensor, at: slice, chunk: slice) -> Tensor:
+        seen.append((at.stop - at.start, chunk.stop - chunk.start))
+        return logits_PV.square().sum(dim=-1)
+
+    expected = chunked_sum(hidden_NH, head, square)
+    # A CPU's chunk holds more than 100 positions of 64 ids.
+    assert seen == [(100, 100)]
+    seen.clear()
+    monkeypatch.setattr("switchkd.loss.chunked.numbers_at_once", lambda device: 40 * 64)
+    # Sums of 100 positions in another order.
+    torch.testing.assert_close(chunked_sum(hidden_NH, head, square), expected, rtol=1e-6, atol=0)
+    assert [chunk for _, chunk in seen] == [40] * 8 + [40] * 8 + [20] * 4
+    assert {piece for piece, _ in seen} == {5}
+
+
+def test_an_example_without_a_prompt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="an example has no prompt"):
+        make_trainer(tmp_path, tiny_pair("llama", layers=1), [Example(Prompt((), 0), (3, 4))], method="sft")

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from switchkd.models.heads import Head
+from switchkd.models.memory import numbers_at_once
 
-# A chunk's logits hold about this many numbers, 64 MB in float32. With half as many, a matrix product on two cores is a
-# third slower at 131,072 ids.
-_CHUNK_NUMBERS = 1 << 24
-_PIECES_OF_A_CHUNK = 8
+# The logits of a chunk hold at most this many numbers, 1 GB in float32, however much memory a device has: its matrix products
+# are as fast as they get. On a CPU they hold 64 MB; with half as many, one on two cores is a third slower at 131,072 ids.
+_MOST_NUMBERS = 1 << 28
+# A CPU's caches want small tensors for the comparison, a GPU few kernels.
+_PIECES_OF_A_CHUNK_ON_CPU = 8
 
 # The losses (P,) of the positions of a piece, from their projected hidden states (P, V), the piece and the chunk it lies in.
 # The pieces of a chunk come in order.
@@ -33,14 +35,17 @@ def chunked_sum(
 ) -> Tensor:
     """The sum of `position_loss` over all positions, a scalar in at least float32; differentiable in states and head.
 
-    `chunk_positions` None makes chunks of about 64 MB. Neither the value nor the gradients depend on it.
+    `chunk_positions` None follows the device: chunks of 64 MB on a CPU, and on a GPU of what its free memory allows. Neither the
+    value nor the gradients depend on it.
     """
     inputs = (hidden_NH, head.projection.weight, head.projection.bias)
     # Inside the function gradients are always off, and a parameter asks for one even if the caller wants none.
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     # Below 16 rows a matrix product spends its time reading the weight.
-    chunk_positions = chunk_positions or max(16, _CHUNK_NUMBERS // head.vocabulary_size)
-    work = _Work(position_loss, head.vocabulary_size, chunk_positions, wanted)
+    device = hidden_NH.device
+    chunk_positions = chunk_positions or max(16, min(numbers_at_once(device), _MOST_NUMBERS) // head.vocabulary_size)
+    pieces = _PIECES_OF_A_CHUNK_ON_CPU if device.type == "cpu" else 1
+    work = _Work(position_loss, head.vocabulary_size, chunk_positions, max(1, chunk_positions // pieces), wanted)
     total: Tensor = _ChunkedSum.apply(*inputs, work)  # type: ignore[no-untyped-call]
     return total
 
@@ -52,6 +57,7 @@ class _Work:
     position_loss: PositionLoss
     rows: int
     chunk_positions: int
+    piece_positions: int
     wanted: list[bool]
 
 
@@ -98,7 +104,7 @@ def _sum_and_gradients(
     for chunk in _slices(0, hidden_NH.shape[0], work.chunk_positions):
         hidden = hidden_NH.detach()[chunk]
         logits = torch.nn.functional.linear(hidden, weight, bias)
-        for at in _slices(chunk.start, chunk.stop, max(1, work.chunk_positions // _PIECES_OF_A_CHUNK)):
+        for at in _slices(chunk.start, chunk.stop, work.piece_positions):
             piece = slice(at.start - chunk.start, at.stop - chunk.start)
             part = logits[piece].detach().requires_grad_(training)
             with torch.enable_grad():

@@ -22,6 +22,7 @@ from switchkd.distributions.noise import Address, row_keys
 from switchkd.distributions.shaping import ban_repeated_ngrams, shaped_logp
 from switchkd.errors import UserError
 from switchkd.models.heads import evaluating
+from switchkd.models.memory import numbers_at_once
 from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.blocks import BlockChooser, check_block_size
@@ -29,7 +30,6 @@ from switchkd.rollout.cache import CachedModel, RaggedCache, cache_mismatch, tak
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
 from switchkd.rollout.log import RolloutLog, observe
-from switchkd.rollout.memory import numbers_at_once
 from switchkd.rollout.metrics import RolloutMetrics
 from switchkd.rollout.policies import Policy
 from switchkd.rollout.reference import ReferenceEngine

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +43,15 @@ class ReplayBuffer:
 
     def add(self, rollouts: Iterable[Rollout]) -> None:
         """Keep the rollouts of one step, ordered by prompt, so that no order or split of the batch matters."""
-        self.rollouts.extend(sorted(map(on_host, rollouts), key=_address))
+        # Kept states may be many, and a device has better uses for its memory.
+        self.rollouts.extend(sorted((rollout.to("cpu") for rollout in rollouts), key=_address))
 
     def put_back(self, rollouts: Iterable[Rollout]) -> None:
         """Take rollouts that the teacher has read in the place of those kept unread, so that each is read once."""
         read = {_address(rollout): rollout for rollout in rollouts if rollout.teacher_hidden is not None}
         for index, kept in enumerate(self.rollouts):
             if kept.teacher_hidden is None and _address(kept) in read:
-                self.rollouts[index] = on_host(read[_address(kept)])
+                self.rollouts[index] = read[_address(kept)].to("cpu")
 
     def draw(self, uniform: float) -> Rollout:
         """The kept rollout that a uniform in [0, 1) selects, each as likely as another."""
@@ -80,14 +80,6 @@ class ReplayBuffer:
 
 def _address(rollout: Rollout) -> tuple[int, int]:
     return rollout.prompt.sample_id, rollout.prompt.prompt_id
-
-
-def on_host(rollout: Rollout) -> Rollout:
-    """The rollout with the kept states on the CPU: they may be many, and a device has better uses for its memory."""
-    hidden_TH = rollout.teacher_hidden
-    if hidden_TH is None or hidden_TH.device.type == "cpu":
-        return rollout
-    return replace(rollout, teacher_hidden=hidden_TH.cpu())
 
 
 def _packed(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from switchkd.rollout.policies import Policy, Switch, Teacher
 from switchkd.training.adaptive_share import AdaptiveShare
 from switchkd.training.auto_threshold import CalibratedPolicy
 from switchkd.training.meters import Meters
-from switchkd.training.replay import ReplayBuffer, on_host
+from switchkd.training.replay import ReplayBuffer
 
 TEXT_MEASURES = (
     "student_share",
@@ -83,7 +83,7 @@ class StepText:
             if rolled_out:
                 self.meters.add("replayed", len(replayed), len(rolled_out))
             # All processes keep, and draw from, the same rollouts.
-            self.replay.add(gather_object([on_host(rollout) for rollout in written.values()]))
+            self.replay.add(gather_object([rollout.to("cpu") for rollout in written.values()]))
         in_place = {**replayed, **written}
         return [in_place.get(row, example) for row, example in enumerate(examples)]
 

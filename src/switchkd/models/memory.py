@@ -1,4 +1,4 @@
-"""How much an engine computes at once, by the device that it computes on."""
+"""How much is computed at once, by the device that computes it."""
 
 from __future__ import annotations
 
