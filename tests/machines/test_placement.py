@@ -17,6 +17,7 @@ from switchkd.models.load import load_model, load_pair
 from switchkd.models.placement import Placement, placement_of
 from switchkd.run.file import read_run, run_from_values
 from switchkd.training.trainer import SwitchTrainer
+from tiny import tiny_model
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 RUN = {"student": "a", "teacher": "b", "train_data": "dolly", "output_dir": "runs/x"}
@@ -333,3 +334,11 @@ def test_so_do_eval_train_and_demo(models: Path, tmp_path: Path, capsys: pytest.
         capsys.readouterr()
         assert switchkd(*call, "--device", "mps") == 2
         assert "device is 'mps'" in capsys.readouterr().err
+
+
+def test_no_keyword_makes_pickled_weights_load(tmp_path: Path) -> None:
+    model = tiny_model("llama", layers=1)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(str(tmp_path), init_kwargs={"use_safetensors": False})

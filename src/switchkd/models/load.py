@@ -98,8 +98,8 @@ def load_model(
     """
     source = find_source(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": torch_dtype(dtype)}
-    # Pickled weights, the other format, could run code.
-    options |= {"use_safetensors": True, **init_options(init_kwargs)}
+    # Whatever the keywords say: pickled weights, the other format, could run code.
+    options |= {**init_options(init_kwargs), "use_safetensors": True}
     if source.gguf_file is not None:
         from transformers import GgufConfig
 
