@@ -153,7 +153,7 @@ def value_and_gradients(side: str, inputs: Inputs, divergence: str) -> float:
 
 
 def peak_memory(side: str, case: Case, size: Size) -> int:
-    """Bytes by which this process's resident set rises above its inputs, after a first run on small ones."""
+    """Bytes of memory that one pass adds to this process. A pass on small inputs goes first and is not counted."""
     value_and_gradients(side, Inputs(QUICK, head_trains=case.head_trains), case.divergence)
     inputs = Inputs(size, head_trains=case.head_trains)
     gc.collect()

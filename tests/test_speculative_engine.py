@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -61,11 +61,11 @@ POLICIES: dict[str, Policy] = {
 RULES = ("adaswitch", "interleave", "mix")
 
 SAMPLINGS: dict[str, Sampling] = {
-    "plain": Sampling(max_new_tokens=18),
-    "greedy": Sampling(max_new_tokens=18, temperature=0),
-    "cool": Sampling(max_new_tokens=18, temperature=0.7),
-    "top-p": Sampling(max_new_tokens=18, top_p=0.9),
-    "top-k": Sampling(max_new_tokens=18, temperature=1.3, top_k=8),
+    "plain": Sampling(max_new_tokens=21),
+    "greedy": Sampling(max_new_tokens=21, temperature=0),
+    "cool": Sampling(max_new_tokens=21, temperature=0.7),
+    "top-p": Sampling(max_new_tokens=21, top_p=0.9),
+    "top-k": Sampling(max_new_tokens=21, temperature=1.3, top_k=8),
 }
 
 # One-token prompts, equal prompts, padding and end-of-text ids as ordinary prompt tokens.
@@ -123,25 +123,32 @@ def forwards_of(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
 # ------ equality, token for token
 
 
-# A family's cache and masks know no policy, so every pair of the two is more than is needed: every policy meets three
-# families, and every family SWITCH and by turns four of the other policies.
+# A family's cache and masks know no policy. So the quick suite runs SWITCH for every family and the other policies by turns,
+# all of them for three families; `make slow` runs every pair of the two.
 WHOLE = ("gpt2", "opt", "llama")
-TURNS = [policy for policy in POLICIES if policy != "switch low"]
-GRID = [
-    (kind, policy, torch.float32)
-    for turn, kind in enumerate(KINDS)
-    for policy in (POLICIES if kind in WHOLE else ["switch low", *(TURNS[(4 * turn + at) % 10] for at in range(4))])
-]
-# In float64 tokens are equal without exception: SWITCH for each family, and by turns two of the other rules.
-OTHERS = ("student", "teacher", *RULES)
-GRID += [
-    (kind, policy, torch.float64)
-    for turn, kind in enumerate(KINDS)
-    for policy in ("switch low", OTHERS[2 * turn % 5], OTHERS[(2 * turn + 1) % 5])
-]
+IN_FLOAT64 = ("student", "teacher", *RULES)
 
 
-@pytest.mark.parametrize(("turn", "kind", "policy", "dtype"), [(turn, *each) for turn, each in enumerate(GRID)])
+def by_turns(names: Sequence[str], turn: int, count: int) -> set[str]:
+    """`count` of the names, from another place at each turn."""
+    return {names[(count * turn + at) % len(names)] for at in range(count)}
+
+
+def grid() -> Iterator[Any]:
+    others = [policy for policy in POLICIES if policy != "switch low"]
+    for dtype, names, count in ((torch.float32, others, 4), (torch.float64, IN_FLOAT64, 2)):
+        for turn, kind in enumerate(KINDS):
+            quick = {"switch low"} | by_turns(names, turn, count)
+            if kind in WHOLE and dtype is torch.float32:
+                quick |= set(POLICIES)
+            for policy in POLICIES if dtype is torch.float32 else ("student", "teacher", "switch low", *RULES):
+                yield pytest.param(kind, policy, dtype, marks=() if policy in quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("turn", "kind", "policy", "dtype"),
+    [pytest.param(turn, *each.values, marks=each.marks) for turn, each in enumerate(grid())],
+)
 def test_equals_the_reference_engine(turn: int, kind: str, policy: str, dtype: torch.dtype) -> None:
     # By turns, so that each kind and policy meets other samplings and block sizes.
     sampling, block_size = list(SAMPLINGS)[turn % len(SAMPLINGS)], 1 + turn % 16
@@ -150,12 +157,15 @@ def test_equals_the_reference_engine(turn: int, kind: str, policy: str, dtype: t
     assert_same_rollouts(rollouts, oracle(kind, policy, sampling, dtype), pair, POLICIES[policy], SAMPLINGS[sampling])
 
 
+@pytest.mark.parametrize(
+    "often", [(1, 2, 3, 4, 5, 7, 8, 12, 16), pytest.param(tuple(range(1, 17)), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("policy", ["student", "teacher", "switch low", *RULES])
-def test_block_size_changes_no_token(policy: str, sampling: str) -> None:
+def test_block_size_changes_no_token(policy: str, sampling: str, often: tuple[int, ...]) -> None:
     pair, expected = pair_of("llama", torch.float64), oracle("llama", policy, sampling, torch.float64)
     every = policy not in ("student", "teacher") and sampling == "plain"
-    sizes = ("auto", 1, 2, 3, 4, 5, 7, 8, 12, 16) if every else ("auto", 2, 5)
+    sizes = ("auto", *often) if every else ("auto", 2, 5)
     for block_size in sizes:
         rollouts = SpeculativeEngine(pair, block_size).generate(PROMPTS, POLICIES[policy], SAMPLINGS[sampling])
         assert_same_rollouts(rollouts, expected, pair, POLICIES[policy], SAMPLINGS[sampling])
@@ -175,7 +185,14 @@ def test_the_grid_really_switches(kind: str) -> None:
     assert any(len(set(rollout.written_by_teacher)) == 2 for rollout in rollouts)
 
 
-@pytest.mark.parametrize(("kind", "policy"), [(kind, RULES[turn % 3]) for turn, kind in enumerate(KINDS)])
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        pytest.param(kind, rule, marks=() if at == turn % 3 else pytest.mark.slow)
+        for turn, kind in enumerate(KINDS)
+        for at, rule in enumerate(RULES)
+    ],
+)
 def test_the_grid_really_mixes_writers_under_every_rule(kind: str, policy: str) -> None:
     engine = SpeculativeEngine(pair_of(kind, torch.float32), block_size=4)
     rollouts = engine.generate(PROMPTS, POLICIES[policy], SAMPLINGS["plain"])

@@ -15,7 +15,7 @@ from switchkd.rollout.policies import Policy
 def importance_and_returns(batch: Batch, policy: Policy) -> tuple[Tensor, Tensor]:
     """Importance weights and returns (nats), both (B, T), float64, without gradient; 1 and 0 at the data set's text.
 
-    With r_t = log p_teacher(y_t) - log p_student(y_t), q the student and m the law by which `policy` wrote the text:
+    With r_t = log p_teacher(y_t) - log p_student(y_t), q the student and m the distribution from which `policy` drew:
 
         importance_t = q(y_t) / m(y_t)            return_t = mean of r over the tokens after t, 0 at the last
 

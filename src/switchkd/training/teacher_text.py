@@ -26,8 +26,8 @@ from switchkd.rollout.policies import Teacher
 
 # Numbers of each weight tensor that go into the teacher's fingerprint: enough to tell one training from another.
 _NUMBERS = 64
-# How often a process fills its rows between two writings to the file. A crash loses that much; with fewer, the rows that wait
-# for the longest one of a call would count.
+# Batches between two writes to the file. A crash loses at most this many. Each write waits for the longest row of its call, so
+# fewer batches would leave the other rows idle for longer.
 _FILLINGS = 8
 
 _REMEDY = "delete it to have it written again"
