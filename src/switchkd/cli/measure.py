@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.text import Text
 
 from switchkd.cli.options import (
@@ -24,6 +26,8 @@ from switchkd.settings.paper import PAPER_SHARE
 
 if TYPE_CHECKING:
     from switchkd.analysis.calibration import Calibration
+    from switchkd.records import Prompt
+    from switchkd.rollout.speculative import SpeculativeEngine
 
 
 @with_options
@@ -39,17 +43,14 @@ def calibrate(
     from switchkd.analysis.calibration import calibrate as solve
     from switchkd.report.plots import save_calibration
     from switchkd.report.terminal import calibration_table
-    from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
     if "threshold" in policy_settings(context, "switch"):
         raise UserError("--threshold is what calibrate finds; leave it out")
     shape: Any = policy_named("switch", context)
     sampling = options.sampling
-    pair, prompts = options.load()
     console = new_console()
-    with console.status(f"rolling out {len(prompts)} prompts, several times ..."):
-        engine = SpeculativeEngine(pair)
+    with _engine_at_work(options, console) as (engine, prompts):
         found = solve(engine, prompts, sampling, teacher_share=share, policy=shape, seed=options.seed)
     console.print(calibration_table(found))
     place = output / "calibration.json"
@@ -89,7 +90,6 @@ def diagnose(
     from switchkd.analysis.diagnosis import diagnose as measure
     from switchkd.report.plots import save_diagnosis
     from switchkd.report.terminal import diagnosis_table
-    from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
     finds_threshold = "threshold" not in policy_settings(context, "switch")
@@ -97,14 +97,12 @@ def diagnose(
         raise UserError("--threshold and --share are two ways to say the same thing; give one of them")
     switch: Any = policy_named("switch", context)
     sampling = options.sampling
-    pair, prompts = options.load()
     console = new_console()
-    with console.status(f"rolling out {len(prompts)} prompts, several times ..."):
-        engine = SpeculativeEngine(pair)
+    with _engine_at_work(options, console) as (engine, prompts):
         if finds_threshold:
             wanted = PAPER_SHARE if share is None else share
             switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=options.seed).policy
-        texts = measure(pair, prompts, sampling, switch=switch, seed=options.seed, engine=engine)
+        texts = measure(engine.pair, prompts, sampling, switch=switch, seed=options.seed, engine=engine)
     console.print(diagnosis_table(texts))
     place = output / "diagnosis.json"
     by_text = {name: text.as_json() for name, text in texts.items()}
@@ -116,6 +114,16 @@ def diagnose(
     by_teacher = f"threshold {switch.threshold:.3g}: {texts['switch'].teacher_share:.1%} of its tokens by the teacher"
     console.print(Text(f"SWITCH with {by_teacher}"), soft_wrap=True)
     console.print(Text(_where(place, plot)), soft_wrap=True)
+
+
+@contextmanager
+def _engine_at_work(options: MeasuredPair, console: Console) -> Iterator[tuple[SpeculativeEngine, list[Prompt]]]:
+    """The pair's engine and the prompts, with a line that says so while they are at work."""
+    from switchkd.rollout.speculative import SpeculativeEngine
+
+    pair, prompts = options.load()
+    with console.status(f"rolling out {len(prompts)} prompts, several times ..."):
+        yield SpeculativeEngine(pair), prompts
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
