@@ -107,7 +107,9 @@ def real_data_dir():
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get(DATA_DIR_VARIABLE, beside))
     if not (folder / "eval_dolly.jsonl").exists():
-        pytest.skip(f"the instruction sets belong to others and are not in the repository; not in {folder} or {DATA_DIR_VARIABLE}")
+        pytest.skip(
+            f"the instruction sets belong to others and are not in the repository; not in {folder} or {DATA_DIR_VARIABLE}"
+        )
     return folder
 
 
