@@ -26,8 +26,9 @@ from switchkd.models.load import load_pair
 from switchkd.models.pair import ModelPair, parameter_count
 from switchkd.models.placement import Placement, placement_of
 from switchkd.records import Example, Prompt, Rollout, Sampling
+from switchkd.rollout.blends import Mix
 from switchkd.rollout.engine import Engine
-from switchkd.rollout.policies import Mix, Switch
+from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.trainer import SwitchTrainer

@@ -13,7 +13,8 @@ from switchkd.distributions.divergences import JensenShannon
 from switchkd.errors import UserError
 from switchkd.models.pair import ModelPair
 from switchkd.records import Sampling
-from switchkd.rollout.policies import Policy, Student, Switch, Teacher
+from switchkd.rollout.law import Policy
+from switchkd.rollout.policies import Student, Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import tiny_pair

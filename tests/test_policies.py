@@ -14,22 +14,9 @@ from torch import Tensor
 
 from reference.policies import adaswitch, is_among_best
 from switchkd.errors import UserError
-from switchkd.rollout.policies import (
-    DECAYS,
-    POLICIES,
-    POLICY,
-    AdaSwitch,
-    Decision,
-    Early,
-    Interleave,
-    Late,
-    Mix,
-    Policy,
-    Positions,
-    Student,
-    Switch,
-    Teacher,
-)
+from switchkd.rollout.blends import Interleave, Mix
+from switchkd.rollout.law import Decision, Policy, Positions
+from switchkd.rollout.policies import DECAYS, POLICIES, POLICY, AdaSwitch, Early, Late, Student, Switch, Teacher
 
 FORMULAS = {
     "exponential": lambda first, rate, t: first * math.exp(-rate * t),

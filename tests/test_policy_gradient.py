@@ -16,7 +16,9 @@ from switchkd.loss.policy_gradient import importance_and_returns
 from switchkd.loss.signals import DenseTeacher
 from switchkd.models.heads import Head
 from switchkd.records import Batch
-from switchkd.rollout.policies import Mix, Policy, Student
+from switchkd.rollout.blends import Mix
+from switchkd.rollout.law import Policy
+from switchkd.rollout.policies import Student
 
 V = 4
 # A state for the first token, and one for each first token that may stand before the second.

@@ -25,7 +25,9 @@ from switchkd.errors import UserError
 from switchkd.models.heads import backbone
 from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
-from switchkd.rollout.policies import AdaSwitch, Interleave, Mix, Policy, Student, Switch, Teacher
+from switchkd.rollout.blends import Interleave, Mix
+from switchkd.rollout.law import Policy
+from switchkd.rollout.policies import AdaSwitch, Student, Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import EOS_ID, tiny_model, tiny_pair

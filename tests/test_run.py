@@ -15,7 +15,8 @@ from transformers import HfArgumentParser
 from switchkd.errors import UserError
 from switchkd.methods.config import HEADLINE, SwitchConfig
 from switchkd.report.terminal import duration
-from switchkd.rollout.policies import AdaSwitch, Interleave, Switch
+from switchkd.rollout.blends import Interleave
+from switchkd.rollout.policies import AdaSwitch, Switch
 from switchkd.run.callbacks import read_log
 from switchkd.run.file import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed_setting
 from switchkd.run.folder import check_output_dir, record_run

@@ -78,6 +78,9 @@ class Rollout:
     `teacher_logp` are each model's log-probability of the written token in nats, -inf where the model excludes it.
     Where no teacher ran, `divergence` and `teacher_logp` are NaN. `teacher_hidden` is the teacher's last hidden state that
     predicted each token, shape (T, H), where the engine was asked to keep it, on the device that the engine left it on.
+
+    `law_logp` is the log-probability in nats with which the token was written, that of its writer or of a blend; `teacher_part`,
+    0 to 1, is the probability that the teacher is its writer, given the token: 0 or 1 but for blends. Both may be left out.
     """
 
     prompt: Prompt
@@ -89,11 +92,18 @@ class Rollout:
     teacher_logp: tuple[float, ...]
     finish_reason: FinishReason
     teacher_hidden: torch.Tensor | None = None
+    law_logp: tuple[float, ...] = ()
+    teacher_part: tuple[float, ...] = ()
+
+    @property
+    def teacher_tokens(self) -> float:
+        """How many tokens the teacher wrote; of a blend, in the mean over what the coins might have said."""
+        return sum(self.teacher_part or self.written_by_teacher)
 
     @property
     def teacher_share(self) -> float:
         """The share of tokens that the teacher wrote, 0 to 1."""
-        return sum(self.written_by_teacher) / len(self.written_by_teacher)
+        return self.teacher_tokens / len(self.token_ids)
 
     def to(self, device: torch.device | str) -> Rollout:
         """The same rollout with what it keeps of the teacher on another device: "cpu" to store it or to send it."""
@@ -102,8 +112,8 @@ class Rollout:
 
 def teacher_share_of(rollouts: Sequence[Rollout]) -> float:
     """The share of all tokens of these rollouts that the teacher wrote, 0 to 1; NaN where there are none."""
-    written = [by_teacher for rollout in rollouts for by_teacher in rollout.written_by_teacher]
-    return sum(written) / len(written) if written else math.nan
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    return sum(rollout.teacher_tokens for rollout in rollouts) / tokens if tokens else math.nan
 
 
 @dataclass(frozen=True)
@@ -125,8 +135,9 @@ class Batch:
     `input_ids_BT` (long); `attention_mask_BT` (long, 1 where there is a token); `response_mask_BT` (bool) is True at
     the response tokens, the end-of-text token included: these N positions are counted, and the token at t is predicted
     at t - 1; `rolled_out_BT` (bool) is True at those of rollouts, not of a data set's text, and `written_by_teacher_BT` (bool)
-    where a rollout says so; `student_logp_BT` and `teacher_logp_BT` (float64, nats) are each model's log-probability of the
-    token when it was written, 0 where there is no rollout; they stay on the CPU. `teacher_hidden_NH` is the teacher's last
+    where a rollout says so; `student_logp_BT`, `teacher_logp_BT` and `law_logp_BT` (float64, nats) are the token's
+    log-probability under each model and under the law that wrote it, when it was written, 0 where there is no rollout; they stay on
+    the CPU. `teacher_hidden_NH` is the teacher's last
     hidden state that predicted each counted token, row after row, where every sequence brought it.
     """
 
@@ -138,6 +149,7 @@ class Batch:
     teacher_hidden_NH: torch.Tensor | None = None
     student_logp_BT: torch.Tensor | None = None
     teacher_logp_BT: torch.Tensor | None = None
+    law_logp_BT: torch.Tensor | None = None
 
     @property
     def response_tokens(self) -> int:
@@ -146,6 +158,6 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device, but for the log-probabilities: not every device has float64."""
-        names = [field.name for field in fields(self) if field.name not in ("student_logp_BT", "teacher_logp_BT")]
+        names = [field.name for field in fields(self) if not field.name.endswith("_logp_BT")]
         tensors = {name: getattr(self, name) for name in names}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})

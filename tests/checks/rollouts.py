@@ -13,8 +13,9 @@ from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, unif
 from switchkd.distributions.shaping import shaped_logp
 from switchkd.models.pair import ModelPair
 from switchkd.records import Rollout, Sampling
+from switchkd.rollout.blends import Interleave
+from switchkd.rollout.law import Policy
 from switchkd.rollout.log import RolloutLog, observe
-from switchkd.rollout.policies import Interleave, Policy
 
 TIE = 1e-5  # Below this margin, float32 kernels that choose by shape may decide either way.
 

@@ -25,7 +25,8 @@ from switchkd.loss.objective import Counted, Objective, distillation_loss
 from switchkd.loss.signals import DenseTeacher, TopKTeacher
 from switchkd.models.heads import Head
 from switchkd.records import Prompt, Sampling
-from switchkd.rollout.policies import POLICIES, Policy, Positions
+from switchkd.rollout.law import Policy, Positions
+from switchkd.rollout.policies import POLICIES
 
 B, T, V, H, N = 3, 4, 11, 6, 9
 DEVICE = torch.device("meta")

@@ -14,7 +14,7 @@ from torch import Tensor
 from switchkd.models.pair import ModelPair
 from switchkd.models.placement import placement_of
 from switchkd.records import Prompt, Sampling
-from switchkd.rollout.policies import Mix
+from switchkd.rollout.blends import Mix
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import tiny_pair
 from trainers import NEW_TOKENS, Gradients, make_trainer

@@ -24,7 +24,8 @@ from switchkd.models.pair import ModelPair
 from switchkd.positions import ByPosition
 from switchkd.records import Rollout, Sampling, teacher_share_of
 from switchkd.rollout.engine import Engine, PromptLike
-from switchkd.rollout.policies import POLICY, Policy, Student, Switch, Teacher
+from switchkd.rollout.law import Policy
+from switchkd.rollout.policies import POLICY, Student, Switch, Teacher
 from switchkd.rollout.speculative import SpeculativeEngine
 
 # The number of teacher logits that exist at a time: 64 MB in float32.

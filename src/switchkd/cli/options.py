@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from switchkd.models.pair import ModelPair
     from switchkd.models.placement import Placement
     from switchkd.records import Prompt, Sampling
-    from switchkd.rollout.policies import Policy
+    from switchkd.rollout.law import Policy
 
 Set = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the run file's; repeatable.")

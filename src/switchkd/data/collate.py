@@ -13,6 +13,7 @@ from switchkd.records import Batch, Example, Rollout
 
 # Tokens. A forward over fewer costs a large model as much, since it reads all weights.
 _FULL_FORWARD = 256
+_LOGPS = ("student_logp", "teacher_logp", "law_logp")
 
 
 def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
@@ -34,7 +35,7 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
     response_mask_BT = torch.zeros(shape, dtype=torch.bool)
     rolled_out_BT = torch.zeros(shape, dtype=torch.bool)
     written_by_teacher_BT = torch.zeros(shape, dtype=torch.bool)
-    student_logp_BT, teacher_logp_BT = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    logps = {name: torch.zeros(shape, dtype=torch.float64) for name in _LOGPS}
     for row, (sequence, prompt, response) in enumerate(zip(sequences, prompts, responses, strict=True)):
         start, end = len(prompt), len(prompt) + len(response)
         input_ids_BT[row, :end] = torch.tensor(prompt + response, dtype=torch.long)
@@ -43,8 +44,9 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
         if isinstance(sequence, Rollout):
             rolled_out_BT[row, start:end] = True
             written_by_teacher_BT[row, start:end] = torch.tensor(sequence.written_by_teacher, dtype=torch.bool)
-            student_logp_BT[row, start:end] = torch.tensor(sequence.student_logp, dtype=torch.float64)
-            teacher_logp_BT[row, start:end] = torch.tensor(sequence.teacher_logp, dtype=torch.float64)
+            for name, logp_BT in logps.items():
+                if values := getattr(sequence, name):
+                    logp_BT[row, start:end] = torch.tensor(values, dtype=torch.float64)
     return Batch(
         input_ids_BT,
         attention_mask_BT,
@@ -52,8 +54,7 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
         rolled_out_BT,
         written_by_teacher_BT,
         _packed_teacher_hidden(sequences),
-        student_logp_BT,
-        teacher_logp_BT,
+        **{f"{name}_BT": logp_BT for name, logp_BT in logps.items()},
     )
 
 

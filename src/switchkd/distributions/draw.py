@@ -1,8 +1,8 @@
-"""How a token is drawn: from the student, and from the teacher coupled to the student's proposal.
+"""How a token is drawn: from the student, and from any other law coupled to the student's proposal.
 
-The coupling is the maximal one: the teacher's token is an exact draw from the teacher, and equals the proposal with
-probability 1 - TV(teacher, student), the largest possible. It is the acceptance rule of speculative sampling (Leviathan et al.
-2023, arXiv 2211.17192, section 2.3; Chen et al. 2023, arXiv 2302.01318).
+The coupling is the maximal one: the token is an exact draw from the law, and equals the proposal with probability
+1 - TV(law, student), the largest possible. With the teacher for the law it is the acceptance rule of speculative sampling
+(Leviathan et al. 2023, arXiv 2211.17192, section 2.3; Chen et al. 2023, arXiv 2302.01318).
 
 Shape letters: B rows, K positions of a block, N selected positions, V vocabulary; `...` is (B,) or (B, K).
 """
@@ -46,46 +46,40 @@ def student_proposal(student_logp: Tensor, address: Address, *, greedy: bool, no
     return (student_logp + noise).argmax(dim=-1)
 
 
-def written_tokens(
-    draft: Draft, teacher_logp: Tensor, by_teacher: Tensor, *, greedy: bool, independent: bool
-) -> tuple[Tensor, Tensor]:
+def written_tokens(draft: Draft, law_logp: Tensor, elsewhere: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
     """The token written at each position (...), and where it replaces the proposal, bool (...).
 
-    Where `by_teacher` (...) is False, the proposal stands. Elsewhere the token is a draw from the teacher's log-probabilities
-    (..., V): coupled to the proposal, or `independent` of it; greedy, it is the teacher's argmax.
+    Where `elsewhere` (...) is False the law is the student's own, and the proposal stands. Where it is True the token is a draw
+    from `law_logp` (..., V), coupled to the proposal; greedy, it is the law's argmax.
 
     A row of a block (B, K) ends where a proposal is first replaced. Past that place tokens are undefined: what was drafted
     there continued another prefix.
     """
     token = draft.proposal.clone()
-    if greedy or independent:
-        scores = teacher_logp[by_teacher]
-        if not greedy:
-            # The stream of `_excess_draw` is free: no position makes both draws.
-            scores += gumbel(draft.address.at(by_teacher), Stream.EXCESS, teacher_logp.shape[-1])
-        token[by_teacher] = scores.argmax(dim=-1)
+    if greedy:
+        token[elsewhere] = law_logp[elsewhere].argmax(dim=-1)
         return token, token != draft.proposal
-    replaced = by_teacher & ~_keeps_proposal(draft, teacher_logp)
+    replaced = elsewhere & ~_keeps_proposal(draft, law_logp)
     if replaced.ndim > 1:
         # The first one ends its row's block, so the others would be drawn for nothing.
         replaced &= replaced.cumsum(dim=1) == 1
     if bool(replaced.any()):
         address = draft.address.at(replaced)
-        token[replaced] = _excess_draw(draft.student_logp[replaced], teacher_logp[replaced], address)
+        token[replaced] = _excess_draw(draft.student_logp[replaced], law_logp[replaced], address)
     return token, replaced
 
 
-def _keeps_proposal(draft: Draft, teacher_logp: Tensor) -> Tensor:
-    """Where the teacher keeps the student's proposal s, bool (...): with probability min(1, p_T(s) / p_S(s))."""
+def _keeps_proposal(draft: Draft, law_logp: Tensor) -> Tensor:
+    """Where the student's proposal s is kept, bool (...): with probability min(1, law(s) / p_S(s))."""
     at_proposal = draft.proposal.unsqueeze(-1)
-    log_ratio = (teacher_logp.gather(-1, at_proposal) - draft.student_logp.gather(-1, at_proposal)).squeeze(-1)
+    log_ratio = (law_logp.gather(-1, at_proposal) - draft.student_logp.gather(-1, at_proposal)).squeeze(-1)
     return uniform(draft.address, Stream.KEEP).log() < log_ratio
 
 
-def _excess_draw(student_logp_NV: Tensor, teacher_logp_NV: Tensor, address: Address) -> Tensor:
-    """Ids (N,) from the normalized excess (p_T - p_S)+: the teacher's tokens where it does not keep the proposals."""
-    excess = (teacher_logp_NV.exp() - student_logp_NV.exp()).clamp_(min=0)
-    # Rounding may leave no excess at all. The two distributions then differ in their last bits only, so p_T itself will do.
+def _excess_draw(student_logp_NV: Tensor, law_logp_NV: Tensor, address: Address) -> Tensor:
+    """Ids (N,) from the normalized excess (law - p_S)+: the tokens where the proposals are not kept."""
+    excess = (law_logp_NV.exp() - student_logp_NV.exp()).clamp_(min=0)
+    # Rounding may leave no excess at all. The two distributions then differ in their last bits only, so the law itself will do.
     has_excess = excess.sum(dim=-1, keepdim=True) > 0
     noise = gumbel(address, Stream.EXCESS, excess.shape[-1])
-    return (torch.where(has_excess, excess.log(), teacher_logp_NV) + noise).argmax(dim=-1)
+    return (torch.where(has_excess, excess.log(), law_logp_NV) + noise).argmax(dim=-1)

@@ -18,7 +18,8 @@ from switchkd.methods.table import METHOD, REPLACEABLE, Method
 from switchkd.models.placement import Placement, placement_of, precision_named
 from switchkd.records import Sampling
 from switchkd.rollout.blocks import check_block_size
-from switchkd.rollout.policies import POLICIES, POLICY, DecayName, Policy, Switch
+from switchkd.rollout.law import Policy
+from switchkd.rollout.policies import POLICIES, POLICY, DecayName, Switch
 from switchkd.settings.components import Registry, setting, settings_of
 
 Offload = Literal["none", "cpu", "disk"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from switchkd.errors import UserError
 from switchkd.loss.objective import Objective
-from switchkd.rollout.policies import Policy
+from switchkd.rollout.law import Policy
 from switchkd.settings.components import setting
 from switchkd.settings.paper import PAPER_SHARE
 
@@ -79,12 +79,6 @@ class Plan:
 
     def _check_long_term(self) -> None:
         weight = self.objective.long_term_weight
-        # Importance weights divide by the probability with which the text was written, by the student as it is.
-        if weight and self.policy.draws_independently:
-            raise UserError(
-                f"long_term_weight is {weight}, but the probability of what {type(self.policy).__name__} writes is not "
-                f"known; set it to 0"
-            )
         if weight and self.replay_capacity:
             raise UserError(
                 f"long_term_weight is {weight}, which needs text of the student as it is now; set replay_capacity to 0"

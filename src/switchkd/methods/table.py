@@ -16,7 +16,9 @@ from switchkd.distributions.divergences import (
     SkewedForwardKL,
     SkewedReverseKL,
 )
-from switchkd.rollout.policies import AdaSwitch, Early, Interleave, Late, Mix, Policy, Student, Switch
+from switchkd.rollout.blends import Interleave, Mix
+from switchkd.rollout.law import Policy
+from switchkd.rollout.policies import AdaSwitch, Early, Late, Student, Switch
 from switchkd.settings.components import Registry, settings_of
 from switchkd.settings.paper import PAPER_SHARE
 

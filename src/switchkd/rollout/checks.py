@@ -12,7 +12,7 @@ from switchkd.models.heads import base_of
 from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Sampling
 from switchkd.rollout.engine import KeepTeacher, PromptLike
-from switchkd.rollout.policies import Policy
+from switchkd.rollout.law import Policy
 
 
 def check_models(pair: ModelPair) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from switchkd.records import Prompt, Rollout, Sampling
-from switchkd.rollout.policies import Policy
+from switchkd.rollout.law import Policy
 
 PromptLike = str | Sequence[int] | Prompt
 Progress = Callable[[int], None]

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from switchkd.distributions.divergences import JensenShannon
 from switchkd.distributions.draw import Draft
 from switchkd.distributions.noise import Stream, uniform
-from switchkd.records import FinishReason, Prompt, Rollout
-from switchkd.rollout.policies import Policy, Positions
+from switchkd.records import FinishReason, Prompt, Rollout, Sampling
+from switchkd.rollout.law import Policy, Positions
 
 # What every rollout records, whatever the policy compares and the loss takes.
 _DIVERGENCE = JensenShannon()
@@ -33,6 +33,8 @@ class RolloutLog:
         self.threshold: list[float] = []
         self.student_logp: list[float] = []
         self.teacher_logp: list[float] = []
+        self.law_logp: list[float] = []
+        self.teacher_part: list[float] = []
         self.teacher_hidden: list[Tensor] = []
 
     @property
@@ -41,10 +43,11 @@ class RolloutLog:
         return [*self.prompt.token_ids, *self.token_ids]
 
     def extend(self, token_ids: list[int], written_by_teacher: list[bool], *measures: list[float]) -> None:
-        """Add tokens with their divergences, thresholds, and log-probabilities under student and teacher, in this order."""
+        """Add tokens with their divergences, thresholds, log-probabilities under student, teacher and law, and the teacher's part."""
         self.token_ids += token_ids
         self.written_by_teacher += written_by_teacher
-        columns = (self.divergence, self.threshold, self.student_logp, self.teacher_logp)
+        models = (self.student_logp, self.teacher_logp, self.law_logp)
+        columns = (self.divergence, self.threshold, *models, self.teacher_part)
         for column, values in zip(columns, measures, strict=True):
             column += values
 
@@ -67,11 +70,13 @@ class RolloutLog:
             teacher_logp=tuple(self.teacher_logp),
             finish_reason=FinishReason.END_OF_TEXT if ended else FinishReason.LENGTH,
             teacher_hidden=hidden,
+            law_logp=tuple(self.law_logp),
+            teacher_part=tuple(self.teacher_part),
         )
 
 
 def observe(
-    policy: Policy, draft: Draft, teacher_logp: Tensor, logs: Sequence[RolloutLog], max_new_tokens: int
+    policy: Policy, draft: Draft, teacher_logp: Tensor, logs: Sequence[RolloutLog], sampling: Sampling
 ) -> Positions:
     """What the policy sees of a draft (...), one position or a block of them per row of `logs`, with `teacher_logp` (..., V)."""
     past_divergence = past_by_teacher = None
@@ -86,9 +91,9 @@ def observe(
         divergence=_DIVERGENCE(draft.student_logp, teacher_logp),
         student_logp=draft.student_logp,
         teacher_logp=teacher_logp,
-        proposal=draft.proposal,
         coin=uniform(draft.address, Stream.COIN),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
+        greedy=sampling.greedy,
         past_divergence=past_divergence,
         past_by_teacher=past_by_teacher,
     )

@@ -1,14 +1,11 @@
-"""Who writes the next token: the student or the teacher.
+"""The table of policies, and those whose law is one model's: they decide who writes the next token, student or teacher.
 
-A new policy is a frozen dataclass that extends `Policy`, and a row of `POLICIES` or a class of another package. Its decision may
-depend on the two distributions, the position, the position's addressed coin and the row's past, and on nothing else: then it
-is the same whether positions are decided one at a time or a block at a time.
+A new policy is a frozen dataclass that extends `Policy` (law.py), and a row of `POLICIES` or a class of another package.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -17,78 +14,10 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import UserError
+from switchkd.rollout.blends import Interleave, Mix, SharedWriting, TrustRegionBlend
+from switchkd.rollout.law import Decision, Policy, Positions, without_threshold
 from switchkd.settings.components import Registry, setting
 from switchkd.settings.paper import PAPER_FINAL_FRACTION
-
-
-@dataclass(frozen=True)
-class Positions:
-    """What a policy sees. All tensors share one shape: (B,) for one position of each row, or (B, T) for a block.
-
-    `position` counts generated tokens from 0; `divergence` is the Jensen-Shannon divergence in nats; `student_logp` and
-    `teacher_logp` have one more dimension, V; `proposal` is the student's token; `coin` is uniform in (0, 1), independent
-    of every token; `max_new_tokens` bounds `position`.
-
-    Only a policy that `needs_history` sees the row's past: `past_divergence` (float64) and `past_by_teacher`, both (B, L),
-    on the CPU, padded on the left with NaN and False where a row has written fewer than L tokens.
-    """
-
-    position: Tensor
-    divergence: Tensor
-    student_logp: Tensor
-    teacher_logp: Tensor
-    proposal: Tensor
-    coin: Tensor
-    max_new_tokens: int
-    past_divergence: Tensor | None = None
-    past_by_teacher: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """`by_teacher`: True where the teacher writes; `threshold`: what the divergence was compared with, or NaN.
-
-    `by_teacher` is on the device of the positions. A threshold in float64 is on the CPU: not every device has that type.
-    """
-
-    by_teacher: Tensor
-    threshold: Tensor
-
-
-class Policy(ABC):
-    """Decides, position by position, who writes. It keeps no state: all it knows of a row is what the row's record says.
-
-    `needs_teacher` is False where the student writes alone and no teacher runs; `needs_history` is True where the decision looks
-    at the row's past. `draws_independently` is True where the decision looks at the proposal: the teacher's token is then drawn
-    independently of it, since the coupled draw has the teacher's law only over all proposals, not over those a policy picked.
-    """
-
-    needs_teacher: ClassVar[bool] = True
-    draws_independently: ClassVar[bool] = False
-    needs_history: ClassVar[bool] = False
-
-    @property
-    def writers(self) -> tuple[str, ...]:
-        """Who may write a token at all, of "student" and "teacher"."""
-        return ("student", "teacher") if self.needs_teacher else ("student",)
-
-    @abstractmethod
-    def decide(self, positions: Positions) -> Decision:
-        """The writer at each position, shapes as given.
-
-        Earlier positions of a block are the past of later ones: each is decided as if the block had been kept up to it.
-        """
-
-    def written_logp(self, student_logp: Tensor, teacher_logp: Tensor, by_teacher: Tensor) -> Tensor:
-        """The log-probability in nats with which each token was written, given its prefix: that of its writer.
-
-        All arguments have one shape. It holds where the prefix alone decides who writes, not if the policy `draws_independently`.
-        """
-        return torch.where(by_teacher, teacher_logp, student_logp)
-
-
-def _without_threshold(by_teacher: Tensor) -> Decision:
-    return Decision(by_teacher, torch.full(by_teacher.shape, math.nan, device=by_teacher.device))
 
 
 @dataclass(frozen=True)
@@ -99,7 +28,7 @@ class Student(Policy):
 
     def decide(self, positions: Positions) -> Decision:
         """The student everywhere; the threshold is NaN."""
-        return _without_threshold(torch.zeros_like(positions.position, dtype=torch.bool))
+        return without_threshold(torch.zeros_like(positions.position, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -113,51 +42,15 @@ class Teacher(Policy):
 
     def decide(self, positions: Positions) -> Decision:
         """The teacher everywhere; the threshold is NaN."""
-        return _without_threshold(torch.ones_like(positions.position, dtype=torch.bool))
+        return without_threshold(torch.ones_like(positions.position, dtype=torch.bool))
+
+
+def _tokens(share: float, max_new_tokens: int) -> int:
+    return round(share * max_new_tokens)
 
 
 @dataclass(frozen=True)
-class _ByShare(Policy):
-    """The teacher writes a share of the positions, wherever the two models agree or not."""
-
-    teacher_share: float = setting(0.2, "The share of tokens that the teacher writes, 0 to 1.")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.teacher_share <= 1:
-            raise UserError(f"teacher_share is {self.teacher_share}; it is the teacher's share of tokens, from 0 to 1")
-
-    @property
-    def writers(self) -> tuple[str, ...]:
-        """Both, unless the share is all or nothing."""
-        shares = {"student": 1 - self.teacher_share, "teacher": self.teacher_share}
-        return tuple(writer for writer, share in shares.items() if share > 0)
-
-    def _tokens(self, max_new_tokens: int) -> int:
-        return round(self.teacher_share * max_new_tokens)
-
-
-@dataclass(frozen=True)
-class Mix(_ByShare):
-    """Each token is the teacher's with probability `teacher_share`, by its own coin: also the control at random places.
-
-    A token's law is exactly teacher_share * p_T + (1 - teacher_share) * p_S: MiniLLM's teacher-mixed sampling, whose share
-    is 0.2. Its importance weights belong to the loss (loss/policy_gradient.py). The share of one rollout varies about the mean.
-
-    Source: Gu et al. 2024, MiniLLM, arXiv 2306.08543, section 2.2. Raises UserError for a share outside 0 to 1.
-    """
-
-    def decide(self, positions: Positions) -> Decision:
-        """The teacher where the coin is below the share; the threshold is NaN."""
-        return _without_threshold(positions.coin < self.teacher_share)
-
-    def written_logp(self, student_logp: Tensor, teacher_logp: Tensor, by_teacher: Tensor) -> Tensor:
-        """The mixture's log-probability, whoever wrote the token."""
-        share = student_logp.new_tensor(self.teacher_share)
-        return torch.logaddexp(share.log() + teacher_logp, (1 - share).log() + student_logp)
-
-
-@dataclass(frozen=True)
-class Early(_ByShare):
+class Early(SharedWriting):
     """The teacher writes first: a control with SWITCH's share of teacher tokens, but without its choice of places.
 
     `teacher_share` is of `max_new_tokens`, in whole tokens: a response that ends earlier has a larger share of them. The
@@ -166,11 +59,11 @@ class Early(_ByShare):
 
     def decide(self, positions: Positions) -> Decision:
         """The teacher at the first positions; the threshold is NaN."""
-        return _without_threshold(positions.position < self._tokens(positions.max_new_tokens))
+        return without_threshold(positions.position < _tokens(self.teacher_share, positions.max_new_tokens))
 
 
 @dataclass(frozen=True)
-class Late(_ByShare):
+class Late(SharedWriting):
     """The teacher writes last: a control with SWITCH's share of teacher tokens, but without its choice of places.
 
     `teacher_share` is of `max_new_tokens`, in whole tokens: a response that ends earlier has a smaller share, or none. The
@@ -179,34 +72,8 @@ class Late(_ByShare):
 
     def decide(self, positions: Positions) -> Decision:
         """The teacher at the last of the `max_new_tokens` positions; the threshold is NaN."""
-        first = positions.max_new_tokens - self._tokens(positions.max_new_tokens)
-        return _without_threshold(positions.position >= first)
-
-
-@dataclass(frozen=True)
-class Interleave(Policy):
-    """Speculative knowledge distillation: keep the student's token if it is among the teacher's `keep_top_k` most likely.
-
-    Otherwise the teacher draws from its whole distribution, and may draw the refused token. Ids tied at the edge all count as
-    among the most likely; an id that the teacher excludes never does.
-
-    Source: Xu et al. 2025, SKD, arXiv 2410.11325, with its top 25. We depart in two points: ranks and draw are of the
-    distribution after the run's temperature, top-k and top-p, which act on both models alike; and the number of drafted
-    tokens, a setting of the paper, belongs to the engine and changes no token. Raises UserError for keep_top_k below 1.
-    """
-
-    keep_top_k: int = setting(25, "Keep the student's token if it is among the teacher's most likely `keep_top_k`.")
-    draws_independently: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.keep_top_k < 1:
-            raise UserError(f"keep_top_k is {self.keep_top_k}; the teacher has to accept at least its 1 best token")
-
-    def decide(self, positions: Positions) -> Decision:
-        """The teacher where the proposal is not among its best; the threshold is NaN."""
-        at_proposal = positions.teacher_logp.gather(-1, positions.proposal.unsqueeze(-1))
-        better = (positions.teacher_logp > at_proposal).sum(dim=-1)
-        return _without_threshold((better >= self.keep_top_k) | at_proposal.squeeze(-1).isneginf())
+        first = positions.max_new_tokens - _tokens(self.teacher_share, positions.max_new_tokens)
+        return without_threshold(positions.position >= first)
 
 
 @dataclass(frozen=True)
@@ -338,6 +205,7 @@ POLICIES: dict[str, type[Policy]] = {
     "adaswitch": AdaSwitch,
     "interleave": Interleave,
     "mix": Mix,
+    "trust_region_blend": TrustRegionBlend,
     "early": Early,
     "late": Late,
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from switchkd.distributions.draw import Draft, student_proposal, written_tokens
+from switchkd.distributions.draw import Draft, student_proposal
 from switchkd.distributions.noise import Address, row_keys
 from switchkd.distributions.shaping import ban_repeated_ngrams, shaped_logp
 from switchkd.models.heads import evaluating
@@ -20,8 +20,9 @@ from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
+from switchkd.rollout.law import Policy
 from switchkd.rollout.log import RolloutLog, observe
-from switchkd.rollout.policies import Policy
+from switchkd.rollout.write import write
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -117,19 +118,19 @@ class ReferenceEngine:
             token = proposal = student_proposal(student_logp, address, greedy=sampling.greedy)
             by_teacher = torch.zeros_like(token, dtype=torch.bool)
             divergence = threshold = teacher_token_logp = torch.full_like(token, math.nan, dtype=torch.float32)
+            law_logp = student_token_logp = student_logp.gather(-1, token[:, None])[:, 0]
+            teacher_part = torch.zeros_like(student_token_logp)
             if teacher is not None:
                 teacher_logp = shaped_logp(teacher.step(ids_BT, mask_BS), sampling).to(device)
                 draft = Draft(proposal, student_logp, address)
-                positions = observe(policy, draft, teacher_logp, logs, sampling.max_new_tokens)
+                positions = observe(policy, draft, teacher_logp, logs, sampling)
                 decision = policy.decide(positions)
-                divergence, by_teacher, threshold = positions.divergence, decision.by_teacher, decision.threshold
-                token, _ = written_tokens(
-                    draft, teacher_logp, by_teacher, greedy=sampling.greedy, independent=policy.draws_independently
-                )
-                teacher_token_logp = teacher_logp.gather(-1, token[:, None])[:, 0]
-            student_token_logp = student_logp.gather(-1, token[:, None])[:, 0]
+                divergence, threshold = positions.divergence, decision.threshold
+                written = write(decision, draft, teacher_logp, positions.coin, greedy=sampling.greedy)
+                token, _, by_teacher, student_token_logp, teacher_token_logp, law_logp, teacher_part = written
             check_numbers(student_token_logp, divergence if teacher is not None else None)
-            recorded = (token, by_teacher, divergence, threshold, student_token_logp, teacher_token_logp)
+            models = (student_token_logp, teacher_token_logp, law_logp)
+            recorded = (token, by_teacher, divergence, threshold, *models, teacher_part)
             columns = [each.tolist() for each in recorded]
             for row, log in enumerate(logs):
                 # Rows that have ended stay in the batch and are no longer recorded.

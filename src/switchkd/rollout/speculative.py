@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchkd.distributions.draw import Draft, proposal_noise, student_proposal, written_tokens
+from switchkd.distributions.draw import Draft, proposal_noise, student_proposal
 from switchkd.distributions.noise import Address, row_keys
 from switchkd.distributions.shaping import ban_repeated_ngrams, shaped_logp
 from switchkd.errors import UserError
@@ -29,10 +29,11 @@ from switchkd.rollout.blocks import BlockChooser, check_block_size
 from switchkd.rollout.cache import CachedModel, RaggedCache, cache_mismatch, taking_masks, why_not_ragged
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
+from switchkd.rollout.law import Policy
 from switchkd.rollout.log import RolloutLog, observe
 from switchkd.rollout.metrics import RolloutMetrics
-from switchkd.rollout.policies import Policy
 from switchkd.rollout.reference import ReferenceEngine
+from switchkd.rollout.write import write
 
 
 class SpeculativeEngine:
@@ -131,6 +132,8 @@ class _Verdict(NamedTuple):
     threshold: Tensor
     student_logp: Tensor
     teacher_logp: Tensor
+    law_logp: Tensor
+    teacher_part: Tensor
 
 
 class _Run:
@@ -287,7 +290,10 @@ class _Run:
         unknown = torch.full(draft.proposal.shape, torch.nan, device=self.device)
         student_logp = draft.student_logp.gather(-1, draft.proposal[..., None])[..., 0]
         ends = torch.isin(draft.proposal, self.eos)
-        return _Verdict(ends, draft.proposal, by_teacher, unknown, unknown, student_logp, unknown)
+        nothing = torch.zeros_like(student_logp)
+        return _Verdict(
+            ends, draft.proposal, by_teacher, unknown, unknown, student_logp, unknown, student_logp, nothing
+        )
 
     def _teacher_hidden(self, teacher: CachedModel, draft: Draft) -> Tensor:
         """The teacher's hidden states (A, K, H) that predict the block's tokens, in one forward."""
@@ -307,19 +313,13 @@ class _Run:
         with self.metrics.timing("teacher"):
             teacher_logp = shaped_logp(teacher.head(hidden), self.sampling).to(self.device)
         with self.metrics.timing("policy"):
-            policy, logs = self.policy, [row.log for row in rows]
-            positions = observe(policy, draft, teacher_logp, logs, self.sampling.max_new_tokens)
-            decision = policy.decide(positions)
-            token, replaced = written_tokens(
-                draft,
-                teacher_logp,
-                decision.by_teacher,
-                greedy=self.sampling.greedy,
-                independent=policy.draws_independently,
+            positions = observe(self.policy, draft, teacher_logp, [row.log for row in rows], self.sampling)
+            decision = self.policy.decide(positions)
+            token, replaced, by_teacher, *measures = write(
+                decision, draft, teacher_logp, positions.coin, greedy=self.sampling.greedy
             )
-            logps = (each.gather(-1, token[..., None])[..., 0] for each in (draft.student_logp, teacher_logp))
             ends = replaced | torch.isin(token, self.eos)
-            return _Verdict(ends, token, decision.by_teacher, positions.divergence, decision.threshold, *logps)
+            return _Verdict(ends, token, by_teacher, positions.divergence, decision.threshold, *measures)
 
     def _accept(self, verdict: _Verdict, hidden: Tensor | None) -> tuple[int, int]:
         """Write each row's block up to and including the position that ends it.

@@ -22,7 +22,7 @@ from switchkd.records import FinishReason, Prompt, Rollout
 FILE_NAME = "replay.safetensors"
 # The types of the engines' own numbers: in float32 a resumed run would not be equal bit for bit.
 _PER_TOKEN = {"token_ids": torch.int64, "written_by_teacher": torch.bool} | dict.fromkeys(
-    ("divergence", "threshold", "student_logp", "teacher_logp"), torch.float64
+    ("divergence", "threshold", "student_logp", "teacher_logp", "law_logp", "teacher_part"), torch.float64
 )
 _REASONS = list(FinishReason)
 
@@ -30,7 +30,7 @@ _REASONS = list(FinishReason)
 class ReplayBuffer:
     """The newest `capacity` rollouts, oldest first, with what they keep of the teacher.
 
-    A token takes some 50 bytes in a checkpoint and 170 in memory. A kept `teacher_hidden` adds T x H numbers to both.
+    A token takes some 65 bytes in a checkpoint and 230 in memory. A kept `teacher_hidden` adds T x H numbers to both.
     """
 
     def __init__(self, capacity: int) -> None:

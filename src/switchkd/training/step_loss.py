@@ -32,7 +32,6 @@ class StepLoss:
         self.pair = pair
         self.rows = rows
         self.objective = plan.objective
-        self.policy = plan.policy
         self.student_head = pair.student_head
         self.teacher_head = None if plan.objective.divergence is None else pair.teacher_head
 
@@ -84,7 +83,7 @@ class StepLoss:
         weight_N = self.objective.weights(batch.written_by_teacher_BT[mask_BT], batch.rolled_out_BT[mask_BT])
         if not self.objective.long_term_weight:
             return weight_N, None
-        importance_BT, return_BT = importance_and_returns(batch, self.policy)
+        importance_BT, return_BT = importance_and_returns(batch)
         return weight_N * importance_BT[mask_BT].float(), return_BT[mask_BT].float()
 
     def __call__(

@@ -16,7 +16,8 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Prompt, Rollout
 from switchkd.rollout.engine import Engine
-from switchkd.rollout.policies import Policy, Switch, Teacher
+from switchkd.rollout.law import Policy
+from switchkd.rollout.policies import Switch, Teacher
 from switchkd.training.adaptive_share import AdaptiveShare
 from switchkd.training.auto_threshold import CalibratedPolicy
 from switchkd.training.meters import Meters
@@ -64,6 +65,7 @@ class StepText:
     ) -> list[Example | Rollout]:
         """Each example, or the rollout that takes its place at the step that `state` is at, in their order."""
         policy = self.calibrated.policy_at(state, engine, log) if self.calibrated else self.plan.policy
+        policy = policy.at_step(state.global_step)
         share = self.share.share_at(state) if self.share else self.plan.rollout_share
         prompts = [replace(example.prompt, sample_id=state.global_step) for example in examples]
         coins = self._coins(prompts)
@@ -122,7 +124,7 @@ class StepText:
         # Sums and counts, not shares: the means are over all processes and all steps of a log line.
         add, tokens = self.meters.add, sum(len(rollout.token_ids) for rollout in rollouts)
         add("rollout_tokens_per_second", tokens, seconds)
-        add("teacher_share", sum(sum(rollout.written_by_teacher) for rollout in rollouts), tokens)
+        add("teacher_share", sum(rollout.teacher_tokens for rollout in rollouts), tokens)
         add("response_tokens", tokens, len(rollouts))
         add("ended", sum(r.token_ids[-1] in self.pair.eos_ids for r in rollouts), len(rollouts))
         if policy.needs_teacher:

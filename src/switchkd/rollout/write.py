@@ -1,0 +1,48 @@
+"""A decided position becomes a token, with what a rollout records of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchkd.distributions.draw import Draft, written_tokens
+from switchkd.rollout.law import Decision
+
+
+class Written(NamedTuple):
+    """What was written at each position, all (B,) or (B, K), and undefined past the first `replaced` position of a row.
+
+    `token` and, where it is not the student's proposal, `replaced`; `by_teacher`: its writer; `student_logp`, `teacher_logp` and
+    `law_logp`: its log-probability in nats under the two models and under the law that wrote it; `teacher_part`: the probability,
+    given the token, that the teacher is its writer.
+    """
+
+    token: Tensor
+    replaced: Tensor
+    by_teacher: Tensor
+    student_logp: Tensor
+    teacher_logp: Tensor
+    law_logp: Tensor
+    teacher_part: Tensor
+
+
+def write(decision: Decision, draft: Draft, teacher_logp: Tensor, coin: Tensor, *, greedy: bool) -> Written:
+    """The tokens of a draft under the decided laws. `coin` is that of `Positions`."""
+    blend, elsewhere = decision.blend, decision.by_teacher
+    token, replaced = written_tokens(draft, teacher_logp if blend is None else blend.logp, elsewhere, greedy=greedy)
+    at_token = token.unsqueeze(-1)
+    student_at, teacher_at = (logp.gather(-1, at_token)[..., 0] for logp in (draft.student_logp, teacher_logp))
+    if blend is None:
+        law_at, part = torch.where(elsewhere, teacher_at, student_at), elsewhere.to(student_at.dtype)
+        return Written(token, replaced, elsewhere, student_at, teacher_at, law_at, part)
+    law_at = torch.where(elsewhere, blend.logp.gather(-1, at_token)[..., 0], student_at)
+    if blend.teacher_mass is None:
+        part, by_teacher = (1 - (student_at - law_at).exp()).clamp(min=0), replaced
+    else:
+        # Rounding may leave the part of a token that only the teacher writes above 1.
+        part = (blend.teacher_mass * (teacher_at - law_at).exp()).clamp(max=1)
+        part = part.masked_fill(~elsewhere, 0.0)
+        by_teacher = coin < part
+    return Written(token, replaced, by_teacher, student_at, teacher_at, law_at, part)
