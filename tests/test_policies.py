@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reference.policies import adaswitch, is_among_best
+from draws import PAIRS
+from reference.policies import (
+    adaswitch,
+    blended,
+    interleaved,
+    is_among_best,
+    law_of,
+    mixed,
+    relative_entropy,
+    trust_region,
+)
 from switchkd.errors import UserError
-from switchkd.rollout.blends import Interleave, Mix
+from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend, trust_region_blend
 from switchkd.rollout.law import Decision, Policy, Positions
 from switchkd.rollout.policies import DECAYS, POLICIES, POLICY, AdaSwitch, Early, Late, Student, Switch, Teacher
 
@@ -29,12 +39,12 @@ def decide(policy: Policy, position: Tensor, divergence: Tensor, max_new_tokens:
     return policy.decide(seen(position, divergence=divergence, max_new_tokens=max_new_tokens))
 
 
-def seen(position: Tensor, max_new_tokens: int = 256, **given: Tensor) -> Positions:
+def seen(position: Tensor, max_new_tokens: int = 256, greedy: bool = False, **given: Tensor) -> Positions:
     """Positions of which a test gives what its policy looks at."""
     logp = torch.log_softmax(torch.zeros(*position.shape, 3), dim=-1)
-    anything = {"student_logp": logp, "teacher_logp": logp, "proposal": torch.zeros_like(position)}
+    anything = {"student_logp": logp, "teacher_logp": logp}
     numbers = dict.fromkeys(("divergence", "coin"), torch.full(position.shape, 0.5))
-    return Positions(position, max_new_tokens=max_new_tokens, **{**anything, **numbers, **given})
+    return Positions(position, max_new_tokens=max_new_tokens, greedy=greedy, **{**anything, **numbers, **given})
 
 
 def test_there_is_a_formula_for_every_decay() -> None:
@@ -160,19 +170,7 @@ def test_student_and_teacher_always_write_and_compare_with_nothing(
     assert policy.needs_teacher == by_teacher
 
 
-# ------------------------------------------------------------------------------------- shares, at random and by position
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("shape", [(6,), (3, 4)])
-def test_mix_gives_the_teacher_the_positions_whose_coin_is_below_the_share(
-    shape: tuple[int, ...], share: float
-) -> None:
-    coin = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    decision = Mix(share).decide(seen(torch.zeros(shape, dtype=torch.long), coin=coin))
-    assert decision.by_teacher.flatten().tolist() == [each < share for each in coin.flatten().tolist()]
-    assert decision.by_teacher.shape == decision.threshold.shape == shape
-    assert decision.threshold.isnan().all()
+# -------------------------------------------------------------------------------------------------------------- shares by position
 
 
 @given(share=st.floats(0, 1), max_new_tokens=st.integers(1, 300))
@@ -186,7 +184,7 @@ def test_early_and_late_give_the_teacher_the_two_ends(share: float, max_new_toke
     assert late.threshold.isnan().all()
 
 
-# ------------------------------------------------------------------------------------------------------------ interleave
+# --------------------------------------------------------------------------------------------- laws between the two models
 
 # Ties at the edges of the top 2 and of the top 3, ids that the teacher excludes, and fewer possible ids than top_k.
 TEACHERS = {
@@ -194,23 +192,165 @@ TEACHERS = {
     "ties": [0.2, 0.3, 0.2, 0.2, 0.1],
     "excludes": [0.5, 0.0, 0.5, 0.0, 0.0],
 }
+MODELS = [*PAIRS.values(), *(([0.3, 0.05, 0.25, 0.15, 0.25], teacher) for teacher in TEACHERS.values())]
+# Of a probability up to 1, by a few roundings of its logarithm.
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6}
+
+
+def law_in(
+    policy: Policy, pairs: list[tuple[list[float], list[float]]], shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The probabilities (len(pairs), V) that a policy decides on where positions of that shape have these distributions."""
+    student_logp, teacher_logp = (
+        torch.tensor(each, dtype=dtype).log().reshape(*shape, -1) for each in zip(*pairs, strict=True)
+    )
+    positions = seen(torch.zeros(shape, dtype=torch.long), student_logp=student_logp, teacher_logp=teacher_logp)
+    decision = policy.decide(positions)
+    assert decision.by_teacher.shape == decision.threshold.shape == shape
+    assert decision.by_teacher.all()
+    assert decision.threshold.isnan().all()
+    assert decision.blend is not None
+    assert decision.blend.logp.dtype == dtype
+    assert decision.blend.logp.shape == student_logp.shape
+    return decision.blend.logp.exp().reshape(len(pairs), -1)
+
+
+SHAPES = [(len(MODELS),), (len(MODELS), 1), (2, len(MODELS) // 2)]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_mix_is_the_law_of_a_coin_between_the_models(share: float, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    found = law_in(Mix(share), MODELS, shape, dtype)
+    expected = [law_of(mixed(student, teacher, share)) for student, teacher in MODELS]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=dtype), atol=ROUNDING[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 25])
+def test_interleave_is_the_law_of_proposals_that_the_teacher_may_draw_anew(
+    top_k: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    found = law_in(Interleave(top_k), MODELS, shape, dtype)
+    expected = [law_of(interleaved(student, teacher, top_k)) for student, teacher in MODELS]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=dtype), atol=ROUNDING[dtype], rtol=0)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5, 25])
 @pytest.mark.parametrize("teacher", TEACHERS.values(), ids=TEACHERS)
-def test_interleave_keeps_a_proposal_among_the_teachers_best(teacher: list[float], top_k: int) -> None:
-    proposal = torch.arange(5)
+def test_greedy_interleave_keeps_a_proposal_among_the_teachers_best(teacher: list[float], top_k: int) -> None:
+    proposing = torch.full((5, 5), 0.1).fill_diagonal_(0.6).log()
     teacher_logp = torch.tensor(teacher).log().expand(5, 5)
     for shape in ((5,), (5, 1), (1, 5)):
         positions = seen(
             torch.zeros(shape, dtype=torch.long),
-            proposal=proposal.reshape(shape),
+            greedy=True,
+            student_logp=proposing.reshape(*shape, 5),
             teacher_logp=teacher_logp.reshape(*shape, 5),
         )
         decision = Interleave(top_k).decide(positions)
+        assert decision.blend is None
         assert decision.by_teacher.shape == decision.threshold.shape == shape
         assert decision.by_teacher.flatten().tolist() == [not is_among_best(at, teacher, top_k) for at in range(5)]
         assert decision.threshold.isnan().all()
+
+
+# ------ the trust-region blend
+
+# The interval that is left of the exponent; the law's logarithm moves with the exponent by at most the spread of log p_T / p_S.
+EXPONENT = 2.0**-20
+
+
+def rounding_of_kl(logps: Sequence[Tensor]) -> float:
+    """A few roundings of numbers as large as the largest logarithm, of which a KL is the difference."""
+    largest = max(1.0, *(float(logp[logp.isfinite()].abs().max()) for logp in logps))
+    return 8 * torch.finfo(logps[0].dtype).eps * largest
+
+
+def spread_of(student: Sequence[float], teacher: Sequence[float]) -> float:
+    """How far the logarithms of p_T / p_S are apart, over the ids that both allow; 0 where there are none."""
+    ratios = [math.log(t / s) for s, t in zip(student, teacher, strict=True) if s > 0 and t > 0]
+    return max(ratios, default=0.0) - min(ratios, default=0.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("budget", [0.01, 0.1, 0.3, 1.0])
+def test_the_trust_region_blend_is_the_law_of_its_definition(budget: float, shape: tuple[int, ...]) -> None:
+    found = law_in(TrustRegionBlend(budget), MODELS, shape, torch.float64)
+    for (student, teacher), law in zip(MODELS, found.tolist(), strict=True):
+        expected = trust_region(student, teacher, budget)
+        assert law == pytest.approx(expected, rel=EXPONENT * spread_of(student, teacher), abs=1e-14)
+
+
+@st.composite
+def two_models(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of student and teacher over a few ids, in float64; either may exclude some."""
+    size = draw(st.integers(2, 7))
+    logps = []
+    for _ in range(2):
+        logits = draw(st.lists(st.floats(-6, 6), min_size=size, max_size=size))
+        excluded = draw(st.sets(st.integers(0, size - 1), max_size=size - 1) | st.just(set()))
+        masked = [-math.inf if at in excluded else logit for at, logit in enumerate(logits)]
+        logps.append(torch.log_softmax(torch.tensor(masked, dtype=torch.float64), dim=-1))
+    return logps[0], logps[1]
+
+
+BUDGETS = st.sampled_from([0.0, 1e-3, 0.1]) | st.floats(0, 4)
+
+
+@given(models=two_models(), budget=BUDGETS, dtype=st.sampled_from(list(ROUNDING)))
+def test_the_trust_region_blend_of_any_two_models(
+    models: tuple[Tensor, Tensor], budget: float, dtype: torch.dtype
+) -> None:
+    student_logp, teacher_logp = (logp.to(dtype) for logp in models)
+    law_logp = trust_region_blend(student_logp, teacher_logp, budget)
+    assert law_logp.dtype == dtype
+    student, teacher, law = (logp.double().exp().tolist() for logp in (student_logp, teacher_logp, law_logp))
+    rounding = rounding_of_kl((student_logp, teacher_logp))
+    assert math.fsum(law) == pytest.approx(1, abs=rounding)
+    spent = relative_entropy(law, student)
+    assert spent <= budget + rounding
+    # By how much a law may move whose KL from the student is known to a rounding: between two blends of one family, the KL of
+    # the farther from the nearer is at most the difference of their KLs from the student (the Pythagorean inequality of
+    # projections onto a half-space), and half the sum of absolute differences at most sqrt(KL / 2) (Pinsker).
+    moved = EXPONENT * spread_of(student, teacher) + math.sqrt(rounding / 2) + rounding
+    if relative_entropy(teacher, student) <= budget - rounding:
+        # exponent 1, and no search
+        assert law == pytest.approx(teacher, abs=rounding)
+    if budget == 0:
+        assert law == pytest.approx(student, abs=moved)
+    common = [s > 0 and t > 0 for s, t in zip(student, teacher, strict=True)]
+    if not any(common):
+        assert torch.equal(law_logp, student_logp)
+        return
+    # Ids that only the student allows are lost at once: the law jumps where the budget just pays for that.
+    entry = relative_entropy(blended(student, teacher, 0.0), student)
+    assume(entry < rounding or abs(entry - budget) > rounding + 1e-6)
+    assert law == pytest.approx(trust_region(student, teacher, budget), abs=moved)
+
+
+def test_a_trust_region_that_cannot_pay_for_what_the_teacher_excludes_is_the_student() -> None:
+    """Half of the student's mass is excluded, which costs ln 2 before the blend has begun."""
+    student, teacher = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.0, 0.3, 0.7]).log()
+    assert torch.equal(trust_region_blend(student, teacher, 0.69), student)
+    assert trust_region_blend(student, teacher, 0.70)[0] == -math.inf
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_the_budget_falls_linearly_to_0_and_stays(steps: int) -> None:
+    policy = TrustRegionBlend(budget=0.3, anneal_steps=steps)
+    for step in range(2 * steps + 2):
+        in_force = policy.at_step(step)
+        assert in_force.budget == pytest.approx(0.3 * max(0, steps - step) / steps, rel=1e-15)
+        # What is in force at a step is constant: no later question anneals it a second time.
+        assert in_force.at_step(step + 3) == in_force
+
+
+def test_only_an_annealed_budget_depends_on_the_step() -> None:
+    for policy in (TrustRegionBlend(0.3), Mix(), Switch(), Student()):
+        assert policy.at_step(7) is policy
 
 
 # ------------------------------------------------------------------------------------------------------------- adaswitch
@@ -291,6 +431,10 @@ def test_every_policy_is_made_by_its_name_and_refuses_what_it_does_not_take(name
             for share in (-0.1, 1.5, math.nan)
         ),
         (Interleave, {"keep_top_k": 0}, "keep_top_k is 0; .* at least its 1 best"),
+        (TrustRegionBlend, {"budget": -1.0}, r"budget is -1\.0; .* 0 \(the student alone\) or more"),
+        (TrustRegionBlend, {"budget": math.nan}, "budget is nan"),
+        (TrustRegionBlend, {"budget": math.inf}, "budget is inf"),
+        (TrustRegionBlend, {"anneal_steps": -1}, "anneal_steps is -1; .* 0 for a constant budget"),
         (AdaSwitch, {"factor": -1.0}, r"factor is -1\.0; .* 0 or more"),
         (AdaSwitch, {"factor": math.nan}, "factor is nan"),
         (AdaSwitch, {"factor": math.inf}, "factor is inf"),
