@@ -26,13 +26,15 @@ class FinishReason(StrEnum):
 class Prompt:
     """What a rollout continues, and the address of its random draws.
 
-    `prompt_id` and `sample_id` name the noise: the same ids under the same seed give the same rollout, whatever else
-    is in the batch. A plain list of prompts is numbered by position, with sample 0.
+    `prompt_id` and `sample_id` name the noise: the same ids under the same seed give the same rollout, whatever else is in the
+    batch. A plain list of prompts is numbered by position, with sample 0. The last `replayed` tokens are the beginning of a
+    response, and are trained on like the data set's text.
     """
 
     token_ids: tuple[int, ...]
     prompt_id: int
     sample_id: int = 0
+    replayed: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ class Rollout:
     Where no teacher ran, `divergence` and `teacher_logp` are NaN. `teacher_hidden` is the teacher's last hidden state that
     predicted each token, shape (T, H), where the engine was asked to keep it, on the device that the engine left it on.
 
-    `law_logp` is the log-probability in nats with which the token was written, that of its writer or of a blend; `teacher_part`,
-    0 to 1, is the probability that the teacher is its writer, given the token: 0 or 1 but for blends. Both may be left out.
+    `law_logp` is the log-probability in nats with which the token was written, that of its writer or of a blend;
+    `teacher_part`, 0 to 1, is the probability that the teacher is its writer, given the token: 0 or 1 but for blends. `margin`
+    is what, in nats, the teacher's favorite among the student's likeliest tokens has over the next of them, where the engine
+    was asked for it. All three may be left out.
     """
 
     prompt: Prompt
@@ -94,6 +98,7 @@ class Rollout:
     teacher_hidden: torch.Tensor | None = None
     law_logp: tuple[float, ...] = ()
     teacher_part: tuple[float, ...] = ()
+    margin: tuple[float, ...] = ()
 
     @property
     def teacher_tokens(self) -> float:
@@ -132,13 +137,14 @@ class Example:
 class Batch:
     """Prompts with their responses as tensors, padded on the right.
 
-    `input_ids_BT` (long); `attention_mask_BT` (long, 1 where there is a token); `response_mask_BT` (bool) is True at
-    the response tokens, the end-of-text token included: these N positions are counted, and the token at t is predicted
-    at t - 1; `rolled_out_BT` (bool) is True at those of rollouts, not of a data set's text, and `written_by_teacher_BT` (bool)
-    where a rollout says so; `student_logp_BT`, `teacher_logp_BT` and `law_logp_BT` (float64, nats) are the token's
-    log-probability under each model and under the law that wrote it, when it was written, 0 where there is no rollout; they stay on
-    the CPU. `teacher_hidden_NH` is the teacher's last
-    hidden state that predicted each counted token, row after row, where every sequence brought it.
+    `input_ids_BT` (long); `attention_mask_BT` (long, 1 where there is a token); `response_mask_BT` (bool) is True at the
+    response tokens, the end-of-text token included: these N positions are counted, and the token at t is predicted at t - 1;
+    `rolled_out_BT` (bool) is True at those of rollouts, not of a data set's text, and `written_by_teacher_BT` (bool) where a
+    rollout says so; `student_logp_BT`, `teacher_logp_BT` and `law_logp_BT` (float64, nats) are the token's log-probability
+    under each model and under the law that wrote it, when it was written, and `margin_BT` (float64, nats) the teacher's margin
+    there, 0 where there is no rollout; they stay on the CPU. `replayed_BT` (bool) is True at the response tokens of a
+    rollout's row that it began with, from another text. `teacher_hidden_NH` is the teacher's last hidden state that predicted
+    each counted token, row after row, where every sequence brought it.
     """
 
     input_ids_BT: torch.Tensor
@@ -150,6 +156,13 @@ class Batch:
     student_logp_BT: torch.Tensor | None = None
     teacher_logp_BT: torch.Tensor | None = None
     law_logp_BT: torch.Tensor | None = None
+    margin_BT: torch.Tensor | None = None
+
+    @property
+    def replayed_BT(self) -> torch.Tensor:  # noqa: N802
+        """See above."""
+        begun_BT = self.response_mask_BT & ~self.rolled_out_BT
+        return begun_BT & self.rolled_out_BT.any(dim=1, keepdim=True)
 
     @property
     def response_tokens(self) -> int:
@@ -158,6 +171,6 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device, but for the log-probabilities: not every device has float64."""
-        names = [field.name for field in fields(self) if not field.name.endswith("_logp_BT")]
+        names = [field.name for field in fields(self) if not field.name.endswith(("_logp_BT", "margin_BT"))]
         tensors = {name: getattr(self, name) for name in names}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})

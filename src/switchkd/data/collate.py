@@ -13,7 +13,7 @@ from switchkd.records import Batch, Example, Rollout
 
 # Tokens. A forward over fewer costs a large model as much, since it reads all weights.
 _FULL_FORWARD = 256
-_LOGPS = ("student_logp", "teacher_logp", "law_logp")
+_MEASURED = ("student_logp", "teacher_logp", "law_logp", "margin")
 
 
 def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
@@ -35,18 +35,18 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
     response_mask_BT = torch.zeros(shape, dtype=torch.bool)
     rolled_out_BT = torch.zeros(shape, dtype=torch.bool)
     written_by_teacher_BT = torch.zeros(shape, dtype=torch.bool)
-    logps = {name: torch.zeros(shape, dtype=torch.float64) for name in _LOGPS}
+    measured = {name: torch.zeros(shape, dtype=torch.float64) for name in _MEASURED}
     for row, (sequence, prompt, response) in enumerate(zip(sequences, prompts, responses, strict=True)):
         start, end = len(prompt), len(prompt) + len(response)
         input_ids_BT[row, :end] = torch.tensor(prompt + response, dtype=torch.long)
         attention_mask_BT[row, :end] = 1
-        response_mask_BT[row, start:end] = True
+        response_mask_BT[row, start - sequence.prompt.replayed : end] = True
         if isinstance(sequence, Rollout):
             rolled_out_BT[row, start:end] = True
             written_by_teacher_BT[row, start:end] = torch.tensor(sequence.written_by_teacher, dtype=torch.bool)
-            for name, logp_BT in logps.items():
+            for name, values_BT in measured.items():
                 if values := getattr(sequence, name):
-                    logp_BT[row, start:end] = torch.tensor(values, dtype=torch.float64)
+                    values_BT[row, start:end] = torch.tensor(values, dtype=torch.float64)
     return Batch(
         input_ids_BT,
         attention_mask_BT,
@@ -54,7 +54,7 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
         rolled_out_BT,
         written_by_teacher_BT,
         _packed_teacher_hidden(sequences),
-        **{f"{name}_BT": logp_BT for name, logp_BT in logps.items()},
+        **{f"{name}_BT": values_BT for name, values_BT in measured.items()},
     )
 
 

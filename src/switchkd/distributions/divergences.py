@@ -1,8 +1,8 @@
 """Divergences between two next-token distributions: log-probabilities in, nats per position out.
 
-A divergence is called with `student_logp` and `teacher_logp` of shape (..., V), natural log, normalized over V, and returns shape
-(...). It knows no mask, temperature or chunk; those are the objective's. It is 0 exactly where the two distributions are equal,
-never negative, and finite in value and gradient where an id is excluded (-inf) in both.
+A divergence is called with `student_logp` and `teacher_logp` of shape (..., V), natural log, normalized over V, and returns
+shape (...). It knows no mask, temperature or chunk; those are the objective's. It is 0 exactly where the two distributions are
+equal, never negative, and finite in value and gradient where an id is excluded (-inf) in both.
 
 A new divergence is a frozen dataclass and a row of `DIVERGENCES`, or a class of another package (CONTRIBUTING.md).
 """
@@ -100,6 +100,10 @@ class ReverseKL(Divergence):
         return _kullback_leibler(student_logp, teacher_logp)
 
 
+# The default of what compares with the start model.
+REVERSE_KL = ReverseKL()
+
+
 @dataclass(frozen=True)
 class SymmetricKL(Divergence):
     """w KL(teacher || student) + (1 - w) KL(student || teacher) in nats, with w = `forward_weight`.
@@ -177,8 +181,8 @@ class AdaptiveKL(Divergence):
     """w KL(teacher || student) + (1 - w) KL(student || teacher) in nats, with w the head's part of sum |student - teacher|.
 
     The head is the smallest set of the teacher's likeliest ids that holds at least `head_mass` of its probability. No gradient
-    goes through w (AKL, arXiv 2404.02657). We depart where ids are equally likely: they enter the head together, so that the order
-    of ids does not matter. Raises UserError unless 0 < `head_mass` < 1.
+    goes through w (AKL, arXiv 2404.02657). We depart where ids are equally likely: they enter the head together, so that the
+    order of ids does not matter. Raises UserError unless 0 < `head_mass` < 1.
     """
 
     head_mass: float = setting(0.5, "The teacher's probability in the head, inside 0..1.", check=_check_share)
@@ -228,6 +232,22 @@ class AlphaBeta(Divergence):
         gap = smaller_power / both * part - torch.expm1(smaller_power * smaller_to_larger)
         scale = self.teacher_power * self.student_power
         return _at_least_zero(((both * larger_logp).exp() * gap).sum(dim=-1) / scale)
+
+
+@dataclass(frozen=True)
+class TopForwardKL(Divergence):
+    """The forward KL's part over the teacher's `top_k` likeliest ids: sum of p_T log(p_T / p_S), in nats.
+
+    Part of a divergence is none: it may be negative, and so it is not in the table. TrOPD (arXiv 2606.01249) takes it where
+    the teacher does not trust the student's token. Ids tied at the edge all count.
+    """
+
+    top_k: int = setting(64, "The number of the teacher's likeliest ids.")
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        edge = teacher_logp.topk(min(self.top_k, teacher_logp.shape[-1]), dim=-1).values[..., -1:]
+        terms = teacher_logp.exp() * _log_ratio(teacher_logp, student_logp, where_p_is_0=0.0, where_q_is_0=torch.inf)
+        return terms.masked_fill(teacher_logp < edge, 0.0).sum(dim=-1)
 
 
 DIVERGENCES: dict[str, type[Divergence]] = {

@@ -10,45 +10,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from switchkd.distributions.divergences import REVERSE_KL, Divergence
 from switchkd.distributions.shaping import entropy, log_probabilities
 from switchkd.errors import UserError
 from switchkd.loss.chunked import chunked_sum
 from switchkd.loss.signals import TeacherSignal
+from switchkd.loss.targets import OF_TEACHER, Target
+from switchkd.loss.weight import Weight
 from switchkd.models.heads import Head
 
 DivergenceFunction = Callable[[Tensor, Tensor], Tensor]
-TrainOn = Literal["all", "student", "teacher"]
 
 
 @dataclass(frozen=True)
 class Objective:
     """What is minimized at each counted position, in nats.
 
-    divergence(student, teacher) at `loss_temperature` + cross_entropy_weight * -log p_student(token). Without a `divergence`
-    no teacher is asked. The loss temperature is not the sampling temperature and does not change it; gradients are not
-    rescaled by its square. Tokens of rollouts are weighted by their writer (`weights`). Raises UserError for values out of range.
+    divergence(student, target) at `loss_temperature` + cross_entropy_weight * -log p_student(token), times the product of the
+    `weights`. The `target` is made of the teacher's distribution. Without a `divergence` no teacher is asked. The loss
+    temperature is not the sampling temperature and does not change it; gradients are not rescaled by its square. Raises
+    UserError for values out of range.
 
     `teacher_text_divergence` replaces the divergence at tokens that the teacher wrote (DistiLLM-2, arXiv 2503.07067).
     `long_term_weight` * return * -log p_student(token) is added if returns are given: their policy gradient
-    (policy_gradient.py).
+    (policy_gradient.py). `start_weight` * start_divergence(student, start model) keeps the student near where it began
+    (StableOPD, arXiv 2604.08527).
     """
 
     divergence: DivergenceFunction | None
     cross_entropy_weight: float = 0.0
     loss_temperature: float = 1.0
-    train_on: TrainOn = "all"
-    student_token_weight: float = 1.0
-    teacher_token_weight: float = 1.0
+    weights: tuple[Weight, ...] = ()
+    target: Target = OF_TEACHER
     teacher_text_divergence: DivergenceFunction | None = None
     long_term_weight: float = 0.0
+    start_weight: float = 0.0
+    start_divergence: DivergenceFunction = REVERSE_KL
 
     def __post_init__(self) -> None:
-        for key in ("cross_entropy_weight", "long_term_weight", "student_token_weight", "teacher_token_weight"):
+        for key in ("cross_entropy_weight", "long_term_weight", "start_weight"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"{key} is {getattr(self, key)}; it has to be 0 or more")
         if self.divergence is None and not self.cross_entropy_weight:
@@ -57,51 +61,65 @@ class Objective:
             )
         if not self.loss_temperature > 0:
             raise UserError(f"loss_temperature is {self.loss_temperature}; it has to be positive")
-        if self.train_on not in get_args(TrainOn):
-            raise UserError(f"train_on is {self.train_on!r}; choose one of {', '.join(get_args(TrainOn))}")
-        for writer in ("student", "teacher"):
-            weight = getattr(self, f"{writer}_token_weight")
-            if weight != 1 and self.train_on not in ("all", writer):
-                raise UserError(
-                    f"{writer}_token_weight is {weight}, but train_on {self.train_on!r} leaves these tokens out"
-                )
+        if self.outlier_divergence and self.teacher_text_divergence:
+            raise UserError(
+                "teacher_text_divergence is set, but a weight compares outliers by a divergence of its own; set one of them"
+            )
 
-    def divergence_by_writer(self, student_logp: Tensor, teacher_logp: Tensor, by_teacher: Tensor | None) -> Tensor:
-        """The divergence (P,) of log-probabilities (P, E), by who wrote each token (P,), bool; None: the writer is unknown."""
+    @property
+    def outlier_divergence(self) -> Divergence | None:
+        """The divergence that a weight brings for the tokens that it does not trust."""
+        found = [weight.outlier_divergence for weight in self.weights if weight.outlier_divergence]
+        if len(found) > 1:
+            raise UserError("two weights compare outliers by a divergence of their own; take one of them")
+        return found[0] if found else None
+
+    @property
+    def other_divergence(self) -> DivergenceFunction | None:
+        """What takes over a share of the divergence at some tokens: those of the teacher's text, or outliers."""
+        return self.teacher_text_divergence or self.outlier_divergence
+
+    def divergence_shared(self, student_logp: Tensor, target_logp: Tensor, other_share: Tensor | None) -> Tensor:
+        """The divergence (P,) of log-probabilities (P, E), of which the other one has a share (P,); None: it has none."""
         assert self.divergence is not None
-        if self.teacher_text_divergence is None or by_teacher is None:
-            return self.divergence(student_logp, teacher_logp)
-        loss = student_logp.new_zeros(by_teacher.shape)
-        # Each sees its own positions alone: elsewhere it may be infinite, and its gradient NaN even under a mask.
-        for function, mask in ((self.divergence, ~by_teacher), (self.teacher_text_divergence, by_teacher)):
-            loss = loss.masked_scatter(mask, function(student_logp[mask], teacher_logp[mask]))
+        other = self.other_divergence
+        if other is None or other_share is None:
+            return self.divergence(student_logp, target_logp)
+        loss = student_logp.new_zeros(other_share.shape)
+        # Each sees its own positions alone: elsewhere it may be infinite, and its gradient NaN even under a weight of 0.
+        for function, share in ((self.divergence, 1 - other_share), (other, other_share)):
+            mask = share > 0
+            part = function(student_logp[mask], target_logp[mask]) * share[mask]
+            loss = loss + torch.zeros_like(loss).masked_scatter(mask, part)
         return loss
 
-    def weights(self, written_by_teacher_N: Tensor, rolled_out_N: Tensor) -> Tensor:
-        """What multiplies each position's loss (N,), float32: the weight of its writer, 0 for a writer not trained on.
+    @property
+    def needs_start(self) -> bool:
+        """Whether the student's start model takes part."""
+        return self.start_weight > 0 or self.target.needs_start
 
-        Always 1 at the data set's text, which neither model wrote.
-        """
-        of_student = 0.0 if self.train_on == "teacher" else self.student_token_weight
-        of_teacher = 0.0 if self.train_on == "student" else self.teacher_token_weight
-        of_writer_N = of_student + (of_teacher - of_student) * written_by_teacher_N.float()
-        return torch.where(rolled_out_N, of_writer_N, 1.0)
+    @property
+    def reads_logp(self) -> bool:
+        """Whether rollouts have to bring both models' log-probabilities of their tokens."""
+        return self.long_term_weight > 0 or any(weight.reads_logp for weight in self.weights)
 
 
 @dataclass(frozen=True, eq=False)
 class Counted:
     """The N positions that count, all tensors in the same order.
 
-    `hidden_NH` are the student's last hidden states that predict `token_ids_N`. `weight_N` multiplies each position's loss, but
-    not its report. `written_by_teacher_N` (bool) chooses between two divergences. `return_N` is the return of the long-term
-    term, in nats.
+    `hidden_NH` are the student's last hidden states that predict `token_ids_N`. `weight_N` multiplies each position's loss,
+    but not its report. `other_share_N`, 0 to 1, is the share of the divergence that the objective's other one takes over: that
+    for the teacher's text, or for outliers. `return_N` is the return of the long-term term, in nats. `start` is what the
+    student's start model says at these positions, where the objective `needs_start`.
     """
 
     hidden_NH: Tensor
     token_ids_N: Tensor
     weight_N: Tensor | None = None
-    written_by_teacher_N: Tensor | None = None
+    other_share_N: Tensor | None = None
     return_N: Tensor | None = None
+    start: TeacherSignal | None = None
 
 
 @dataclass
@@ -134,13 +152,16 @@ def distillation_loss(
     `head` is the student's; `teacher` is the signal at the same positions, at the objective's loss temperature. `denominator`
     is the number of counted positions (with a weight other than 0) of the whole optimizer step over all processes, so that no
     split into micro-batches or processes changes the gradient; with N = 0 the loss is exactly 0. `measure` adds entropies and
-    agreement to the report, at the cost of a few passes over each chunk. Raises ValueError if a divergence has no teacher.
+    agreement to the report, at the cost of a few passes over each chunk. Raises ValueError if a divergence has no teacher, or
+    a start model that is needed is missing.
 
     Memory beyond the inputs: one gradient of the hidden states, one of the head if it trains, two tensors of
     (`chunk_positions`, V), about 64 MB each by default, and a dozen of an eighth of that.
     """
     if objective.divergence is not None and teacher is None:
         raise ValueError("this objective has a divergence, so it needs a teacher signal")
+    if objective.needs_start and counted.start is None:
+        raise ValueError("this objective compares with the start model, so it needs that model's signal")
     loss = _PositionLoss(counted, head, objective, None if objective.divergence is None else teacher, measure=measure)
     total = chunked_sum(counted.hidden_NH, head, loss, chunk_positions)
     return total / denominator, Report(**loss.measured)
@@ -173,14 +194,19 @@ class _PositionLoss:
     def _divergence(self, teacher: TeacherSignal, logits_PV: Tensor, at: slice, chunk: slice) -> Tensor:
         student_logp_PV = log_probabilities(logits_PV, self.objective.loss_temperature)
         student_logp_PE, teacher_logp_PE = teacher.compare(student_logp_PV, at, chunk)
-        by_teacher_N = self.counted.written_by_teacher_N
-        by_teacher_P = None if by_teacher_N is None else by_teacher_N[at]
-        divergence_P = self.objective.divergence_by_writer(student_logp_PE, teacher_logp_PE, by_teacher_P)
+        objective, share_N, start = self.objective, self.counted.other_share_N, self.counted.start
+        start_logp_PE = None if start is None else start.compare(student_logp_PV, at, chunk)[1]
+        target_logp_PE = objective.target(teacher_logp_PE, student_logp_PE.detach(), start_logp_PE)
+        share_P = None if share_N is None else share_N[at]
+        divergence_P = objective.divergence_shared(student_logp_PE, target_logp_PE, share_P)
         self._keep("divergence_N", at, divergence_P)
         if self.measure:
             self._keep("student_entropy_N", at, entropy(student_logp_PE.detach()))
             self._keep("teacher_entropy_N", at, entropy(teacher_logp_PE))
             self._keep("agreement_N", at, student_logp_PE.argmax(dim=-1) == teacher_logp_PE.argmax(dim=-1))
+        if objective.start_weight and start_logp_PE is not None:
+            start_P = objective.start_divergence(student_logp_PE, start_logp_PE)
+            divergence_P = divergence_P + objective.start_weight * start_P
         return divergence_P
 
     def _keep(self, name: str, at: slice, values_P: Tensor) -> None:

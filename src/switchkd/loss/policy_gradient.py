@@ -21,7 +21,8 @@ def importance_and_returns(batch: Batch) -> tuple[Tensor, Tensor]:
     importance_t * (reverse KL_t - return_t * log q(y_t)) then has the gradient of MiniLLM's equation 8: the single-step term
     is summed over the vocabulary, the long-term term is normalized by length, and the weights are per token, as the paper
     takes them instead of products over the prefix. We depart from the paper in not clipping: the text is that of the current
-    student. If the student wrote alone, this is, up to the normalization, the exact gradient of the sequences' KL(student || teacher).
+    student. If the student wrote alone, this is, up to the normalization, the exact gradient of the sequences'
+    KL(student || teacher).
 
     Source: Gu et al. 2024, arXiv 2306.08543, equations 5 to 8. Raises ValueError if the batch lacks log-probabilities.
     """

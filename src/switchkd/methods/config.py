@@ -10,42 +10,32 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from switchkd.distributions.divergences import DIVERGENCE, DIVERGENCES, Divergence
+from switchkd.distributions.divergences import Divergence
 from switchkd.errors import UserError
-from switchkd.loss.objective import Objective, TrainOn
+from switchkd.loss.objective import Objective
+from switchkd.loss.targets import Target
+from switchkd.loss.weight import Weight
+from switchkd.loss.weights import WEIGHT
+from switchkd.methods.parts import (
+    COMPONENTS,
+    DEFAULTS,
+    HEADLINE,
+    auto_threshold,
+    check_not_moved,
+    described,
+    weights_of,
+)
 from switchkd.methods.plan import AutoThreshold, Plan
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
+from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
 from switchkd.models.placement import Placement, placement_of, precision_named
 from switchkd.records import Sampling
 from switchkd.rollout.blocks import check_block_size
 from switchkd.rollout.law import Policy
-from switchkd.rollout.policies import POLICIES, POLICY, DecayName, Switch
-from switchkd.settings.components import Registry, setting, settings_of
+from switchkd.rollout.policies import POLICY, DecayName, Switch
+from switchkd.settings.components import setting
 
 Offload = Literal["none", "cpu", "disk"]
-# The threshold that a run finds itself.
-AUTO = "auto"
-_THRESHOLD = Registry("threshold", "switchkd.thresholds", AutoThreshold, {AUTO: AutoThreshold})
-# SWITCH's settings stand flat as well, since people write them most. Other policies ignore them: the stages of a run share them.
-HEADLINE = ("threshold", "decay", "decay_rate", "final_fraction")
-
-# Settings that once stood flat, and where each stands now.
-MOVED: dict[str, str] = {
-    **{key: f"policy.{key}" for each in POLICIES.values() for key in settings_of(each) if key not in HEADLINE},
-    **{key: f"divergence.{key}" for each in DIVERGENCES.values() for key in settings_of(each)},
-    "target_teacher_share": "threshold.teacher_share",
-    "calibration_prompts": "threshold.prompts",
-    "recalibrate_every": "threshold.every",
-}
-
-
-def check_not_moved(key: str) -> None:
-    """Raise UserError with the new place of a setting that once stood flat."""
-    if place := MOVED.get(key):
-        part, _, name = place.partition(".")
-        raise UserError(
-            f"{key} is now a setting of the {part}; write {part}: {{{name}: ...}} in the run file, or --set {place}=..."
-        )
 
 
 @dataclass
@@ -99,11 +89,25 @@ class SwitchConfig(TrainingArguments):
     teacher_text: str | None = setting(
         None, "seqkd: the file of the teacher's text; by default teacher_text.jsonl in output_dir."
     )
-    train_on: TrainOn = setting(
-        "all", "Whose tokens of a rollout are trained on: all, student, teacher. Data text always is."
+    weight: None | str | Weight | dict[str, Any] | list[Any] = setting(
+        None, "Where the loss counts: {name: ..., its settings}, or a list of such, which multiply."
     )
-    student_token_weight: float = setting(1.0, "Multiplies the loss of rollout tokens that the student wrote.")
-    teacher_token_weight: float = setting(1.0, "Multiplies the loss of rollout tokens that the teacher wrote.")
+    target: None | str | Target | dict[str, Any] = setting(
+        None, "What stands in the teacher's place in the divergence: {name: ..., its settings}."
+    )
+    start_weight: float | None = setting(None, "Weight of an added divergence to the student's start model; 0 is none.")
+    start_divergence: None | str | Divergence | dict[str, Any] = setting(
+        None, "The divergence to the start model: {name: ..., its settings}."
+    )
+    replayed_prefix: None | str | ReplayedPrefix | dict[str, Any] = setting(
+        None, "Begin rollouts with a part of a response: {source: data, parts: 8, kappa: 0.6, until: 0, weight: 0}."
+    )
+    length_growth: None | str | LengthGrowth | dict[str, Any] = setting(
+        None, "Let the longest rollout grow over the steps: {start: 16, steps_per_token: 1}."
+    )
+    rewrite: None | str | Rewrite | dict[str, Any] = setting(
+        None, "Let the teacher write each rollout anew: {template: ...} with {prompt} and {attempt}."
+    )
     loss_temperature: float = setting(1.0, "Temperature of both distributions in the loss; has no effect on sampling.")
     temperature: float = setting(1.0, "Sampling temperature of both models; 0 is greedy.")
     top_p: float = setting(1.0, "Nucleus of both models' sampling; 1 keeps every token.")
@@ -190,7 +194,7 @@ class SwitchConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with components as the mappings that describe them."""
-        return {key: _described(value) for key, value in super().to_dict().items()}  # type: ignore[no-untyped-call]
+        return {key: described(value) for key, value in super().to_dict().items()}  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------------------------------------------- the plan
 
@@ -198,10 +202,10 @@ class SwitchConfig(TrainingArguments):
         row = METHOD.make(self.method or SwitchConfig.method or "")
         auto, policy = self._policy(row)
         given = {key: value for key in REPLACEABLE if (value := getattr(self, key)) is not None} | {"policy": policy}
-        for key in ("divergence", "teacher_text_divergence"):
+        for key, registry in COMPONENTS.items():
             if key in given:
-                given[key] = DIVERGENCE.make(given[key], default=getattr(row, key))
-        method = replace(row, **given)
+                given[key] = registry.make(given[key], default=getattr(row, key) or DEFAULTS.get(key))
+        method = replace(row, **given | {"weight": weights_of(self.weight, row.weight, self.max_new_tokens)})
         self._check_read(row, method)
         return Plan(
             policy=method.policy,
@@ -210,9 +214,10 @@ class SwitchConfig(TrainingArguments):
                 method.divergence,
                 cross_entropy_weight=method.cross_entropy_weight,
                 loss_temperature=self.loss_temperature,
-                train_on=self.train_on,
-                student_token_weight=self.student_token_weight,
-                teacher_token_weight=self.teacher_token_weight,
+                weights=method.weight,
+                target=method.target,
+                start_weight=method.start_weight,
+                start_divergence=method.start_divergence,
                 teacher_text_divergence=method.teacher_text_divergence,
                 long_term_weight=method.long_term_weight,
             ),
@@ -222,6 +227,9 @@ class SwitchConfig(TrainingArguments):
             replay_capacity=method.replay_capacity,
             replay_share=method.replay_share,
             teacher_text=self._teacher_text(method),
+            replayed_prefix=method.replayed_prefix,
+            length_growth=method.length_growth,
+            rewrite=method.rewrite,
         )
 
     def _policy(self, row: Method) -> tuple[AutoThreshold | None, Policy]:
@@ -233,14 +241,14 @@ class SwitchConfig(TrainingArguments):
         inside = flat if isinstance(self.policy, Policy) else self.policy if isinstance(self.policy, Mapping) else ()
         if twice := [key for key in flat if key in inside]:
             raise UserError(f"{twice[0]} is {flat[twice[0]]}, but the policy brings its own; set it in one place")
-        auto = _auto_threshold(flat.get("threshold"))
+        auto = auto_threshold(flat.get("threshold"))
         if auto is not None:
             # The search starts from the default.
             del flat["threshold"]
         return auto, replace(policy, **flat)
 
     def _teacher_text(self, method: Method) -> Path | None:
-        if method.teacher_writes_data:
+        if method.teacher_writes_data or (method.replayed_prefix and method.replayed_prefix.source == "teacher"):
             return Path(self.teacher_text or Path(str(self.output_dir)) / "teacher_text.jsonl")
         return None
 
@@ -275,18 +283,19 @@ class SwitchConfig(TrainingArguments):
             raise UserError(
                 f"student_share is {self.student_share}, but method {self.method_name!r} trains on data only; use gkd"
             )
-        if self.teacher_text is not None and not method.teacher_writes_data:
+        if self.teacher_text is not None and self._teacher_text(method) is None:
             raise UserError(
                 f"teacher_text is {self.teacher_text!r}, but method {self.method_name!r} does not read it; leave it out"
             )
-        if method.divergence is None and method.teacher_text_divergence is not None:
-            raise UserError(
-                f"teacher_text_divergence is {self.teacher_text_divergence}, but method {self.method_name!r} has no divergence; "
-                f"set one, or leave it out"
-            )
+        for key in ("teacher_text_divergence", "target", "start_weight"):
+            if method.divergence is None and getattr(self, key):
+                raise UserError(
+                    f"{key} is {getattr(self, key)}, but method {self.method_name!r} has no divergence; set one, or leave it out"
+                )
         # Refused and not ignored: a setting that nothing reads is a run that is not what its author thinks.
         of_rollouts = ("policy", "teacher_text_share", "replay_capacity", "replay_share", "long_term_weight")
-        for key in (*of_rollouts, "teacher_text_divergence"):
+        of_text = ("replayed_prefix", "length_growth", "rewrite")
+        for key in (*of_rollouts, *of_text, "teacher_text_divergence"):
             if getattr(self, key) and not (method.student_share or method.share_rise):
                 raise UserError(
                     f"{key} is {getattr(self, key)}, but method {self.method_name!r} has no rollouts here; leave it out"
@@ -299,28 +308,14 @@ class SwitchConfig(TrainingArguments):
     def _check(self) -> None:
         """Raise UserError for settings out of range that no component checks."""
         check_block_size(self.block_size)
-        sampling, weight = self.sampling, self.plan.objective.long_term_weight
-        # Returns are of the models' own probabilities; what top-k or top-p excludes would make them infinite.
-        if weight and (sampling.temperature, sampling.top_p, sampling.top_k) != (1, 1, 0):
+        sampling, objective = self.sampling, self.plan.objective
+        # They read the models' own probabilities; what top-k or top-p excludes would make them infinite.
+        if objective.reads_logp and (sampling.temperature, sampling.top_p, sampling.top_k) != (1, 1, 0):
+            readers = [WEIGHT.name_of(type(weight)) for weight in objective.weights if weight.reads_logp]
+            reader = f"weight {readers[0]}" if readers else f"long_term_weight is {objective.long_term_weight}, which"
             raise UserError(
-                f"long_term_weight is {weight}, which needs text drawn from the models' own distributions; set temperature "
-                f"and top_p to 1 and top_k to 0"
+                f"{reader} needs text drawn from the models' own distributions; set temperature and top_p to 1 and top_k to 0"
             )
         for key in ("max_prompt_tokens", "rollout_rows", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}; it has to be at least 1")
-
-
-def _auto_threshold(threshold: Any) -> AutoThreshold | None:
-    """What `threshold: auto` asks for, as a word, a mapping or an object; None for a number."""
-    if threshold is None or isinstance(threshold, float | int):
-        return None
-    if isinstance(threshold, str) and threshold != AUTO:
-        raise UserError(f"threshold is {threshold!r}; it has to be a number of nats, or {AUTO}")
-    return _THRESHOLD.make(threshold, default=AutoThreshold())
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, Policy):
-        return POLICY.describe(value)
-    return DIVERGENCE.describe(value) if isinstance(value, Divergence) else value

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from switchkd.errors import UserError
 from switchkd.loss.objective import Objective
+from switchkd.loss.weights import WEIGHT
+from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
 from switchkd.rollout.law import Policy
 from switchkd.settings.components import setting
 from switchkd.settings.paper import PAPER_SHARE
@@ -35,7 +37,8 @@ class Plan:
 
     Of the sequences, `rollout_share` are rolled out (with `share_rise`, at the start). The teacher alone writes
     `teacher_text_share` of these, and `policy` the others. `auto_threshold` calibrates the threshold of a Switch
-    (training/auto_threshold.py). `teacher_text` is the file of the teacher's text that replaces the data set's.
+    (training/auto_threshold.py). `teacher_text` is the file of the teacher's text that replaces the data set's. How rollouts
+    start, grow and are written anew is in text.py.
     """
 
     policy: Policy
@@ -47,6 +50,9 @@ class Plan:
     replay_capacity: int = 0
     replay_share: float = 0.0
     teacher_text: Path | None = None
+    replayed_prefix: ReplayedPrefix | None = None
+    length_growth: LengthGrowth | None = None
+    rewrite: Rewrite | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rollout_share <= 1:
@@ -59,7 +65,7 @@ class Plan:
         if not self.replay_capacity >= 0:
             raise UserError(f"replay_capacity is {self.replay_capacity}; give a number of rollouts, or 0 for none")
         self._check_long_term()
-        self._check_token_weights()
+        self._check_weights()
 
     @property
     def rolls_out(self) -> bool:
@@ -68,14 +74,21 @@ class Plan:
 
     @property
     def needs_response(self) -> bool:
-        """Whether the data set has to give responses: where its text is trained on."""
-        return self.rollout_share < 1 and self.teacher_text is None
+        """Whether the data set has to give responses: where its text is trained on, or rollouts begin with it."""
+        return (self.rollout_share < 1 or self.replayed_prefix is not None) and self.teacher_text is None
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a teacher has to be loaded, for the text or for the loss."""
         writes = self.rolls_out and (self.policy.needs_teacher or self.teacher_text_share > 0)
-        return self.objective.divergence is not None or self.teacher_text is not None or writes
+        reads = self.teacher_text is not None or self.rewrite is not None or self.objective.reads_logp
+        return self.objective.divergence is not None or reads or writes
+
+    def longest_rollout(self, step: int, max_new_tokens: int) -> int:
+        """The longest rollout that is of use at a step, in tokens."""
+        ends = [weight.longest for weight in self.objective.weights if weight.longest is not None]
+        longest = min([max_new_tokens, *ends])
+        return self.length_growth.limit(step, longest) if self.length_growth else longest
 
     def _check_long_term(self) -> None:
         weight = self.objective.long_term_weight
@@ -84,23 +97,21 @@ class Plan:
                 f"long_term_weight is {weight}, which needs text of the student as it is now; set replay_capacity to 0"
             )
 
-    def _check_token_weights(self) -> None:
+    def _check_weights(self) -> None:
         """Raise UserError where the weights act on nothing, or leave no token of the rollouts."""
-        objective = self.objective
-        weights = {"student": objective.student_token_weight, "teacher": objective.teacher_token_weight}
-        if objective.train_on == "all" and set(weights.values()) == {1.0}:
-            return
-        given = (
-            f"train_on is {objective.train_on!r}, student_token_weight {weights['student']} and teacher_token_weight "
-            f"{weights['teacher']}"
-        )
-        if not self.rolls_out:
-            raise UserError(f"{given}: these act on rollouts, but this method has none here; leave them out")
+        weights = self.objective.weights
+        of_rollouts = [WEIGHT.name_of(type(weight)) for weight in weights if weight.of_rollouts_alone]
+        if of_rollouts and (not self.rolls_out or self.rewrite):
+            kind = "text that the teacher writes anew" if self.rewrite else "no rollouts"
+            raise UserError(
+                f"weight {of_rollouts[0]} acts on the tokens of rollouts, but this method trains on {kind} here; leave it out"
+            )
         # Also where only part of the text is rolled out: each rollout would be written for nothing.
         of_policy = self.policy.writers if self.teacher_text_share < 1 else ()
         writers = sorted({*of_policy, *(["teacher"] if self.teacher_text_share else [])})
-        if all(objective.train_on not in ("all", writer) or weights[writer] == 0 for writer in writers):
-            raise UserError(
-                f"{given}, but here rollouts are written by {' and '.join(writers)}, so no token of them trains; set "
-                f"train_on to all, and the weight of {' or '.join(writers)} above 0"
-            )
+        for weight in weights:
+            if self.rolls_out and not any(weight.trains_on(writer) for writer in writers):
+                raise UserError(
+                    f"weight {WEIGHT.name_of(type(weight))} is {weight}, but here rollouts are written by "
+                    f"{' and '.join(writers)}, so no token of them trains; set its weight of {' or '.join(writers)} above 0"
+                )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from switchkd.distributions.divergences import (
+    REVERSE_KL,
     Divergence,
     ForwardKL,
     JensenShannon,
@@ -16,7 +17,12 @@ from switchkd.distributions.divergences import (
     SkewedForwardKL,
     SkewedReverseKL,
 )
-from switchkd.rollout.blends import Interleave, Mix
+from switchkd.loss.release import Release
+from switchkd.loss.targets import OF_TEACHER, Target
+from switchkd.loss.weight import Weight
+from switchkd.loss.weights import Importance, Prefix, Trust
+from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
+from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
 from switchkd.rollout.law import Policy
 from switchkd.rollout.policies import AdaSwitch, Early, Late, Student, Switch
 from switchkd.settings.components import Registry, settings_of
@@ -25,12 +31,13 @@ from switchkd.settings.paper import PAPER_SHARE
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table. Every field from `policy` to `replay_share` is also a setting of a run, which replaces it.
+    """A row of the table. Every field from `policy` to `rewrite` is also a setting of a run, which replaces it.
 
     Of the training sequences, `student_share` (0 to 1) are rolled out by `policy`; the rest is the data set's text, or the
-    teacher's, written once before the first step, where `teacher_writes_data`. The loss is `divergence` (None: no teacher in the
-    loss) plus `cross_entropy_weight` times the cross-entropy. SwitchConfig describes the other settings. `start` names the
-    student that the source starts from; a run trains it in an earlier stage, as in recipes/.
+    teacher's, written once before the first step, where `teacher_writes_data`. The loss is `divergence` (None: no teacher in
+    the loss) between the student and the `target`, plus `cross_entropy_weight` times the cross-entropy, counted by the product
+    of the weights. SwitchConfig describes the other settings. `start` names the student that the source starts from; a run
+    trains it in an earlier stage, as in recipes/.
     """
 
     summary: str
@@ -46,6 +53,13 @@ class Method:
     share_rise: float = 0.0
     replay_capacity: int = 0
     replay_share: float = 0.5
+    weight: tuple[Weight, ...] = ()
+    target: Target = OF_TEACHER
+    start_weight: float = 0.0
+    start_divergence: Divergence = REVERSE_KL
+    replayed_prefix: ReplayedPrefix | None = None
+    length_growth: LengthGrowth | None = None
+    rewrite: Rewrite | None = None
     teacher_writes_data: bool = False
     start: Literal["base", "sft"] = "sft"
 
@@ -161,6 +175,74 @@ METHODS: dict[str, Method] = {
         student_share=1.0,
         divergence=ReverseKL(),
         long_term_weight=1.0,
+    ),
+    "trb": Method(
+        "trust-region blending: the law nearest to the teacher within a budget of the student writes, at first",
+        source="arXiv 2605.31159",
+        departs="no default could be read: budget and anneal_steps are one cell of the paper's sweep; reverse KL over the "
+        "whole vocabulary, not over the student's top 16",
+        policy=TrustRegionBlend(budget=0.02, anneal_steps=50),
+        student_share=1.0,
+        divergence=ReverseKL(),
+    ),
+    "iw_opd": Method(
+        "IW-OPD: on-policy, and a token counts the less, the further the text before it has left the teacher",
+        source="arXiv 2606.22600; TRL 1.16, experimental/iw_opd",
+        departs="reverse KL over the whole vocabulary, where both sources take the sampled token's policy gradient",
+        student_share=1.0,
+        divergence=ReverseKL(),
+        weight=(Importance(),),
+    ),
+    "prefix": Method(
+        "prefix distillation: on-policy, and rollouts end after the first part of max_new_tokens",
+        source="arXiv 2602.15260 (Findings of ACL 2026)",
+        departs="the paper's length could not be read: 30%, which is what IW-OPD reports to be enough; it does not grow",
+        student_share=1.0,
+        divergence=ReverseKL(),
+        weight=(Prefix(share=0.3),),
+    ),
+    "tropd": Method(
+        "TrOPD: on-policy reverse KL where the teacher trusts the student's token, forward KL over its top 64 elsewhere",
+        source="arXiv 2606.01249",
+        departs="the mean over the paper's coin; reverse KL over the whole vocabulary, not of the sampled token; no teacher "
+        "prefixes unless replayed_prefix is set, since prompts are to suffice",
+        student_share=1.0,
+        divergence=ReverseKL(),
+        weight=(Trust(),),
+    ),
+    "release": Method(
+        "release: on-policy up to where the teacher no longer tells the student's candidates apart",
+        source="arXiv 2605.13643",
+        departs="only the abstract could be read: margin, criterion and defaults are ours; segments of tokens, not sentences",
+        student_share=1.0,
+        divergence=ReverseKL(),
+        weight=(Release(),),
+    ),
+    "trd": Method(
+        "TRD: the teacher rewrites what the student wrote, and that is trained on under the original prompt",
+        source="arXiv 2606.08432; github.com/louieworth/trd",
+        departs="written anew at each step, not once; the teacher scores under the original prompt, without the attempt; the "
+        "template is ours",
+        student_share=1.0,
+        divergence=ForwardKL(),
+        rewrite=Rewrite(),
+    ),
+    "stable_opd": Method(
+        "StableOPD: on-policy, half of the sequences the data set's, and kept near the start model",
+        source="arXiv 2604.08527",
+        departs="half of the prompts get the data set's text, not each beside its rollout; it is compared with the teacher like "
+        "the rollouts, where the paper takes its cross-entropy; the weight of 0.01 is from another code base",
+        student_share=0.5,
+        divergence=ReverseKL(),
+        start_weight=0.01,
+    ),
+    "reopd": Method(
+        "ReOPD: on-policy from prefixes of the data set's responses, long ones being rare",
+        source="arXiv 2607.04763; github.com/BaohaoLiao/ReOPD",
+        departs="the paper's prefixes are turns of an agent's run, drawn once; here eighths of a response, drawn at each step",
+        student_share=1.0,
+        divergence=ReverseKL(),
+        replayed_prefix=ReplayedPrefix(),
     ),
 }
 

@@ -26,7 +26,8 @@ def rollout_record(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict
     }
     numbers = {
         name: [value if math.isfinite(value) else None for value in getattr(rollout, name)]
-        for name in ("divergence", "threshold", "student_logp", "teacher_logp", "law_logp", "teacher_part")
+        for name in ("divergence", "threshold", "student_logp", "teacher_logp", "law_logp", "teacher_part", "margin")
+        if getattr(rollout, name)
     }
     return {
         "prompt_id": rollout.prompt.prompt_id,

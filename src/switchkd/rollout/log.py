@@ -35,6 +35,7 @@ class RolloutLog:
         self.teacher_logp: list[float] = []
         self.law_logp: list[float] = []
         self.teacher_part: list[float] = []
+        self.margin: list[float] = []
         self.teacher_hidden: list[Tensor] = []
 
     @property
@@ -43,12 +44,16 @@ class RolloutLog:
         return [*self.prompt.token_ids, *self.token_ids]
 
     def extend(self, token_ids: list[int], written_by_teacher: list[bool], *measures: list[float]) -> None:
-        """Add tokens with their divergences, thresholds, log-probabilities under student, teacher and law, and the teacher's part."""
+        """Add tokens with what is measured of each.
+
+        In order: divergence, threshold, log-probability under student, teacher and law, the teacher's part and, where it is
+        asked for, the margin.
+        """
         self.token_ids += token_ids
         self.written_by_teacher += written_by_teacher
         models = (self.student_logp, self.teacher_logp, self.law_logp)
-        columns = (self.divergence, self.threshold, *models, self.teacher_part)
-        for column, values in zip(columns, measures, strict=True):
+        columns = (self.divergence, self.threshold, *models, self.teacher_part, self.margin)
+        for column, values in zip(columns, measures, strict=False):
             column += values
 
     def rollout(self, eos_ids: Sequence[int], hidden_device: torch.device | str | None) -> Rollout:
@@ -72,6 +77,7 @@ class RolloutLog:
             teacher_hidden=hidden,
             law_logp=tuple(self.law_logp),
             teacher_part=tuple(self.teacher_part),
+            margin=tuple(self.margin),
         )
 
 

@@ -22,7 +22,7 @@ from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
 from switchkd.rollout.law import Policy
 from switchkd.rollout.log import RolloutLog, observe
-from switchkd.rollout.write import write
+from switchkd.rollout.write import teacher_margin, write
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -68,14 +68,22 @@ class ReferenceEngine:
     """Rolls out token by token, with one forward of each model per token; batched, left-padded, cached.
 
     `max_rows` prompts run together (default 64); the result does not depend on it. `hidden_device` is where kept hidden states
-    go; None leaves them on the teacher's device.
+    go; None leaves them on the teacher's device. With `margin_top_k` each token's `teacher_margin` over so many candidates is
+    recorded where a teacher runs.
     """
 
-    def __init__(self, pair: ModelPair, max_rows: int = 64, hidden_device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        pair: ModelPair,
+        max_rows: int = 64,
+        hidden_device: torch.device | str | None = None,
+        margin_top_k: int = 0,
+    ) -> None:
         check_models(pair)
         self.pair = pair
         self.max_rows = max_rows
         self.hidden_device = hidden_device
+        self.margin_top_k = margin_top_k
 
     def generate(
         self,
@@ -120,6 +128,7 @@ class ReferenceEngine:
             divergence = threshold = teacher_token_logp = torch.full_like(token, math.nan, dtype=torch.float32)
             law_logp = student_token_logp = student_logp.gather(-1, token[:, None])[:, 0]
             teacher_part = torch.zeros_like(student_token_logp)
+            margins: list[Tensor] = []
             if teacher is not None:
                 teacher_logp = shaped_logp(teacher.step(ids_BT, mask_BS), sampling).to(device)
                 draft = Draft(proposal, student_logp, address)
@@ -128,9 +137,11 @@ class ReferenceEngine:
                 divergence, threshold = positions.divergence, decision.threshold
                 written = write(decision, draft, teacher_logp, positions.coin, greedy=sampling.greedy)
                 token, _, by_teacher, student_token_logp, teacher_token_logp, law_logp, teacher_part = written
+                if self.margin_top_k:
+                    margins = [teacher_margin(student_logp, teacher_logp, self.margin_top_k)]
             check_numbers(student_token_logp, divergence if teacher is not None else None)
             models = (student_token_logp, teacher_token_logp, law_logp)
-            recorded = (token, by_teacher, divergence, threshold, *models, teacher_part)
+            recorded = (token, by_teacher, divergence, threshold, *models, teacher_part, *margins)
             columns = [each.tolist() for each in recorded]
             for row, log in enumerate(logs):
                 # Rows that have ended stay in the batch and are no longer recorded.

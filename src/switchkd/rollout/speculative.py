@@ -33,7 +33,7 @@ from switchkd.rollout.law import Policy
 from switchkd.rollout.log import RolloutLog, observe
 from switchkd.rollout.metrics import RolloutMetrics
 from switchkd.rollout.reference import ReferenceEngine
-from switchkd.rollout.write import write
+from switchkd.rollout.write import teacher_margin, write
 
 
 class SpeculativeEngine:
@@ -43,7 +43,8 @@ class SpeculativeEngine:
     does not hold up the others. Memory is bounded whatever the number of prompts: each model's cache holds `max_rows` rows
     of the longest prompt + `max_new_tokens` + one block, and is kept for the next call. Neither setting changes a token.
 
-    `hidden_device` is where kept hidden states go; None leaves them on the teacher's device. Models whose caches cannot take a
+    `hidden_device` is where kept hidden states go; None leaves them on the teacher's device. With `margin_top_k` each token's
+    `teacher_margin` over so many candidates is recorded where a teacher runs. Models whose caches cannot take a
     token back are served by the reference engine, with a warning; those with flash attention compute with sdpa here. `metrics`
     describes the last call. Raises UserError for a `block_size` or `max_rows` below 1.
     """
@@ -54,6 +55,7 @@ class SpeculativeEngine:
         block_size: int | str = "auto",
         max_rows: int = 64,
         hidden_device: torch.device | str | None = None,
+        margin_top_k: int = 0,
     ) -> None:
         check_block_size(block_size)
         if max_rows < 1:
@@ -63,6 +65,7 @@ class SpeculativeEngine:
         self.block_size = block_size
         self.max_rows = max_rows
         self.hidden_device = hidden_device
+        self.margin_top_k = margin_top_k
         self.metrics = RolloutMetrics()
         # By role; clear it to free their memory. A call takes them out and puts them back: one that fails may leave NaN, which no
         # mask hides.
@@ -78,7 +81,7 @@ class SpeculativeEngine:
                 warnings.warn(
                     f"rollouts go one token at a time: the {role} cannot draft blocks, since {reason}", stacklevel=2
                 )
-                self._fallback = ReferenceEngine(pair, max_rows, hidden_device)
+                self._fallback = ReferenceEngine(pair, max_rows, hidden_device, margin_top_k)
                 break
 
     @contextmanager
@@ -134,6 +137,7 @@ class _Verdict(NamedTuple):
     teacher_logp: Tensor
     law_logp: Tensor
     teacher_part: Tensor
+    margin: Tensor
 
 
 class _Run:
@@ -157,7 +161,7 @@ class _Run:
         self.on_progress = on_progress
         self.metrics = engine.metrics
         self.device = pair.student.device
-        self.hidden_device = engine.hidden_device
+        self.hidden_device, self.margin_top_k = engine.hidden_device, engine.margin_top_k
         keys = row_keys(seed, prompts).tolist()
         # Longest first, so that the call does not end with one long row; equal prompts together, to share their prefill.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), prompts[i].token_ids, i))
@@ -292,7 +296,7 @@ class _Run:
         ends = torch.isin(draft.proposal, self.eos)
         nothing = torch.zeros_like(student_logp)
         return _Verdict(
-            ends, draft.proposal, by_teacher, unknown, unknown, student_logp, unknown, student_logp, nothing
+            ends, draft.proposal, by_teacher, unknown, unknown, student_logp, unknown, student_logp, nothing, unknown
         )
 
     def _teacher_hidden(self, teacher: CachedModel, draft: Draft) -> Tensor:
@@ -315,11 +319,12 @@ class _Run:
         with self.metrics.timing("policy"):
             positions = observe(self.policy, draft, teacher_logp, [row.log for row in rows], self.sampling)
             decision = self.policy.decide(positions)
-            token, replaced, by_teacher, *measures = write(
-                decision, draft, teacher_logp, positions.coin, greedy=self.sampling.greedy
-            )
-            ends = replaced | torch.isin(token, self.eos)
-            return _Verdict(ends, token, by_teacher, positions.divergence, decision.threshold, *measures)
+            written = write(decision, draft, teacher_logp, positions.coin, greedy=self.sampling.greedy)
+            ends, margin = written.replaced | torch.isin(written.token, self.eos), torch.zeros_like(written.token)
+            if self.margin_top_k:
+                margin = teacher_margin(draft.student_logp, teacher_logp, self.margin_top_k)
+            decided = (written.token, written.by_teacher, positions.divergence, decision.threshold)
+            return _Verdict(ends, *decided, *written[3:], margin)
 
     def _accept(self, verdict: _Verdict, hidden: Tensor | None) -> tuple[int, int]:
         """Write each row's block up to and including the position that ends it.
@@ -327,7 +332,7 @@ class _Run:
         Returns the number of tokens written, and of rows that stopped before the last token they had room for.
         """
         check_numbers(verdict.student_logp, verdict.divergence if self.teacher else None)
-        ends, *recorded = verdict
+        ends, *recorded = verdict if self.margin_top_k and self.teacher else verdict[:-1]
         size = ends.shape[1]
         upto = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, size).tolist()
         # They become Python's numbers on the CPU, which hold those of any type exactly.

@@ -14,9 +14,9 @@ from switchkd.rollout.law import Decision
 class Written(NamedTuple):
     """What was written at each position, all (B,) or (B, K), and undefined past the first `replaced` position of a row.
 
-    `token` and, where it is not the student's proposal, `replaced`; `by_teacher`: its writer; `student_logp`, `teacher_logp` and
-    `law_logp`: its log-probability in nats under the two models and under the law that wrote it; `teacher_part`: the probability,
-    given the token, that the teacher is its writer.
+    `token` and, where it is not the student's proposal, `replaced`; `by_teacher`: its writer; `student_logp`, `teacher_logp`
+    and `law_logp`: its log-probability in nats under the two models and under the law that wrote it; `teacher_part`: the
+    probability, given the token, that the teacher is its writer.
     """
 
     token: Tensor
@@ -46,3 +46,14 @@ def write(decision: Decision, draft: Draft, teacher_logp: Tensor, coin: Tensor, 
         part = part.masked_fill(~elsewhere, 0.0)
         by_teacher = coin < part
     return Written(token, replaced, by_teacher, student_at, teacher_at, law_at, part)
+
+
+def teacher_margin(student_logp: Tensor, teacher_logp: Tensor, top_k: int) -> Tensor:
+    """What, in nats, the teacher's favorite among the student's `top_k` likeliest ids has over the next of them; (...) of (..., V).
+
+    Infinite where the teacher excludes all of them but one.
+    """
+    candidates = student_logp.topk(min(top_k, student_logp.shape[-1]), dim=-1).indices
+    first, second = teacher_logp.gather(-1, candidates).topk(2, dim=-1).values.unbind(dim=-1)
+    # Where the teacher excludes even the favorite, nothing sets one apart.
+    return (first - second).masked_fill(first.isneginf(), 0.0)

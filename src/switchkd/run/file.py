@@ -10,7 +10,8 @@ from typing import Any, get_type_hints
 import yaml
 
 from switchkd.errors import UserError, did_you_mean
-from switchkd.methods.config import HEADLINE, SwitchConfig, check_not_moved
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.parts import COMPONENTS, HEADLINE, check_not_moved
 from switchkd.rollout.policies import Switch
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed
@@ -132,7 +133,7 @@ TRAINING_FIELDS: dict[str, Field[Any]] = {
 SWITCH_FIELDS = tuple(name for name in vars(SwitchConfig)["__annotations__"] if name in TRAINING_FIELDS)
 HINTS: dict[str, Any] = {**get_type_hints(SwitchConfig), **OWN_HINTS}
 # Settings with settings of their own: a name stands for a mapping that holds only it.
-_NESTED = ("policy", "divergence", "teacher_text_divergence", "threshold")
+_NESTED = ("policy", "threshold", "weight", *COMPONENTS)
 
 
 def _default_of(each: Field[Any]) -> Any:

@@ -16,10 +16,12 @@ from switchkd.data.collate import collate, groups_of_like_length, micro_batches,
 from switchkd.loss.objective import Counted, Report, distillation_loss
 from switchkd.loss.policy_gradient import importance_and_returns
 from switchkd.loss.signals import DenseTeacher
+from switchkd.loss.weight import product_of
 from switchkd.methods.plan import Plan
 from switchkd.models.heads import backbone, last_hidden
 from switchkd.models.pair import ModelPair
 from switchkd.records import Batch, Example, Rollout
+from switchkd.training.start_model import StartModel
 
 
 class StepLoss:
@@ -32,8 +34,10 @@ class StepLoss:
         self.pair = pair
         self.rows = rows
         self.objective = plan.objective
+        self.replayed_prefix = plan.replayed_prefix
         self.student_head = pair.student_head
         self.teacher_head = None if plan.objective.divergence is None else pair.teacher_head
+        self.start = StartModel(pair) if plan.objective.needs_start else None
 
     def scored(self, sequences: Sequence[Example | Rollout]) -> Sequence[Example | Rollout]:
         """The sequences, each with the teacher's last hidden states that predict its response, (T, H) on its device.
@@ -66,25 +70,44 @@ class StepLoss:
         return [self.inputs([sequences[index] for index in group]) for group in micro_batches(lengths, size)]
 
     def inputs(self, sequences: Sequence[Example | Rollout]) -> dict[str, Any]:
-        """The inputs of a forward: the batch, its weights, and how many of its tokens have a weight other than 0 and so train."""
+        """The inputs of a forward: the batch, its weights, and its part of the step's denominator.
+
+        That is the number of tokens that have a weight other than 0 and so train, or the weights' sum where one of them asks
+        for it.
+        """
         batch = collate(sequences, self.pair.pad_id)
-        weight_N, return_N = self._weights(batch)
+        weight_N, share_N, return_N = self._weights(batch)
         return {
             # transformers counts tokens and operations by it.
             "input_ids": batch.input_ids_BT,
             "batch": batch,
-            "weights": (weight_N, return_N),
-            "trained_tokens": int(weight_N.count_nonzero()),
+            "weights": (weight_N, share_N, return_N),
+            "denominator": self._denominator(weight_N),
         }
 
-    def _weights(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What multiplies the loss at each counted position, (N,), and the returns of the long-term term, (N,) in nats."""
-        mask_BT = batch.response_mask_BT
-        weight_N = self.objective.weights(batch.written_by_teacher_BT[mask_BT], batch.rolled_out_BT[mask_BT])
-        if not self.objective.long_term_weight:
-            return weight_N, None
-        importance_BT, return_BT = importance_and_returns(batch)
-        return weight_N * importance_BT[mask_BT].float(), return_BT[mask_BT].float()
+    @staticmethod
+    def not_zero(denominator: Tensor) -> Tensor:
+        """A step's denominator, or one by which a loss of 0 can be divided."""
+        return torch.where(denominator > 0, denominator, torch.ones_like(denominator))
+
+    def _denominator(self, weight_N: Tensor) -> float:
+        summed = any(weight.sum_is_denominator for weight in self.objective.weights)
+        return float(weight_N.double().sum()) if summed else int(weight_N.count_nonzero())
+
+    def _weights(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What multiplies the loss, the other divergence's share of it, and the returns of the long-term term in nats, all (N,)."""
+        mask_BT, weights = batch.response_mask_BT, self.objective.weights
+        weight_BT, return_N = product_of(weights, batch), None
+        if self.replayed_prefix is not None:
+            weight_BT = torch.where(batch.replayed_BT, weight_BT * self.replayed_prefix.weight, weight_BT)
+        if self.objective.long_term_weight:
+            importance_BT, return_BT = importance_and_returns(batch)
+            # In float32 as its factors, so that weights of 1 change no bit.
+            return_N, weight_BT = return_BT[mask_BT].float(), weight_BT.float() * importance_BT.float()
+        shares = [share for weight in weights if (share := weight.outlier_share(batch)) is not None]
+        if self.objective.teacher_text_divergence is not None:
+            shares = [batch.written_by_teacher_BT.float()]
+        return weight_BT[mask_BT].float(), shares[0][mask_BT].float() if shares else None, return_N
 
     def __call__(
         self, model: nn.Module, inputs: Mapping[str, Any], denominator: Tensor | float, *, measure: bool = False
@@ -94,7 +117,7 @@ class StepLoss:
         `model` is the student or its wrapper; the inputs are on its device.
         """
         batch: Batch = inputs["batch"]
-        weight_N, return_N = inputs["weights"]
+        weight_N, share_N, return_N = inputs["weights"]
         hidden_BTH = last_hidden(model, self.pair.student, batch.input_ids_BT, batch.attention_mask_BT)
         # The token at t is predicted at t - 1.
         mask_BT = batch.response_mask_BT[:, 1:]
@@ -102,8 +125,9 @@ class StepLoss:
             hidden_BTH[:, :-1][mask_BT],
             batch.input_ids_BT[:, 1:][mask_BT],
             weight_N=weight_N,
-            written_by_teacher_N=batch.written_by_teacher_BT[:, 1:][mask_BT],
+            other_share_N=share_N,
             return_N=return_N,
+            start=self._start_signal(batch, mask_BT),
         )
         teacher, teacher_NH = None, batch.teacher_hidden_NH
         if self.teacher_head is not None and teacher_NH is not None:
@@ -111,3 +135,9 @@ class StepLoss:
         return distillation_loss(
             counted, self.student_head, self.objective, teacher=teacher, denominator=denominator, measure=measure
         )
+
+    def _start_signal(self, batch: Batch, mask_BT: Tensor) -> DenseTeacher | None:
+        if self.start is None:
+            return None
+        states_BTH = self.start.hidden(batch.input_ids_BT, batch.attention_mask_BT)
+        return DenseTeacher(states_BTH[:, :-1][mask_BT], self.start.head, self.objective.loss_temperature)

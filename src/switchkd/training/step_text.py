@@ -22,6 +22,7 @@ from switchkd.training.adaptive_share import AdaptiveShare
 from switchkd.training.auto_threshold import CalibratedPolicy
 from switchkd.training.meters import Meters
 from switchkd.training.replay import ReplayBuffer
+from switchkd.training.rewriting import rewritten
 
 TEXT_MEASURES = (
     "student_share",
@@ -41,6 +42,7 @@ class _Coin(IntEnum):
     BY_TEACHER = 1
     REPLAYED = 2
     WHICH = 3
+    PREFIX = 4
 
 
 class StepText:
@@ -66,6 +68,7 @@ class StepText:
         """Each example, or the rollout that takes its place at the step that `state` is at, in their order."""
         policy = self.calibrated.policy_at(state, engine, log) if self.calibrated else self.plan.policy
         policy = policy.at_step(state.global_step)
+        limit = self.plan.longest_rollout(state.global_step, self.args.max_new_tokens)
         share = self.share.share_at(state) if self.share else self.plan.rollout_share
         prompts = [replace(example.prompt, sample_id=state.global_step) for example in examples]
         coins = self._coins(prompts)
@@ -74,10 +77,14 @@ class StepText:
         fresh = [row for row in rolled_out if row not in replayed]
         by_teacher = [row for row in fresh if coins[_Coin.BY_TEACHER][row] < self.plan.teacher_text_share]
         by_policy = [row for row in fresh if row not in set(by_teacher)]
+        if self.plan.replayed_prefix:
+            progress = state.global_step / max(1, state.max_steps)
+            for row in by_policy:
+                prompts[row] = self._begun(prompts[row], examples[row].response_ids, coins[_Coin.PREFIX][row], progress)
         written: dict[int, Rollout] = {}
         for rows, writer in ((by_teacher, Teacher()), (by_policy, policy)):
             if rows:
-                rollouts = self._roll_out([prompts[row] for row in rows], writer, engine)
+                rollouts = self._roll_out([prompts[row] for row in rows], writer, engine, limit)
                 written.update(zip(rows, rollouts, strict=True))
         if self.share:
             self.meters.add("student_share", share, 1)
@@ -86,8 +93,19 @@ class StepText:
                 self.meters.add("replayed", len(replayed), len(rolled_out))
             # All processes keep, and draw from, the same rollouts.
             self.replay.add(gather_object([rollout.to("cpu") for rollout in written.values()]))
-        in_place = {**replayed, **written}
-        return [in_place.get(row, example) for row, example in enumerate(examples)]
+        in_place: dict[int, Example | Rollout] = {**replayed, **written}
+        if self.plan.rewrite:
+            anew = rewritten(self.plan.rewrite, [*written.values()], self.pair, engine, self.args)
+            in_place |= dict(zip(written, anew, strict=True))
+        # Behind the last token that counts, nothing is read.
+        return [in_place.get(row, _cut(example, limit)) for row, example in enumerate(examples)]
+
+    def _begun(self, prompt: Prompt, response: tuple[int, ...], coin: float, progress: float) -> Prompt:
+        """The prompt with the first part of a response behind it, which always leaves something to write."""
+        begin = self.plan.replayed_prefix
+        assert begin is not None
+        length = min(begin.tokens(coin, len(response), progress), max(0, len(response) - 1))
+        return replace(prompt, token_ids=prompt.token_ids + response[:length], replayed=length if begin.weight else 0)
 
     def keep_scored(self, sequences: Sequence[Example | Rollout]) -> None:
         """Put back into the replay what the teacher has read of it for this step; each process keeps what its own teacher read."""
@@ -109,17 +127,20 @@ class StepText:
         drawn = [row for row in rolled_out if coins[_Coin.REPLAYED][row] < self.plan.replay_share]
         return {row: self.replay.draw(coins[_Coin.WHICH][row]) for row in drawn}
 
-    def _roll_out(self, prompts: list[Prompt], policy: Policy, engine: Engine) -> list[Rollout]:
-        started = time.perf_counter()
-        # Returns are of what the teacher says of each token, whoever wrote it.
-        asks_teacher = policy.needs_teacher or self.plan.objective.long_term_weight > 0
+    def _roll_out(self, prompts: list[Prompt], policy: Policy, engine: Engine, limit: int) -> list[Rollout]:
+        started, plan = time.perf_counter(), self.plan
+        # Returns and some weights are of what the teacher says of each token, whoever wrote it.
+        asks_teacher = (policy.needs_teacher or plan.objective.reads_logp) and not plan.rewrite
         rollouts = engine.generate(
             prompts,
             policy=policy,
-            sampling=self.args.sampling,
+            sampling=replace(self.args.sampling, max_new_tokens=limit),
             seed=self.args.seed,
-            keep_teacher="hidden" if asks_teacher and self.plan.objective.divergence else None,
+            keep_teacher="hidden" if asks_teacher and plan.objective.divergence else None,
         )
+        if plan.replayed_prefix and plan.replayed_prefix.weight:
+            # The states of the prefix are not among them: the teacher reads these texts whole.
+            rollouts = [replace(each, teacher_hidden=None) if each.prompt.replayed else each for each in rollouts]
         seconds = time.perf_counter() - started
         # Sums and counts, not shares: the means are over all processes and all steps of a log line.
         add, tokens = self.meters.add, sum(len(rollout.token_ids) for rollout in rollouts)
@@ -130,3 +151,11 @@ class StepText:
         if policy.needs_teacher:
             add("rollout_divergence", sum(sum(rollout.divergence) for rollout in rollouts), tokens)
         return rollouts
+
+
+def _cut(example: Example, limit: int) -> Example:
+    """The example, its response at most `limit` tokens long."""
+    if len(example.response_ids) <= limit:
+        return example
+    hidden = None if example.teacher_hidden is None else example.teacher_hidden[:limit]
+    return replace(example, response_ids=example.response_ids[:limit], teacher_hidden=hidden)

@@ -26,6 +26,7 @@ from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, w
 from switchkd.training.dataset import examples_of, with_row_numbers, without_repeats
 from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
+from switchkd.training.rewriting import check_rewrite
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_text import teacher_text
@@ -104,24 +105,31 @@ class SwitchTrainer(Trainer):
         self._teacher_size = teacher_size(pair)
         self._place = TeacherPlace(pair.teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
         with self._place.loaded():
-            self.engine = engine or SpeculativeEngine(pair, args.block_size, max_rows=args.rollout_rows)
+            margin = max((weight.margin_top_k for weight in plan.objective.weights), default=0)
+            self.engine = engine or SpeculativeEngine(
+                pair, args.block_size, max_rows=args.rollout_rows, margin_top_k=margin
+            )
             self._loss = StepLoss(pair, plan, rows=args.train_batch_size)
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
         self._text = StepText(args, pair, self._meters, self.train_dataset or ())
         if self._text.share:
             self.add_callback(self._text.share)
         self._step_started, self._step_tokens = 0.0, 0
-        self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0
+        self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
 
     def _check_room(self) -> None:
         """Raise UserError where a model has too few positions for the data or the rollouts."""
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
         written = self.args.max_new_tokens if self.plan.rolls_out or self.plan.teacher_text else 0
+        begun = self.plan.replayed_prefix is not None
         lengths = (
-            len(example.prompt.token_ids) + max(len(example.response_ids), written)
+            len(example.prompt.token_ids) + max(len(example.response_ids), written) + begun * len(example.response_ids)
             for example in chain(self.train_dataset or (), *parts)
         )
         self.pair.check_room(max(lengths, default=0))
+        if self.plan.rewrite and len(self.train_dataset or ()):
+            longest = max((example.prompt for example in self.train_dataset), key=lambda prompt: len(prompt.token_ids))
+            check_rewrite(self.plan.rewrite, longest, self.pair, self.args)
 
     def describe(self) -> str:
         """One line that says what `train` will do: models, sizes, steps, sequences and tokens."""
@@ -163,9 +171,9 @@ class SwitchTrainer(Trainer):
         # As many micro-batches as the loader gave: transformers counts them to find the end of a step.
         batches = self._loss.micro_batches(sequences, max(map(len, loaded)))
         self._step_tokens = sum(inputs["batch"].response_tokens for inputs in batches)
-        trained = sum(inputs["trained_tokens"] for inputs in batches)
+        parts = torch.tensor([sum(inputs["denominator"] for inputs in batches)], device=device)
         # Where the policy left nothing to train on, the loss is 0 and not 0 / 0.
-        return batches, self.accelerator.gather(torch.tensor([trained], device=device)).sum().clamp(min=1)
+        return batches, self._loss.not_zero(self.accelerator.gather(parts).sum())
 
     def compute_loss(
         self,
@@ -176,7 +184,8 @@ class SwitchTrainer(Trainer):
     ) -> Any:
         """The objective's sum over this micro-batch / the trained tokens of the whole step, in nats a token."""
         inputs = self._on_device(inputs)
-        denominator = max(1, inputs["trained_tokens"]) if num_items_in_batch is None else num_items_in_batch
+        alone = self._loss.not_zero(torch.tensor(inputs["denominator"]))
+        denominator = alone if num_items_in_batch is None else num_items_in_batch
         every = self.args.measure_every
         measure = every > 0 and self.state.global_step % every == 0
         with self.pair.computing():
@@ -229,7 +238,7 @@ class SwitchTrainer(Trainer):
 
         It is the sum over all their tokens / their number, whatever the batches and processes.
         """
-        self._eval_rows, self._eval_sum, self._eval_tokens = len(dataloader.dataset), 0.0, 0
+        self._eval_rows, self._eval_sum, self._eval_tokens = len(dataloader.dataset), 0.0, 0.0
         with self._place.loaded():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -237,7 +246,7 @@ class SwitchTrainer(Trainer):
         sums = torch.tensor([[self._eval_sum, self._eval_tokens]], dtype=torch.float64)
         total, tokens = self._gathered(sums).sum(dim=0).tolist()
         if output.metrics is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / max(1, tokens)
+            output.metrics[f"{metric_key_prefix}_loss"] = total / (tokens or 1)
         return output
 
     def prediction_step(
@@ -249,7 +258,7 @@ class SwitchTrainer(Trainer):
                 inputs = self._on_device(self._loss.inputs(self._loss.scored(examples)))
                 loss, _ = self._loss(model, inputs, 1)
             self._eval_sum += float(loss)
-            self._eval_tokens += inputs["trained_tokens"]
+            self._eval_tokens += inputs["denominator"]
         return None, None, None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:

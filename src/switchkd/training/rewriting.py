@@ -1,0 +1,73 @@
+"""The teacher writes the student's rollouts anew: the text of TRD (methods/text.py, `Rewrite`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from switchkd.errors import UserError
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.text import Rewrite
+from switchkd.models.pair import ModelPair, position_limit
+from switchkd.records import Example, Prompt, Rollout
+from switchkd.rollout.engine import Engine
+from switchkd.rollout.policies import Teacher
+
+# Requests have addresses of their own: no step and no calibration draws with these sample ids.
+_SAMPLES = -(1 << 32)
+
+
+def rewritten(
+    rewrite: Rewrite, attempts: Sequence[Rollout], pair: ModelPair, engine: Engine, args: SwitchConfig
+) -> list[Example]:
+    """For each attempt its prompt with what the teacher writes in its place, from one call of the engine."""
+    limit = _request_limit(pair, args)
+    requests = [
+        Prompt(
+            _request(rewrite, attempt, pair, limit),
+            attempt.prompt.prompt_id,
+            sample_id=_SAMPLES - attempt.prompt.sample_id,
+        )
+        for attempt in attempts
+    ]
+    texts = engine.generate(requests, policy=Teacher(), sampling=args.sampling, seed=args.seed)
+    return [Example(attempt.prompt, text.token_ids) for attempt, text in zip(attempts, texts, strict=True)]
+
+
+def check_rewrite(rewrite: Rewrite, longest_prompt: Prompt, pair: ModelPair, args: SwitchConfig) -> None:
+    """Raise UserError where the pair has no tokenizer, or a request does not leave half of its room to the attempt."""
+    if pair.tokenizer is None:
+        raise UserError("rewrite asks the teacher in words, but the pair has no tokenizer; give one")
+    limit, bare = _request_limit(pair, args), len(_ids(rewrite, longest_prompt, (), pair))
+    if limit is not None and bare + args.max_new_tokens / 2 > limit:
+        raise UserError(
+            f"rewrite asks the teacher with {bare} tokens besides the attempt, but a model has room for {limit} before "
+            f"{args.max_new_tokens} new ones; lower max_new_tokens or max_prompt_tokens, or shorten the template"
+        )
+
+
+def _request_limit(pair: ModelPair, args: SwitchConfig) -> int | None:
+    limits = [limit for model in pair.models.values() if (limit := position_limit(model)) is not None]
+    return min(limits) - args.max_new_tokens if limits else None
+
+
+def _request(rewrite: Rewrite, attempt: Rollout, pair: ModelPair, limit: int | None) -> tuple[int, ...]:
+    """The request's ids; an attempt that does not fit loses its end."""
+    shown = attempt.token_ids
+    ids = _ids(rewrite, attempt.prompt, shown, pair)
+    while limit is not None and len(ids) > limit and shown:
+        shown = shown[: -max(1, len(ids) - limit)]
+        ids = _ids(rewrite, attempt.prompt, shown, pair)
+    return ids
+
+
+def _ids(rewrite: Rewrite, prompt: Prompt, attempt: Sequence[int], pair: ModelPair) -> tuple[int, ...]:
+    tokenizer = pair.tokenizer
+    assert tokenizer is not None
+    prompt_text, attempt_text = (
+        str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in (prompt.token_ids, attempt)
+    )
+    request = rewrite.request(prompt_text, attempt_text)
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": request}]
+        request = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+    return tuple(tokenizer(request, add_special_tokens=False)["input_ids"])
