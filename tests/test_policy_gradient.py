@@ -16,9 +16,8 @@ from switchkd.loss.policy_gradient import importance_and_returns
 from switchkd.loss.signals import DenseTeacher
 from switchkd.models.heads import Head
 from switchkd.records import Batch
-from switchkd.rollout.blends import Mix
-from switchkd.rollout.law import Policy
-from switchkd.rollout.policies import Student
+from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
+from switchkd.rollout.law import Policy, Positions
 
 V = 4
 # A state for the first token, and one for each first token that may stand before the second.
@@ -36,10 +35,10 @@ def logp_of(weight: Tensor, text: tuple[int, int]) -> Tensor:
     return torch.stack([logp[text[0], 0], logp[text[1], 1 + text[0]]])
 
 
-def loss_of(text: tuple[int, int], student: Tensor, teacher: Tensor, policy: Policy) -> Tensor:
+def loss_of(text: tuple[int, int], student: Tensor, teacher: Tensor, law: Tensor) -> Tensor:
     """The objective's sum over the text's two tokens, as the trainer puts it together."""
-    row = {name: torch.zeros(1, 3, dtype=torch.float64) for name in ("student", "teacher")}
-    for name, weight in (("student", student), ("teacher", teacher)):
+    row = {name: torch.zeros(1, 3, dtype=torch.float64) for name in ("student", "teacher", "law")}
+    for name, weight in (("student", student), ("teacher", teacher), ("law", law)):
         row[name][0, 1:] = logp_of(weight.detach(), text)
     response = torch.tensor([[False, True, True]])
     ids = torch.tensor([[0, *text]])
@@ -51,8 +50,9 @@ def loss_of(text: tuple[int, int], student: Tensor, teacher: Tensor, policy: Pol
         torch.zeros_like(response),
         student_logp_BT=row["student"],
         teacher_logp_BT=row["teacher"],
+        law_logp_BT=row["law"],
     )
-    importance_BT, return_BT = importance_and_returns(batch, policy)
+    importance_BT, return_BT = importance_and_returns(batch)
     states = STATES[[0, 1 + text[0]]]
     loss, _ = distillation_loss(
         Counted(states, torch.tensor(text), weight_N=importance_BT[response], return_N=return_BT[response]),
@@ -74,13 +74,22 @@ def gradient(loss: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
-def expected_gradient(student: Tensor, teacher: Tensor, policy: Policy, written: Tensor) -> Tensor:
-    """The estimator's mean over all texts, each as likely as `written` (a weight of head shape in log space) has it."""
+def expected_gradient(student: Tensor, teacher: Tensor, law: Tensor) -> Tensor:
+    """The estimator's mean over all texts, each as likely as the law (a weight of head shape in log space) has it."""
     total = torch.zeros_like(student)
     for text in TEXTS:
-        probability = logp_of(written, text).sum().exp()
-        total += probability * gradient(loss_of(text, student, teacher, policy), student)
+        probability = logp_of(law, text).sum().exp()
+        total += probability * gradient(loss_of(text, student, teacher, law), student)
     return total
+
+
+def law_of(policy: Policy, student: Tensor, teacher: Tensor) -> Tensor:
+    """The logarithms (V, states) of the laws that the policy decides on, one column for each state."""
+    student_logp, teacher_logp = (weight.detach().log_softmax(dim=0).T for weight in (student, teacher))
+    nothing = torch.zeros(1 + V, dtype=torch.float64)
+    decision = policy.decide(Positions(nothing.long(), nothing, student_logp, teacher_logp, nothing, max_new_tokens=2))
+    assert decision.blend is not None
+    return decision.blend.logp.T
 
 
 def test_on_the_students_text_it_is_the_gradient_of_the_sequences_divergence() -> None:
@@ -88,22 +97,27 @@ def test_on_the_students_text_it_is_the_gradient_of_the_sequences_divergence() -
     exact = sum((q := logp_of(student, text).sum()).exp() * (q - logp_of(teacher, text).sum()) for text in TEXTS)
     assert isinstance(exact, Tensor)
     # With two tokens, one is left after the first, so the normalization by length divides by 1.
-    found = expected_gradient(student, teacher, Student(), student.detach())
+    found = expected_gradient(student, teacher, student.detach())
     torch.testing.assert_close(found, gradient(exact, student), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.7])
-def test_on_mixed_text_it_is_equation_8(share: float) -> None:
+@pytest.mark.parametrize(
+    "policy", [Mix(0.2), Mix(0.7), Interleave(2), TrustRegionBlend(0.1), TrustRegionBlend(0.5)], ids=str
+)
+def test_on_the_text_of_any_law_it_is_equation_8(policy: Policy) -> None:
     student, teacher = logits(2).requires_grad_(), logits(3)
     q, p = student.detach().softmax(dim=0), teacher.softmax(dim=0)
-    mixture = share * p + (1 - share) * q
-    # Equation 8 token by token: for each prefix, the weights turn the mean over the mixture into one over the student.
+    law_logp = law_of(policy, student, teacher)
+    written = law_logp.exp()
+    # Else the next lines show nothing: the law is neither model's.
+    assert min(float((written - each).abs().max()) for each in (q, p)) > 0.02
+    # Equation 8 token by token: for each prefix, the weights turn the mean over the law into one over the student.
     logp = student.log_softmax(dim=0)
     single = (logp.exp() * (logp - p.log())).sum(dim=0)
     surrogate = single[0]
     for first in range(V):
-        surrogate = surrogate + mixture[first, 0] * single[1 + first]
-        reward = (mixture[:, 1 + first] * (p[:, 1 + first].log() - q[:, 1 + first].log())).sum()
+        surrogate = surrogate + written[first, 0] * single[1 + first]
+        reward = (written[:, 1 + first] * (p[:, 1 + first].log() - q[:, 1 + first].log())).sum()
         surrogate = surrogate - q[first, 0] * reward * logp[first, 0]
-    found = expected_gradient(student, teacher, Mix(share), mixture.log())
-    torch.testing.assert_close(found, gradient(surrogate, student), rtol=0, atol=1e-12)
+    found = expected_gradient(student, teacher, law_logp)
+    torch.testing.assert_close(found, gradient(surrogate, student), rtol=0, atol=1e-12)  # float64 over 16 texts

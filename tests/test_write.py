@@ -133,7 +133,7 @@ def random_logps(count: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     return first, second
 
 
-@pytest.mark.parametrize("policy", BLENDS, ids=BLEND_IDS)
+@pytest.mark.parametrize("policy", [Mix(0.3), Mix(0.7), Interleave(1), Interleave(2), TrustRegionBlend(0.1)])
 def test_no_rounding_makes_a_part_that_is_no_probability(policy: Policy) -> None:
     """Tokens that one of the two all but excludes have a part of 0 or 1, which rounds to either side."""
     student_logp, teacher_logp = random_logps(10_000, 9, torch.float32)
@@ -146,8 +146,10 @@ def test_no_rounding_makes_a_part_that_is_no_probability(policy: Policy) -> None
     assert decision.blend is not None
     if decision.blend.teacher_mass is not None:
         unclamped = decision.blend.teacher_mass * (found.teacher_logp - found.law_logp).exp()
-        # Else this test shows nothing. A mixture of one is that one, without roundings.
-        assert float(unclamped.max()) > 1 or policy == Mix(1.0)
+        assert float(unclamped.max()) > 1  # else this test shows nothing
+    else:
+        assert float(found.teacher_part.max()) > 0
+        assert float((found.student_logp - found.law_logp).max()) > 0
 
 
 @pytest.mark.parametrize("policy", [Student(), Teacher(), Switch(threshold=0.05, decay="constant")])

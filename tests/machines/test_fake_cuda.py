@@ -27,6 +27,7 @@ from switchkd.models.heads import Head
 from switchkd.records import Prompt, Sampling
 from switchkd.rollout.law import Policy, Positions
 from switchkd.rollout.policies import POLICIES
+from switchkd.rollout.write import write
 
 B, T, V, H, N = 3, 4, 11, 6, 9
 DEVICE = torch.device("meta")
@@ -85,39 +86,46 @@ def test_shaping(sampling: Sampling) -> None:
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-@pytest.mark.parametrize("independent", [False, True])
-def test_draws(greedy: bool, independent: bool) -> None:
-    at, student = address(B, T), logp(B, T)
-    draft = Draft(student_proposal(student, at, greedy=greedy), student, at)
-    by_teacher = torch.zeros(B, T, dtype=torch.bool, device=DEVICE)
-    token, replaced = written_tokens(draft, logp(B, T), by_teacher, greedy=greedy, independent=independent)
+def test_draws(greedy: bool) -> None:
+    draft = drafted(B, T, greedy=greedy)
+    elsewhere = torch.zeros(B, T, dtype=torch.bool, device=DEVICE)
+    token, replaced = written_tokens(draft, logp(B, T), elsewhere, greedy=greedy)
     assert token.device == replaced.device == DEVICE
 
 
-def positions(*shape: int) -> Positions:
+def drafted(*shape: int, greedy: bool) -> Draft:
+    at, student = address(*shape), logp(*shape)
+    return Draft(student_proposal(student, at, greedy=greedy), student, at)
+
+
+def positions(*shape: int, greedy: bool = False) -> Positions:
     past = torch.zeros(B, 2, dtype=torch.float64)
     return Positions(
         position=torch.zeros(shape, dtype=torch.long, device=DEVICE),
         divergence=torch.rand(shape, device=DEVICE),
         student_logp=logp(*shape),
         teacher_logp=logp(*shape),
-        proposal=torch.zeros(shape, dtype=torch.long, device=DEVICE),
         coin=torch.rand(shape, device=DEVICE),
         max_new_tokens=8,
+        greedy=greedy,
         past_divergence=past,
         past_by_teacher=past > 0,
     )
 
 
+@pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("shape", [(B,), (B, T)])
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_policies(policy: type[Policy], shape: tuple[int, ...]) -> None:
-    seen = positions(*shape)
+def test_policies_and_what_they_write(policy: type[Policy], shape: tuple[int, ...], greedy: bool) -> None:
+    seen = positions(*shape, greedy=greedy)
     decision = policy().decide(seen)
     # The threshold goes into the record, which is the host's: it may be there already.
     assert decision.by_teacher.device == DEVICE
-    written = policy().written_logp(seen.student_logp[..., 0], seen.teacher_logp[..., 0], decision.by_teacher)
-    assert written.device == DEVICE
+    if decision.blend is not None:
+        assert decision.blend.logp.device == DEVICE
+        assert decision.blend.teacher_mass is None or decision.blend.teacher_mass.device == DEVICE
+    written = write(decision, drafted(*shape, greedy=greedy), seen.teacher_logp, seen.coin, greedy=greedy)
+    assert {(each.device, each.shape) for each in written} == {(DEVICE, torch.Size(shape))}
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES.keys())
