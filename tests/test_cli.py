@@ -105,7 +105,8 @@ def test_rollout_writes_every_field_and_shows_who_wrote(
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [record["prompt"] for record in records] == ["one two", "sun"]
     for record in records:
-        per_token = ("tokens", "written_by_teacher", "divergence", "threshold", "student_logp", "teacher_logp")
+        numbers = ("divergence", "threshold", "student_logp", "teacher_logp", "law_logp", "teacher_part")
+        per_token = ("tokens", "written_by_teacher", *numbers)
         assert {len(record[name]) for name in per_token} == {len(record["token_ids"])}
         by_rule = [d > t for d, t in zip(record["divergence"], record["threshold"], strict=True)]
         assert by_rule == record["written_by_teacher"]

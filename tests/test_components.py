@@ -107,11 +107,11 @@ def test_an_installed_package_gives_its_parts_short_names(
         (
             POLICY,
             "switchkd.records:Prompt",
-            "has to be a frozen dataclass that extends switchkd.rollout.policies.Policy",
+            "has to be a frozen dataclass that extends switchkd.rollout.law.Policy",
         ),
         (DIVERGENCE, "switchkd.rollout.policies:Switch", "extends switchkd.distributions.divergences.Divergence"),
         (METHOD, "switchkd.records:Prompt", "extends switchkd.methods.table.Method"),
-        (POLICY, "switchkd.rollout.policies:Policy", "has to be a frozen dataclass"),
+        (POLICY, "switchkd.rollout.law:Policy", "has to be a frozen dataclass"),
     ],
 )
 def test_what_is_no_part_is_refused(registry, name: str, message: str) -> None:

@@ -18,14 +18,14 @@ from scipy import stats
 from torch import Tensor
 
 from reference.divergences import jensen_shannon
-from reference.policies import adaswitch, interleaved, mixed
+from reference.policies import ByWriter, adaswitch, coupled, interleaved, law_of, mixed, teacher_part, trust_region
 from reference.sampling import repeats_an_ngram, shaped
 from reference.sequence_law import sequence_law
 from switchkd.errors import UserError
 from switchkd.models.heads import backbone
 from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
-from switchkd.rollout.blends import Interleave, Mix
+from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
 from switchkd.rollout.law import Policy
 from switchkd.rollout.policies import AdaSwitch, Student, Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
@@ -59,7 +59,7 @@ def logits_after(model: Any, token_ids: Sequence[int]) -> Tensor:
 
 def same(first: Rollout, second: Rollout) -> bool:
     """Equal tokens, writers and reasons; numbers to rounding."""
-    measured = ("divergence", "threshold", "student_logp", "teacher_logp")
+    measured = ("divergence", "threshold", "student_logp", "teacher_logp", "law_logp", "teacher_part")
     plain = dict.fromkeys(measured, ()) | {"teacher_hidden": None}
     if dataclasses.replace(first, **plain) != dataclasses.replace(second, **plain):
         return False
@@ -84,7 +84,20 @@ WRITERS: dict[type[Policy], set[bool]] = {
     AdaSwitch: {True, False},
     Mix: set(),
     Interleave: set(),
+    TrustRegionBlend: set(),
 }
+
+
+def by_writer(policy: Policy, student: list[float], teacher: list[float]) -> ByWriter:
+    """The probability of each token and writer under a blend."""
+    match policy:
+        case Mix():
+            return mixed(student, teacher, policy.teacher_share)
+        case Interleave():
+            return interleaved(student, teacher, policy.keep_top_k)
+        case TrustRegionBlend():
+            return coupled(student, trust_region(student, teacher, policy.budget))
+    raise NotImplementedError(policy)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +116,9 @@ def five_token_pair() -> ModelPair:
         (Mix(0.4), SHORT),
         (Interleave(keep_top_k=2), SHORT),
         (Interleave(keep_top_k=2), Sampling(max_new_tokens=3, temperature=1.5, top_p=0.8)),
+        (TrustRegionBlend(0.3), SHORT),
+        # Here the models keep different ids: after some prefixes the budget pays for the loss of the student's, after some not.
+        (TrustRegionBlend(0.3), Sampling(max_new_tokens=3, temperature=1.5, top_p=0.9)),
         (AdaSwitch(factor=1.1, window=1), Sampling(max_new_tokens=4, temperature=1.5, top_k=4)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Policy) else f"{value.temperature} {value.top_p}",
@@ -124,13 +140,11 @@ def test_responses_follow_the_exact_law(policy: Policy, sampling: Sampling, five
         )
         return student, teacher
 
-    def writer(response: tuple[int, ...]) -> list[float]:
+    def token_law(response: tuple[int, ...]) -> list[float]:
         student, teacher = distributions(response)
         match policy:
-            case Mix():
-                return mixed(student, teacher, policy.teacher_share)
-            case Interleave():
-                return interleaved(student, teacher, policy.keep_top_k)
+            case Mix() | Interleave() | TrustRegionBlend():
+                return law_of(by_writer(policy, student, teacher))
             case Switch():
                 rate = policy.decay_rate if policy.decay == "exponential" else 0
                 by_teacher = jensen_shannon(student, teacher) > policy.threshold * math.exp(-rate * len(response))
@@ -143,7 +157,7 @@ def test_responses_follow_the_exact_law(policy: Policy, sampling: Sampling, five
         wrote.add(by_teacher)
         return teacher if by_teacher else student
 
-    law = sequence_law(writer, pair.eos_ids, sampling.max_new_tokens)
+    law = sequence_law(token_law, pair.eos_ids, sampling.max_new_tokens)
     assert sum(law.values()) == pytest.approx(1)
     assert wrote == WRITERS[type(policy)]
     prompts = [Prompt(prompt, prompt_id=0, sample_id=sample) for sample in range(ROLLOUTS)]
@@ -196,6 +210,10 @@ def test_what_is_recorded_is_what_a_forward_over_the_whole_text_says(
                 assert rollout.written_by_teacher[at] == (rollout.divergence[at] > rollout.threshold[at])
             writes = p_teacher if rollout.written_by_teacher[at] else p_student
             assert writes[token] > 0
+            # One model's law: its own numbers, and no doubt about the writer.
+            by_teacher = rollout.written_by_teacher[at]
+            assert rollout.law_logp[at] == (rollout.teacher_logp if by_teacher else rollout.student_logp)[at]
+            assert rollout.teacher_part[at] == by_teacher
             if sampling.greedy:
                 assert writes[token] == max(writes)
     if policy == "switch":
@@ -203,12 +221,43 @@ def test_what_is_recorded_is_what_a_forward_over_the_whole_text_says(
         assert 0 < sum(written) < len(written)
 
 
+@pytest.mark.parametrize(
+    "sampling", [Sampling(24), Sampling(24, temperature=1.5, top_p=0.95, top_k=20)], ids=["plain", "shaped"]
+)
+@pytest.mark.parametrize(
+    "policy", [Mix(0.4), Interleave(3), TrustRegionBlend(0.5)], ids=lambda each: type(each).__name__
+)
+def test_what_is_recorded_of_a_blend_is_what_its_definition_says(
+    exact_pair: ModelPair, policy: Policy, sampling: Sampling
+) -> None:
+    wrote: set[bool] = set()
+    for rollout in ReferenceEngine(exact_pair).generate(PROMPTS, policy, sampling, seed=3):
+        text = [*rollout.prompt.token_ids, *rollout.token_ids]
+        predicting = slice(len(rollout.prompt.token_ids) - 1, -1)
+        student, teacher = (logits_after(model, text)[predicting] for model in (exact_pair.student, exact_pair.teacher))
+        for at, token in enumerate(rollout.token_ids):
+            settings = (sampling.temperature, sampling.top_k, sampling.top_p)
+            joint = by_writer(policy, *(shaped(logits[at].tolist(), *settings) for logits in (student, teacher)))
+            # float64 through the layers, as in `same`. Of a searched exponent, 1e-6 times log-ratios of up to some 50.
+            tolerance = 1e-4 if isinstance(policy, TrustRegionBlend) else 1e-7
+            law, part = law_of(joint)[token], teacher_part(joint)[token]
+            assert rollout.law_logp[at] == pytest.approx(math.log(law), rel=tolerance, abs=tolerance)
+            assert rollout.teacher_part[at] == pytest.approx(part, abs=tolerance)
+            assert joint[rollout.written_by_teacher[at]][token] > 0
+        wrote |= set(rollout.written_by_teacher)
+        assert math.isnan(rollout.threshold[0])
+        assert rollout.teacher_share == pytest.approx(sum(rollout.teacher_part) / len(rollout.token_ids))
+    assert wrote == {True, False}
+
+
 def test_the_student_alone_records_nan_where_no_teacher_ran(exact_pair: ModelPair) -> None:
     alone = ModelPair(exact_pair.student)
     rollout = ReferenceEngine(alone).generate([[5, 6]], Student(), Sampling(9), seed=1)[0]
     assert all(map(math.isnan, (*rollout.divergence, *rollout.threshold, *rollout.teacher_logp)))
     assert not any(rollout.written_by_teacher)
+    assert rollout.teacher_part == (0,) * len(rollout.token_ids)
     assert rollout.teacher_share == 0
+    assert rollout.law_logp == rollout.student_logp
     text = [5, 6, *rollout.token_ids]
     logp = torch.log_softmax(logits_after(exact_pair.student, text), dim=-1)[1:-1]
     assert rollout.student_logp == pytest.approx(logp[range(len(rollout.token_ids)), list(rollout.token_ids)].tolist())
@@ -303,7 +352,8 @@ def test_rows_end_at_their_own_end_of_text_or_at_the_limit(exact_pair: ModelPair
         ended = rollout.token_ids[-1] in exact_pair.eos_ids
         assert ended == (rollout.finish_reason is FinishReason.END_OF_TEXT)
         assert ended or len(rollout.token_ids) == 20
-        lengths = {len(getattr(rollout, field)) for field in ("written_by_teacher", "divergence", "threshold")}
+        per_token = ("written_by_teacher", "divergence", "threshold", "law_logp", "teacher_part")
+        lengths = {len(getattr(rollout, field)) for field in per_token}
         assert lengths == {len(rollout.token_ids)}
 
 

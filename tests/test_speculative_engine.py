@@ -21,7 +21,7 @@ from switchkd.errors import UserError
 from switchkd.models.heads import backbone
 from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling, teacher_share_of
-from switchkd.rollout.blends import Interleave, Mix
+from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
 from switchkd.rollout.law import Policy
 from switchkd.rollout.policies import AdaSwitch, Early, Late, Student, Switch, Teacher
 from switchkd.rollout.reference import ReferenceEngine
@@ -56,11 +56,12 @@ POLICIES: dict[str, Policy] = {
     "adaswitch": AdaSwitch(factor=1.3, window=4),
     "interleave": Interleave(keep_top_k=3),
     "mix": Mix(0.4),
+    "trust region": TrustRegionBlend(0.2),
     "late": Late(0.4),
 }
 
-# The policies whose decision looks at more than the two distributions and the position.
-RULES = ("adaswitch", "interleave", "mix")
+# The policies that look at more than the divergence and the position.
+RULES = ("adaswitch", "interleave", "mix", "trust region")
 
 SAMPLINGS: dict[str, Sampling] = {
     "plain": Sampling(max_new_tokens=21),
@@ -190,7 +191,7 @@ def test_the_grid_really_switches(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "policy"),
     [
-        pytest.param(kind, rule, marks=() if at == turn % 3 else pytest.mark.slow)
+        pytest.param(kind, rule, marks=() if at == turn % len(RULES) else pytest.mark.slow)
         for turn, kind in enumerate(KINDS)
         for at, rule in enumerate(RULES)
     ],
@@ -330,6 +331,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
             ),
             st.builds(AdaSwitch, factor=st.floats(0.5, 2), window=st.integers(1, 10)),
             st.builds(Interleave, keep_top_k=st.sampled_from([1, 2, 5, 25, 100])),
+            st.builds(TrustRegionBlend, budget=st.sampled_from([0.0, 0.1, 50.0]) | st.floats(0, 2)),
             *(st.builds(each, teacher_share=st.floats(0, 1)) for each in (Mix, Early, Late)),
         )
     )
@@ -616,6 +618,8 @@ def test_the_comparison_sees_each_kind_of_difference() -> None:
         replace(good, written_by_teacher=tuple(not each for each in good.written_by_teacher)),
         replace(good, divergence=tuple(value + 3e-5 for value in good.divergence)),
         replace(good, teacher_logp=tuple(value + 1e-2 for value in good.teacher_logp)),
+        replace(good, law_logp=tuple(value + 1e-2 for value in good.law_logp)),
+        replace(good, teacher_part=tuple(value - 1e-3 for value in good.teacher_part)),
         replace(good, token_ids=good.token_ids[:-1], written_by_teacher=good.written_by_teacher[:-1]),
     ):
         with pytest.raises(AssertionError):
