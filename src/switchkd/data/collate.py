@@ -40,7 +40,8 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
         start, end = len(prompt), len(prompt) + len(response)
         input_ids_BT[row, :end] = torch.tensor(prompt + response, dtype=torch.long)
         attention_mask_BT[row, :end] = 1
-        response_mask_BT[row, start - sequence.prompt.replayed : end] = True
+        begun = sequence.prompt.begun if sequence.prompt.trains_beginning else 0
+        response_mask_BT[row, start - begun : end] = True
         if isinstance(sequence, Rollout):
             rolled_out_BT[row, start:end] = True
             written_by_teacher_BT[row, start:end] = torch.tensor(sequence.written_by_teacher, dtype=torch.bool)

@@ -124,7 +124,7 @@ class Importance(Weight):
 class Trust(Weight):
     """TrOPD: a token of a rollout is trusted by what the teacher thinks of it, min(1, p_T / p_S).
 
-    The rest is masked, or compared by a forward KL over the teacher's `top_k` likeliest tokens. With a `threshold` a token is
+    The rest is masked, or compared by a forward KL over the teacher's `top_k` likeliest tokens. With a `least_trust` a token is
     trusted where min(1, p_T / p_S) reaches it. The loss is divided by the number of tokens of a weight other than 0.
 
     Source: arXiv 2606.01249, with its k of 64. We depart in two points. The paper trusts a token with that probability, by a
@@ -133,7 +133,9 @@ class Trust(Weight):
     acts on that estimate, and is left out. Raises UserError for values out of range.
     """
 
-    threshold: float | None = setting(None, "Trust where min(1, p_T / p_S) reaches this; left out: in that proportion.")
+    least_trust: float | None = setting(
+        None, "Trust where min(1, p_T / p_S) reaches this; left out: in that proportion."
+    )
     outliers_by: Literal["forward_kl", "mask"] = setting(
         "forward_kl", "What is done with the rest: forward_kl (over the teacher's top_k) or mask."
     )
@@ -142,8 +144,8 @@ class Trust(Weight):
     of_rollouts_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise UserError(f"weight.threshold is {self.threshold}; it has to be above 0 and at most 1")
+        if self.least_trust is not None and not 0 < self.least_trust <= 1:
+            raise UserError(f"weight.least_trust is {self.least_trust}; it has to be above 0 and at most 1")
         if self.outliers_by not in ("forward_kl", "mask"):
             raise UserError(f"weight.outliers_by is {self.outliers_by!r}; choose forward_kl or mask")
         if self.top_k < 1:
@@ -165,8 +167,8 @@ class Trust(Weight):
     def _trust(self, batch: Batch) -> Tensor:
         student_BT, teacher_BT = _logps(batch)
         trust_BT = (teacher_BT - student_BT).exp().clamp(max=1)
-        if self.threshold is not None:
-            trust_BT = (trust_BT >= self.threshold).double()
+        if self.least_trust is not None:
+            trust_BT = (trust_BT >= self.least_trust).double()
         return torch.where(batch.rolled_out_BT, trust_BT, 1.0)
 
 

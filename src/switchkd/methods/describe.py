@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from switchkd.distributions.divergences import DIVERGENCE, Divergence
+from switchkd.loss.targets import OF_TEACHER, TARGET
+from switchkd.loss.weights import WEIGHT
 from switchkd.methods.config import SwitchConfig
 from switchkd.rollout.policies import POLICY, Switch
 
@@ -17,9 +19,16 @@ def describe_objective(config: SwitchConfig) -> str:
     objective = config.plan.objective
     divergence = objective.divergence
     compared = [_in_words(DIVERGENCE.describe(divergence))] if isinstance(divergence, Divergence) else []
+    if objective.target != OF_TEACHER:
+        compared[0] += f" to {_in_words(TARGET.describe(objective.target))}"
+    if objective.start_weight and isinstance(objective.start_divergence, Divergence):
+        compared.append(
+            f"{objective.start_weight:g} x {_in_words(DIVERGENCE.describe(objective.start_divergence))} to the start"
+        )
     if weight := objective.cross_entropy_weight:
         compared.append("cross-entropy" if weight == 1 else f"{weight:g} x cross-entropy")
     said = [f"learning rate {config.learning_rate:g}", " + ".join(compared)]
+    said += [f"weight {_in_words(WEIGHT.describe(weight))}" for weight in objective.weights]
     return ", ".join([*said, _writer(config)] if config.plan.rolls_out else said)
 
 

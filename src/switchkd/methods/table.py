@@ -68,6 +68,8 @@ class Method:
         """Who writes the training text, in a word."""
         if self.teacher_writes_data:
             return "Teacher, once"
+        if self.rewrite:
+            return f"{type(self.policy).__name__}, then Teacher"
         return type(self.policy).__name__ if self.student_share or self.share_rise else "data set"
 
 

@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from switchkd.distributions.divergences import DIVERGENCE
+from switchkd.loss.targets import OF_TEACHER
+from switchkd.loss.weights import WEIGHT
 from switchkd.methods.config import SwitchConfig
-from switchkd.methods.parts import HEADLINE
+from switchkd.methods.parts import COMPONENTS, HEADLINE
 from switchkd.methods.table import Method
 from switchkd.rollout.policies import POLICY
 from switchkd.settings.components import Registry, settings_of
@@ -20,8 +22,8 @@ from switchkd.settings.components import Registry, settings_of
 _HEAD = """# Methods
 
 Made by `switchkd methods --markdown` from the table in `src/switchkd/methods/table.py`; a test holds the two together. A method is
-**policy x divergence x data schedule x start**, and each part can be replaced, as by
-`--set divergence=reverse_kl`.
+**policy x divergence x weights x target x data schedule x start**, and each part can be replaced, as by
+`--set divergence=reverse_kl` or `--set weight=importance`.
 
 """
 
@@ -32,11 +34,16 @@ def method_settings(method: Method) -> Iterator[tuple[str, Any, str]]:
     rolls_out = method.student_share or method.share_rise
     if rolls_out:
         yield from _of_component("policy", POLICY, method.policy, sentences["policy"])
-    for key in ("divergence", "teacher_text_divergence"):
-        if (part := getattr(method, key)) is not None:
-            yield from _of_component(key, DIVERGENCE, part, sentences[key])
+    for key, registry in COMPONENTS.items():
+        part = getattr(method, key)
+        # What every row has, and hardly one reads, is shown where it acts.
+        acts = {"target": part != OF_TEACHER, "start_divergence": method.start_weight > 0}.get(key, part is not None)
+        if acts:
+            yield from _of_component(key, registry, part, sentences[key])
+    for weight in method.weight:
+        yield from _of_component("weight", WEIGHT, weight, sentences["weight"])
     plain = {"cross_entropy_weight": True, "student_share": rolls_out, "loss_temperature": True}
-    optional = ("teacher_text_share", "share_rise", "replay_capacity", "long_term_weight")
+    optional = ("teacher_text_share", "share_rise", "replay_capacity", "long_term_weight", "start_weight")
     plain |= {key: bool(getattr(method, key)) for key in optional} | {"replay_share": bool(method.replay_capacity)}
     for key, acts in plain.items():
         if acts:
@@ -86,8 +93,8 @@ def method_details(name: str, method: Method) -> Group:
 def methods_page(methods: Mapping[str, Method]) -> str:
     """All methods in one table, then each with its source, its departures from it and its settings."""
     lines = [
-        "| method | who writes | rolled out | compared | cross-entropy | start |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| method | who writes | rolled out | compared | where it counts | cross-entropy | start |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, method in methods.items():
         rises = f", rising by {method.share_rise:g}" if method.share_rise else ""
@@ -96,6 +103,7 @@ def methods_page(methods: Mapping[str, Method]) -> str:
             method.writer,
             f"{method.student_share:.0%}{rises}",
             compared(method),
+            ", ".join(WEIGHT.name_of(type(weight)) for weight in method.weight) or "uniform",
             f"{method.cross_entropy_weight:g}",
             method.start,
         )
@@ -105,9 +113,13 @@ def methods_page(methods: Mapping[str, Method]) -> str:
 
 def _section(name: str, method: Method) -> str:
     settings = ", ".join(
-        f"`{key}`" + ("" if value is None else f" {value}") for key, value, _ in method_settings(method)
+        f"`{key}`" + ("" if value is None else f" {_in_a_line(value)}") for key, value, _ in method_settings(method)
     )
     return (
         f"\n## {name}\n\n{method.summary[0].upper()}{method.summary[1:]}.\n\n- source: {method.source}\n"
         f"- departs: {method.departs}\n- settings: {settings}\n"
     )
+
+
+def _in_a_line(value: Any) -> str:
+    return repr(value) if isinstance(value, str) and "\n" in value else str(value)

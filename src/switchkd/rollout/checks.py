@@ -47,7 +47,12 @@ def checked_prompts(
             f"not where a teacher runs (policy {type(policy).__name__}); set it to 0"
         )
     records = [_record(pair, index, prompt) for index, prompt in enumerate(prompts)]
-    pair.check_room(max((len(record.token_ids) for record in records), default=0) + sampling.max_new_tokens)
+    if spent := [record.begun for record in records if record.begun >= sampling.max_new_tokens]:
+        raise UserError(
+            f"a response has {spent[0]} tokens already, and max_new_tokens is {sampling.max_new_tokens}; leave something to write"
+        )
+    longest = max((len(record.token_ids) - record.begun for record in records), default=0)
+    pair.check_room(longest + sampling.max_new_tokens)
     return records
 
 

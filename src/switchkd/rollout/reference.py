@@ -16,7 +16,7 @@ from switchkd.distributions.draw import Draft, student_proposal
 from switchkd.distributions.noise import Address, row_keys
 from switchkd.distributions.shaping import ban_repeated_ngrams, shaped_logp
 from switchkd.models.heads import evaluating
-from switchkd.models.pair import ModelPair
+from switchkd.models.pair import ModelPair, position_limit
 from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
@@ -49,6 +49,9 @@ class _Decoder:
         mask_BS = mask_BS.to(device)
         # A row counts its positions from its first token, wherever padding puts it.
         position_ids = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+        if (limit := position_limit(self.model)) is not None:
+            # A row that began with part of its response has ended, and goes on in the batch unread.
+            position_ids = position_ids.clamp(max=limit - 1)
         output = self.model(
             input_ids=ids_BT.to(device),
             attention_mask=mask_BS,
@@ -149,7 +152,8 @@ class ReferenceEngine:
                     log.extend(*(column[row : row + 1] for column in columns))
                     if teacher is not None and teacher.keep_hidden:
                         log.teacher_hidden.append(teacher.hidden_BH[row])
-                    writing[row] = log.token_ids[-1] not in pair.eos_ids
+                    room = sampling.max_new_tokens - log.prompt.begun - len(log.token_ids)
+                    writing[row] = room > 0 and log.token_ids[-1] not in pair.eos_ids
             if not any(writing):
                 break
             ids_BT = token[:, None]

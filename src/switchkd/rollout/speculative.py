@@ -208,7 +208,7 @@ class _Run:
 
     def _room(self, row: _Row) -> int:
         """The number of tokens that a row may still write."""
-        return self.sampling.max_new_tokens - len(row.log.token_ids)
+        return self.sampling.max_new_tokens - row.log.prompt.begun - len(row.log.token_ids)
 
     # ------ rows come and go
 

@@ -86,12 +86,20 @@ def _packed(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
     """All fields as flat tensors, row after row, and a table of lengths, ids and ends with a line for each row."""
     ends = [_REASONS.index(rollout.finish_reason) for rollout in rollouts]
     table = [
-        (len(r.prompt.token_ids), len(r.token_ids), r.prompt.prompt_id, r.prompt.sample_id, r.prompt.replayed, end)
+        (
+            len(r.prompt.token_ids),
+            len(r.token_ids),
+            r.prompt.prompt_id,
+            r.prompt.sample_id,
+            r.prompt.begun,
+            r.prompt.trains_beginning,
+            end,
+        )
         for r, end in zip(rollouts, ends, strict=True)
     ]
     kept = {row: rollout.teacher_hidden for row, rollout in enumerate(rollouts) if rollout.teacher_hidden is not None}
     return {
-        "rows": torch.tensor(table, dtype=torch.int64).reshape(-1, 6),
+        "rows": torch.tensor(table, dtype=torch.int64).reshape(-1, 7),
         "prompt": torch.tensor([token for r in rollouts for token in r.prompt.token_ids], dtype=torch.int64),
         "hidden_of": torch.tensor(list(kept), dtype=torch.int64),
         "hidden": torch.cat([hidden_TH.cpu() for hidden_TH in kept.values()]) if kept else torch.empty(0, 0),
@@ -110,8 +118,8 @@ def _unpacked(tensors: dict[str, Tensor]) -> list[Rollout]:
     per_token = {name: tensors[name].split(lengths) for name in _PER_TOKEN if len(tensors[name]) == sum(lengths)}
     hidden = dict(zip(owners, tensors["hidden"].split([lengths[owner] for owner in owners]), strict=True))
     found = []
-    for row, (_, _, prompt_id, sample_id, replayed, reason) in enumerate(table):
+    for row, (_, _, prompt_id, sample_id, begun, trains, reason) in enumerate(table):
         values: dict[str, Any] = {name: tuple(parts[row].tolist()) for name, parts in per_token.items()}
-        prompt = Prompt(tuple(prompts[row].tolist()), prompt_id, sample_id, replayed)
+        prompt = Prompt(tuple(prompts[row].tolist()), prompt_id, sample_id, begun, bool(trains))
         found.append(Rollout(prompt, finish_reason=_REASONS[reason], teacher_hidden=hidden.get(row), **values))
     return found

@@ -99,7 +99,7 @@ class StepLoss:
         mask_BT, weights = batch.response_mask_BT, self.objective.weights
         weight_BT, return_N = product_of(weights, batch), None
         if self.replayed_prefix is not None:
-            weight_BT = torch.where(batch.replayed_BT, weight_BT * self.replayed_prefix.weight, weight_BT)
+            weight_BT = torch.where(batch.beginning_BT, weight_BT * self.replayed_prefix.weight, weight_BT)
         if self.objective.long_term_weight:
             importance_BT, return_BT = importance_and_returns(batch)
             # In float32 as its factors, so that weights of 1 change no bit.

@@ -80,7 +80,9 @@ class StepText:
         if self.plan.replayed_prefix:
             progress = state.global_step / max(1, state.max_steps)
             for row in by_policy:
-                prompts[row] = self._begun(prompts[row], examples[row].response_ids, coins[_Coin.PREFIX][row], progress)
+                prompts[row] = self._begun(
+                    prompts[row], examples[row].response_ids[:limit], coins[_Coin.PREFIX][row], progress
+                )
         written: dict[int, Rollout] = {}
         for rows, writer in ((by_teacher, Teacher()), (by_policy, policy)):
             if rows:
@@ -101,11 +103,12 @@ class StepText:
         return [in_place.get(row, _cut(example, limit)) for row, example in enumerate(examples)]
 
     def _begun(self, prompt: Prompt, response: tuple[int, ...], coin: float, progress: float) -> Prompt:
-        """The prompt with the first part of a response behind it, which always leaves something to write."""
+        """The prompt with the first part of a response behind it, which leaves at least one token of it to write."""
         begin = self.plan.replayed_prefix
         assert begin is not None
         length = min(begin.tokens(coin, len(response), progress), max(0, len(response) - 1))
-        return replace(prompt, token_ids=prompt.token_ids + response[:length], replayed=length if begin.weight else 0)
+        begun_ids = prompt.token_ids + response[:length]
+        return replace(prompt, token_ids=begun_ids, begun=length, trains_beginning=begin.weight > 0)
 
     def keep_scored(self, sequences: Sequence[Example | Rollout]) -> None:
         """Put back into the replay what the teacher has read of it for this step; each process keeps what its own teacher read."""
@@ -140,7 +143,7 @@ class StepText:
         )
         if plan.replayed_prefix and plan.replayed_prefix.weight:
             # The states of the prefix are not among them: the teacher reads these texts whole.
-            rollouts = [replace(each, teacher_hidden=None) if each.prompt.replayed else each for each in rollouts]
+            rollouts = [replace(each, teacher_hidden=None) if each.prompt.begun else each for each in rollouts]
         seconds = time.perf_counter() - started
         # Sums and counts, not shares: the means are over all processes and all steps of a log line.
         add, tokens = self.meters.add, sum(len(rollout.token_ids) for rollout in rollouts)

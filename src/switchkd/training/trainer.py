@@ -121,9 +121,8 @@ class SwitchTrainer(Trainer):
         """Raise UserError where a model has too few positions for the data or the rollouts."""
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
         written = self.args.max_new_tokens if self.plan.rolls_out or self.plan.teacher_text else 0
-        begun = self.plan.replayed_prefix is not None
         lengths = (
-            len(example.prompt.token_ids) + max(len(example.response_ids), written) + begun * len(example.response_ids)
+            len(example.prompt.token_ids) + max(len(example.response_ids), written)
             for example in chain(self.train_dataset or (), *parts)
         )
         self.pair.check_room(max(lengths, default=0))
