@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchkd.data.collate import collate, groups_of_like_length, micro_batches, response_ids
-from switchkd.records import Example, FinishReason, Prompt, Rollout
+from switchkd.records import Example, FinishReason, Prompt, Rollout, teacher_share_of
 
 PAD = 0
 HIDDEN = 3
@@ -35,6 +35,30 @@ def test_examples_and_rollouts_in_one_batch():
     assert batch.response_tokens == 4
     assert batch.teacher_hidden_NH is None
     assert (batch.input_ids_BT.dtype, batch.attention_mask_BT.dtype) == (torch.int64, torch.int64)
+
+
+def test_log_probabilities_of_a_rollout_stand_at_its_tokens_and_0_elsewhere():
+    names = ("student_logp", "teacher_logp", "law_logp")
+    # Numbers that float32 does not hold.
+    values = {name: tuple(-0.1 * (10 * at + step) for step in (1, 2)) for at, name in enumerate(names)}
+    batch = collate([example([5, 6], [7]), dataclasses.replace(rollout([8], [9, 4], [True, False]), **values)], PAD)
+    for name in names:
+        logp_BT = getattr(batch, f"{name}_BT")
+        assert logp_BT.dtype == torch.float64
+        assert logp_BT.tolist() == [[0, 0, 0], [0, *values[name]]]
+
+
+def test_a_rollout_without_the_laws_log_probabilities_has_0():
+    batch = collate([rollout([8], [9, 4], [True, False])], PAD)
+    assert batch.law_logp_BT.tolist() == [[0, 0, 0]]
+
+
+def test_the_teachers_tokens_are_its_parts_where_they_are_known_and_else_its_writing():
+    plain = rollout([8], [9, 4, 3], [True, False, True])
+    assert (plain.teacher_tokens, plain.teacher_share) == (2, 2 / 3)
+    parts = dataclasses.replace(plain, teacher_part=(0.5, 0.25, 0.0))
+    assert (parts.teacher_tokens, parts.teacher_share) == (0.75, 0.25)
+    assert teacher_share_of([plain, parts]) == 2.75 / 6
 
 
 def test_padding_is_by_length_also_where_the_end_token_is_the_padding_token():
