@@ -113,8 +113,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 lr_scheduler_type="cosine", warmup_steps=5, weight_decay=0.01, adam_beta2=0.95, seed=args.seed, use_cpu=True,
                 save_strategy="no", logging_strategy="no", disable_tqdm=True, max_new_tokens=MAX_NEW_TOKENS, max_prompt_tokens=MAX_PROMPT_TOKENS, **settings,
             )  # fmt: skip
-            margin = max((weight.margin_top_k for weight in config.plan.objective.weights), default=0)
-            engine = CountingEngine(pair, margin)
+            engine = CountingEngine(pair, config.plan.objective.margin_top_k)
             examples = tokenized(resolve("world:train"), pair.tokenizer, config, need_response=True)
             trainer = SwitchTrainer(pair, args=config, train_dataset=examples, engine=engine)
             started = time.perf_counter()

@@ -22,7 +22,9 @@ from switchkd.distributions.divergences import (
     SkewedReverseKL,
 )
 from switchkd.errors import UserError
-from switchkd.methods.config import HEADLINE, MOVED, SwitchConfig
+from switchkd.loss.weights import ByWriter
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.parts import HEADLINE, MOVED
 from switchkd.methods.plan import AutoThreshold, Plan
 from switchkd.methods.table import METHOD, METHODS, REPLACEABLE, Method
 from switchkd.report.methods_page import method_settings, methods_page
@@ -42,6 +44,7 @@ def divergence_in_force(settings: dict[str, Any]) -> torch.Tensor:
     return function(STUDENT_LOGP, TEACHER_LOGP)
 
 
+OF_STUDENT, OF_TEACHER = ByWriter(teacher=0.0), ByWriter(student=0.0)
 STUDENT_LOGP = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
 TEACHER_LOGP = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
 # KL(teacher || student) of these two.
@@ -108,7 +111,7 @@ def test_every_setting_of_every_divergence_is_in_force(name: str, setting: str) 
 
 @pytest.mark.parametrize(("name", "setting"), [(n, key) for n, row in POLICIES.items() for key in settings_of(row)])
 def test_every_setting_of_every_policy_is_in_force(name: str, setting: str) -> None:
-    other = {"decay": "linear", "keep_top_k": 3, "window": 3}.get(setting, 0.35)
+    other = {"decay": "linear", "keep_top_k": 3, "window": 3, "anneal_steps": 7}.get(setting, 0.35)
     policy = plan(method="switch", policy={"name": name, setting: other}).policy
     assert type(policy) is POLICIES[name]
     assert getattr(policy, setting) == other != getattr(POLICIES[name](), setting)
@@ -153,11 +156,11 @@ def test_the_teachers_text_has_a_divergence_of_its_own() -> None:
     ).objective
     assert objective.divergence is not None
     student, teacher = STUDENT_LOGP.expand(2, 3), TEACHER_LOGP.expand(2, 3)
-    by_student, by_teacher = objective.divergence_by_writer(student, teacher, torch.tensor([False, True]))
+    by_student, by_teacher = objective.divergence_shared(student, teacher, torch.tensor([0.0, 1.0]))
     assert by_student == SkewedReverseKL(0.3)(STUDENT_LOGP, TEACHER_LOGP)
     assert by_teacher == SkewedForwardKL(0.2)(STUDENT_LOGP, TEACHER_LOGP)
     mixed = plan(method="switch", teacher_text_divergence="reverse_kl").objective
-    by_student, by_teacher = mixed.divergence_by_writer(student, teacher, torch.tensor([False, True]))
+    by_student, by_teacher = mixed.divergence_shared(student, teacher, torch.tensor([0.0, 1.0]))
     assert by_student == ForwardKL()(STUDENT_LOGP, TEACHER_LOGP)
     assert by_teacher == ReverseKL()(STUDENT_LOGP, TEACHER_LOGP)
 
@@ -257,14 +260,32 @@ def test_everything_of_one_part_has_left_the_flat_list() -> None:
         ({"policy": "pupil"}, "no policy named 'pupil'; choose one of student, teacher, switch"),
         ({"threshold": 0.1, "policy": {"threshold": 0.2}}, "threshold is 0.1, but the policy brings its own"),
         ({"decay": "linear", "policy": Switch(0.2)}, "decay is linear, but the policy brings its own"),
-        ({"method": "kd", "train_on": "student"}, "train_on is 'student'.* act on rollouts, but this method has none"),
-        ({"method": "seqkd", "train_on": "teacher"}, "act on rollouts, but this method has none here"),
-        ({"method": "gkd", "train_on": "teacher"}, "train_on is 'teacher'.* written by student, .*set train_on to all"),
-        ({"method": "gkd", "student_share": 0.5, "train_on": "teacher"}, "written by student, "),
-        ({"method": "late", "policy": {"teacher_share": 0.0}, "train_on": "teacher"}, "written by student, "),
-        ({"method": "late", "policy": {"teacher_share": 1.0}, "train_on": "student"}, "written by teacher, "),
-        ({"method": "distillm2", "teacher_text_share": 1.0, "train_on": "student"}, "written by teacher, "),
-        ({"student_token_weight": 0.0, "teacher_token_weight": 0.0}, "written by student and teacher"),
+        (
+            {"method": "kd", "weight": OF_STUDENT},
+            "weight by_writer acts on the tokens of rollouts, .* no rollouts here",
+        ),
+        ({"method": "seqkd", "weight": OF_TEACHER}, "acts on the tokens of rollouts"),
+        ({"method": "trd", "weight": "trust"}, "weight trust acts on .* text that the teacher writes anew here"),
+        ({"method": "gkd", "weight": OF_TEACHER}, "written by student, so no token .* weight of student above 0"),
+        ({"method": "gkd", "student_share": 0.5, "weight": OF_TEACHER}, "written by student, "),
+        ({"method": "late", "policy": {"teacher_share": 0.0}, "weight": OF_TEACHER}, "written by student, "),
+        ({"method": "late", "policy": {"teacher_share": 1.0}, "weight": OF_STUDENT}, "written by teacher, "),
+        ({"method": "distillm2", "teacher_text_share": 1.0, "weight": OF_STUDENT}, "written by teacher, "),
+        ({"weight": ByWriter(0.0, 0.0)}, "written by student and teacher"),
+        ({"weight": {"student": 0.5}}, "weight is .*; give it a name, one of uniform, by_writer, prefix"),
+        ({"weight": ["trust", "trust"]}, "two weights compare outliers by a divergence of their own"),
+        ({"weight": "trust", "teacher_text_divergence": "reverse_kl"}, "teacher_text_divergence is set, but a weight"),
+        (
+            {"method": "iw_opd", "temperature": 0.5},
+            "weight importance needs text drawn from the models' own distributions",
+        ),
+        ({"method": "iw_opd", "weight": {"gamma": -1.0}}, "weight.gamma is -1.0"),
+        ({"method": "iw_opd", "weight": {"beta": 1.0}}, "beta is 1.0, but weight 'importance' takes gamma"),
+        ({"method": "sft", "target": "proximal"}, "target is proximal, but method 'sft' has no divergence"),
+        ({"method": "sft", "start_weight": 0.1}, "start_weight is 0.1, but method 'sft' has no divergence"),
+        ({"start_weight": -0.1}, "start_weight is -0.1"),
+        ({"method": "kd", "length_growth": {"start": 4}}, "length_growth is .*, but method 'kd' has no rollouts here"),
+        ({"train_on": "student"}, "train_on is now a weight; write weight: {name: by_writer, teacher: 0}"),
         ({"method": "gkd", "policy": {"keep_top_k": 3}}, "keep_top_k is 3, but policy 'student' takes no settings"),
         (
             {"method": "switch", "policy": {"teacher_share": 0.3}},
@@ -282,7 +303,6 @@ def test_everything_of_one_part_has_left_the_flat_list() -> None:
             {"method": "minillm", "replay_capacity": 5},
             "long_term_weight is 1.0, which needs text of the student as it is",
         ),
-        ({"method": "skd", "long_term_weight": 1.0}, "the probability of what Interleave writes is not known"),
         ({"method": "random", "policy": {"teacher_share": 1.5}}, "teacher_share is 1.5"),
         ({"loss_temperature": 0.0}, "loss_temperature is 0.0; it has to be positive"),
         ({"loss_temperature": -1.0}, "loss_temperature is -1.0"),
@@ -312,7 +332,7 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
         plan(**settings)
 
 
-@pytest.mark.parametrize("train_on", ["student", "teacher"])
+@pytest.mark.parametrize("weight", [OF_STUDENT, OF_TEACHER], ids=["student", "teacher"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -322,8 +342,8 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
         {"method": "distillm2"},
     ],
 )
-def test_where_both_write_either_may_train_alone(settings: dict[str, Any], train_on: str) -> None:
-    assert plan(train_on=train_on, **settings).objective.train_on == train_on
+def test_where_both_write_either_may_train_alone(settings: dict[str, Any], weight: ByWriter) -> None:
+    assert plan(weight=weight, **settings).objective.weights == (weight,)
 
 
 def test_a_method_is_found_by_its_exact_name_only() -> None:

@@ -265,24 +265,6 @@ def test_a_weight_multiplies_each_position_s_loss() -> None:
     torch.testing.assert_close(report.divergence_N, plain.divergence_N, rtol=1e-12, atol=1e-14)  # chunks of a product
 
 
-@pytest.mark.parametrize(
-    ("settings", "student", "teacher"),
-    [
-        ({}, 1, 1),
-        ({"student_token_weight": 0.5, "teacher_token_weight": 3.0}, 0.5, 3),
-        ({"train_on": "student", "student_token_weight": 0.5}, 0.5, 0),
-        ({"train_on": "teacher", "teacher_token_weight": 3.0}, 0, 3),
-    ],
-)
-def test_a_token_weighs_what_its_writer_does_and_1_if_no_model_wrote_it(
-    settings: dict[str, Any], student: float, teacher: float
-) -> None:
-    written_by_teacher_N, rolled_out_N = torch.tensor([[False, True, False, False], [True, True, False, True]])
-    weight_N = Objective(None, 1.0, **settings).weights(written_by_teacher_N, rolled_out_N)
-    assert weight_N.dtype == torch.float32
-    assert weight_N.tolist() == [student, teacher, 1, student]
-
-
 def test_the_report_holds_each_position_in_order() -> None:
     positions = random_positions(50)
     value, report = ours(positions, cross_entropy_weight=0.5, chunk_positions=7, denominator=1.0)

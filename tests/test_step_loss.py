@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from switchkd.loss.weights import ByWriter
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Prompt, Sampling
+from switchkd.rollout.blends import Mix
+from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.training import step_loss
 from switchkd.training.step_loss import StepLoss
@@ -71,7 +74,7 @@ def test_a_micro_batch_without_counted_positions_adds_exactly_nothing(method: st
     pair = tiny_pair("llama")
     loss_of_batch = loss_of(method, pair)
     inputs = loss_of_batch.inputs(loss_of_batch.scored(PROMPTS_ONLY))
-    assert inputs["trained_tokens"] == 0
+    assert inputs["denominator"] == 0
     loss, _ = loss_of_batch(pair.student, inputs, 5)
     loss.backward()
     assert loss.item() == 0
@@ -87,13 +90,11 @@ def test_a_batch_that_the_teacher_has_not_read_is_refused() -> None:
 
 def test_tokens_of_weight_0_are_not_trained_on() -> None:
     pair = tiny_pair("llama")
-    rollouts = ReferenceEngine(pair).generate(
-        [example.prompt for example in EXAMPLES], loss_of("switch", pair).policy, Sampling(6)
-    )
+    rollouts = ReferenceEngine(pair).generate([example.prompt for example in EXAMPLES], Switch(), Sampling(6))
     teacher_tokens = sum(sum(rollout.written_by_teacher) for rollout in rollouts)
     data_tokens = len(EXAMPLES[0].response_ids)
-    inputs = loss_of("switch", pair, train_on="teacher").inputs([*rollouts, EXAMPLES[0]])
-    assert 0 < inputs["trained_tokens"] == teacher_tokens + data_tokens
+    inputs = loss_of("switch", pair, weight=ByWriter(student=0.0)).inputs([*rollouts, EXAMPLES[0]])
+    assert 0 < inputs["denominator"] == teacher_tokens + data_tokens
 
 
 def test_importance_is_computed_once_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,7 @@ def test_importance_is_computed_once_a_micro_batch(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(step_loss, "importance_and_returns", lambda *given: calls.append(given) or compute(*given))
     minillm = loss_of("minillm", pair)
     rollouts = ReferenceEngine(pair).generate(
-        [example.prompt for example in EXAMPLES], minillm.policy, Sampling(6), keep_teacher="hidden"
+        [example.prompt for example in EXAMPLES], Mix(0.2), Sampling(6), keep_teacher="hidden"
     )
     minillm(pair.student, minillm.inputs(rollouts), 1)
     assert len(calls) == 1

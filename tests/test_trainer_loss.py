@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from switchkd.loss.weights import ByWriter
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example
 from tiny import EOS_ID, PAD_ID, tiny_pair, tiny_tokenizer
@@ -58,9 +59,9 @@ def dense_losses(pair: ModelPair, examples: Sequence[Example], position_loss: Ca
         {"method": "sft"},
         {"method": "switch"},
         {"method": "gkd", "student_share": 0.5, "cross_entropy_weight": 0.3},
-        {"method": "switch", "student_share": 0.5, "train_on": "student", "student_token_weight": 0.5},
+        {"method": "switch", "student_share": 0.5, "weight": ByWriter(0.5, 0.0)},
     ],
-    ids=lambda method: method.get("train_on", method["method"]),
+    ids=lambda method: "weighted" if "weight" in method else method["method"],
 )
 def test_the_gradient_does_not_depend_on_how_the_step_is_split(method: dict[str, Any], tmp_path: Path) -> None:
     pair = tiny_pair("llama", dtype=torch.float64)
@@ -119,20 +120,20 @@ def test_the_first_training_loss_is_that_of_the_rollouts_at_the_step(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("options", "weight_of"),
+    ("weight", "weight_of"),
     [
-        ({"train_on": "student"}, {False: 1, True: 0}),
-        ({"train_on": "teacher"}, {False: 0, True: 1}),
-        ({"train_on": "teacher", "teacher_token_weight": 0.5}, {False: 0, True: 0.5}),
-        ({"student_token_weight": 0.25, "teacher_token_weight": 2.0}, {False: 0.25, True: 2}),
+        (ByWriter(teacher=0.0), {False: 1, True: 0}),
+        (ByWriter(student=0.0), {False: 0, True: 1}),
+        (ByWriter(0.0, 0.5), {False: 0, True: 0.5}),
+        (ByWriter(0.25, 2.0), {False: 0.25, True: 2}),
     ],
 )
 @pytest.mark.parametrize("student_share", [0.5, 1.0])
 def test_the_loss_is_over_the_writers_that_train_and_over_all_data_text(
-    options: dict[str, Any], weight_of: dict[bool, float], student_share: float, tmp_path: Path
+    weight: ByWriter, weight_of: dict[bool, float], student_share: float, tmp_path: Path
 ) -> None:
     pair = tiny_pair("llama", dtype=torch.float64)
-    trainer = make_trainer(tmp_path, pair, split=(4, 2), max_steps=1, student_share=student_share, **options)
+    trainer = make_trainer(tmp_path, pair, split=(4, 2), max_steps=1, student_share=student_share, weight=weight)
     engine = RecordingEngine(trainer)
     trainer.train()
     rolled_out_ids = {rollout.prompt.prompt_id: rollout for rollout in engine.calls[0]}
@@ -148,7 +149,7 @@ def test_the_loss_is_over_the_writers_that_train_and_over_all_data_text(
         with torch.no_grad():
             losses = dense_losses(pair, [text], dense_forward_kl)
         summed = summed + (losses * torch.tensor(of_each, dtype=torch.float64)).sum()
-        counted += sum(weight != 0 for weight in of_each)
+        counted += sum(each != 0 for each in of_each)
     # transformers adds the losses of a step up in float32.
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(summed) / counted, rel=1e-6)
 
@@ -156,7 +157,9 @@ def test_the_loss_is_over_the_writers_that_train_and_over_all_data_text(
 def test_a_step_in_which_nothing_trains_is_a_loss_of_0_and_changes_nothing(tmp_path: Path) -> None:
     """At ln 2 nats the teacher never writes."""
     pair = tiny_pair("llama")
-    trainer = make_trainer(tmp_path, pair, train_on="teacher", threshold=math.log(2), decay="constant", max_steps=2)
+    trainer = make_trainer(
+        tmp_path, pair, weight=ByWriter(student=0.0), threshold=math.log(2), decay="constant", max_steps=2
+    )
     before = copy.deepcopy(weights(trainer))
     trainer.train()
     losses = [line for line in trainer.state.log_history if "loss" in line]
@@ -169,7 +172,7 @@ def test_evaluation_is_over_all_responses_whoever_trains(tmp_path: Path) -> None
     pair, examples = tiny_pair("llama", dtype=torch.float64), make_examples(5, seed=3)
     values = [
         make_trainer(tmp_path, pair, eval_dataset=examples, **options).evaluate()["eval_loss"]
-        for options in ({}, {"train_on": "student"}, {"train_on": "teacher", "teacher_token_weight": 0.5})
+        for options in ({}, {"weight": ByWriter(teacher=0.0)}, {"weight": ByWriter(0.0, 0.5)})
     ]
     assert values[0] == values[1] == values[2] > 0.1
 

@@ -99,6 +99,11 @@ class Objective:
         return self.start_weight > 0 or self.target.needs_start
 
     @property
+    def margin_top_k(self) -> int:
+        """Over how many of the student's likeliest tokens the engine is to record the teacher's margin; 0: not at all."""
+        return max((weight.margin_top_k for weight in self.weights), default=0)
+
+    @property
     def reads_logp(self) -> bool:
         """Whether rollouts have to bring both models' log-probabilities of their tokens."""
         return self.long_term_weight > 0 or any(weight.reads_logp for weight in self.weights)

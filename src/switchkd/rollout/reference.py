@@ -126,25 +126,10 @@ class ReferenceEngine:
                 logits = ban_repeated_ngrams(logits, [log.text for log in logs], sampling.no_repeat_ngram_size)
             student_logp = shaped_logp(logits, sampling)
             address = Address(key, torch.full_like(key, position))
-            token = proposal = student_proposal(student_logp, address, greedy=sampling.greedy)
-            by_teacher = torch.zeros_like(token, dtype=torch.bool)
-            divergence = threshold = teacher_token_logp = torch.full_like(token, math.nan, dtype=torch.float32)
-            law_logp = student_token_logp = student_logp.gather(-1, token[:, None])[:, 0]
-            teacher_part = torch.zeros_like(student_token_logp)
-            margins: list[Tensor] = []
-            if teacher is not None:
-                teacher_logp = shaped_logp(teacher.step(ids_BT, mask_BS), sampling).to(device)
-                draft = Draft(proposal, student_logp, address)
-                positions = observe(policy, draft, teacher_logp, logs, sampling)
-                decision = policy.decide(positions)
-                divergence, threshold = positions.divergence, decision.threshold
-                written = write(decision, draft, teacher_logp, positions.coin, greedy=sampling.greedy)
-                token, _, by_teacher, student_token_logp, teacher_token_logp, law_logp, teacher_part = written
-                if self.margin_top_k:
-                    margins = [teacher_margin(student_logp, teacher_logp, self.margin_top_k)]
-            check_numbers(student_token_logp, divergence if teacher is not None else None)
-            models = (student_token_logp, teacher_token_logp, law_logp)
-            recorded = (token, by_teacher, divergence, threshold, *models, teacher_part, *margins)
+            draft = Draft(student_proposal(student_logp, address, greedy=sampling.greedy), student_logp, address)
+            teacher_logp = None if teacher is None else shaped_logp(teacher.step(ids_BT, mask_BS), sampling).to(device)
+            recorded = self._written(policy, draft, teacher_logp, logs, sampling)
+            token = recorded[0]
             columns = [each.tolist() for each in recorded]
             for row, log in enumerate(logs):
                 # Rows that have ended stay in the batch and are no longer recorded.
@@ -159,3 +144,23 @@ class ReferenceEngine:
             ids_BT = token[:, None]
             mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BT)], dim=1)
         return [log.rollout(pair.eos_ids, self.hidden_device) for log in logs]
+
+    def _written(
+        self, policy: Policy, draft: Draft, teacher_logp: Tensor | None, logs: Sequence[RolloutLog], sampling: Sampling
+    ) -> list[Tensor]:
+        """The token of each row and what is recorded of it, all (B,), in the order of `RolloutLog.extend`."""
+        if teacher_logp is None:
+            student_at = draft.student_logp.gather(-1, draft.proposal[:, None])[:, 0]
+            check_numbers(student_at, None)
+            unknown, nothing = torch.full_like(student_at, math.nan), torch.zeros_like(student_at)
+            return [draft.proposal, nothing.bool(), unknown, unknown, student_at, unknown, student_at, nothing]
+        positions = observe(policy, draft, teacher_logp, logs, sampling)
+        decision = policy.decide(positions)
+        written = write(decision, draft, teacher_logp, positions.coin, greedy=sampling.greedy)
+        check_numbers(written.student_logp, positions.divergence)
+        models = (written.student_logp, written.teacher_logp, written.law_logp)
+        recorded = [written.token, written.by_teacher, positions.divergence, decision.threshold, *models]
+        recorded.append(written.teacher_part)
+        if self.margin_top_k:
+            recorded.append(teacher_margin(draft.student_logp, teacher_logp, self.margin_top_k))
+        return recorded

@@ -105,9 +105,8 @@ class SwitchTrainer(Trainer):
         self._teacher_size = teacher_size(pair)
         self._place = TeacherPlace(pair.teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
         with self._place.loaded():
-            margin = max((weight.margin_top_k for weight in plan.objective.weights), default=0)
             self.engine = engine or SpeculativeEngine(
-                pair, args.block_size, max_rows=args.rollout_rows, margin_top_k=margin
+                pair, args.block_size, max_rows=args.rollout_rows, margin_top_k=plan.objective.margin_top_k
             )
             self._loss = StepLoss(pair, plan, rows=args.train_batch_size)
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
