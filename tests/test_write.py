@@ -14,7 +14,6 @@ from torch import Tensor
 
 from draws import ALPHA, DRAWS, PAIRS, addresses, drafted, follows
 from reference.policies import ByWriter, coupled, interleaved, law_of, mixed, teacher_part, trust_region
-from switchkd.distributions.noise import Stream, uniform
 from switchkd.records import Sampling
 from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
 from switchkd.rollout.law import Blend, Decision, Policy
@@ -29,17 +28,15 @@ BLEND_IDS = [str(policy) for policy in BLENDS]
 def written(policy: Policy, student: list[float], teacher: list[float], count: int = DRAWS) -> Written:
     """What the policy writes at `count` addresses where the models have these distributions, in float32."""
     student_logp, teacher_logp = (torch.tensor([p]).log() for p in (student, teacher))
-    address = addresses(count)
-    positions = observe(policy, drafted(student_logp, address.at(slice(1))), teacher_logp, [], Sampling())
+    draft, everyones = drafted(student_logp.expand(count, -1), addresses(count)), teacher_logp.expand(count, -1)
+    coin = observe(policy, draft, everyones, [], Sampling()).coin
     # A law depends on the distributions alone, which are the same everywhere.
-    decision = policy.decide(positions)
+    decision = policy.decide(observe(policy, draft.rows(slice(1)), teacher_logp, [], Sampling()))
     assert decision.blend is not None
     mass = decision.blend.teacher_mass
     blend = Blend(decision.blend.logp.expand(count, -1), None if mass is None else mass.expand(count))
     everywhere = Decision(decision.by_teacher.expand(count), decision.threshold.expand(count), blend)
-    draft = drafted(student_logp.expand(count, -1), address)
-    coin = uniform(address, Stream.COIN)
-    return write(everywhere, draft, teacher_logp.expand(count, -1), coin, greedy=False)
+    return write(everywhere, draft, everyones, coin, greedy=False)
 
 
 def by_writer(policy: Policy, student: list[float], teacher: list[float]) -> ByWriter:

@@ -23,6 +23,7 @@ from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, unif
 from switchkd.distributions.shaping import ban_repeated_ngrams, entropy, log_probabilities, shaped_logp
 from switchkd.loss.objective import Counted, Objective, distillation_loss
 from switchkd.loss.signals import DenseTeacher, TopKTeacher
+from switchkd.loss.targets import Proximal
 from switchkd.models.heads import Head
 from switchkd.records import Prompt, Sampling
 from switchkd.rollout.law import Policy, Positions
@@ -141,12 +142,13 @@ def test_divergences(divergence: Any) -> None:
 def test_objective(signal: str, dtype: torch.dtype) -> None:
     hidden = torch.randn(N, H, device=DEVICE, requires_grad=True)
     ids = torch.zeros(N, dtype=torch.long, device=DEVICE)
-    by_teacher = torch.zeros(N, dtype=torch.bool, device=DEVICE)
     objective = Objective(None, 1.0) if signal == "none" else Objective(JensenShannon(), 0.5, long_term_weight=1.0)
     if signal == "dense":
-        objective = Objective(JensenShannon(), 0.5, teacher_text_divergence=ForwardKL(), long_term_weight=1.0)
-    weight = objective.weights(by_teacher, ~by_teacher)
-    counted = Counted(hidden, ids, weight, by_teacher, torch.randn(N, device=DEVICE))
+        objective = Objective(
+            JensenShannon(), 0.5, target=Proximal(), teacher_text_divergence=ForwardKL(), long_term_weight=1.0
+        )
+    weight, share, returns = (torch.rand(N, device=DEVICE) for _ in range(3))
+    counted = Counted(hidden, ids, weight, share, returns)
     of_teacher = Head(nn.Linear(H, V, device=DEVICE, dtype=dtype), V, lambda logits: logits)
     # The teacher's states may come from the host: they are moved chunk by chunk.
     teachers = {
