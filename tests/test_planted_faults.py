@@ -6,7 +6,9 @@ import pytest
 
 from checks import divergence, objective
 from checks.divergence import Reference
-from faults import divergences, objectives
+from checks.targets import Loss, check_constant, check_target
+from checks.weights import check_weight
+from faults import divergences, objectives, targets, weights
 
 
 @pytest.mark.parametrize("fault", divergences.FAULTS, ids=lambda fault: fault.function.__name__)
@@ -44,3 +46,25 @@ def test_every_check_catches_something() -> None:
     caught = {check for fault in divergences.FAULTS for check in fault.caught_by}
     assert caught | {"positive_otherwise"} == set(divergence.CHECKS)
     assert {check for checks in objectives.FAULTS.values() for check in checks} == set(objective.CHECKS)
+
+
+@pytest.mark.parametrize("fault", weights.FAULTS, ids=lambda fault: fault.function.__name__)
+def test_a_wrong_weight_is_caught(fault: weights.Fault) -> None:
+    with pytest.raises(AssertionError):
+        check_weight(fault.function, fault.claims)
+
+
+@pytest.mark.parametrize("fault", targets.FAULTS, ids=lambda fault: fault.function.__name__)
+def test_a_wrong_target_is_caught(fault: targets.Fault) -> None:
+    with pytest.raises(AssertionError):
+        check_target(fault.function, fault.claims)
+
+
+@pytest.mark.parametrize("loss", targets.LOSS_FAULTS, ids=lambda loss: loss.__name__)
+def test_a_gradient_through_the_target_is_caught(loss: Loss) -> None:
+    with pytest.raises(AssertionError):
+        check_constant(loss, targets.constant_target)
+
+
+def test_the_loss_of_a_constant_target_passes() -> None:
+    check_constant(targets.constant_target, targets.constant_target)
