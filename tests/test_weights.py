@@ -260,11 +260,13 @@ def test_a_rollout_whose_log_probabilities_are_unknown_is_refused(weight: Weight
         for known in (0, 1):
             values = [math.nan] * 2
             values[known] = -1.0
-            unknown = dataclasses.replace(one, **{name: values})
+            changed: dict[str, Any] = {name: values}
+            unknown = dataclasses.replace(one, **changed)
             with pytest.raises(ValueError, match=f"reads {name}_logp_BT of every rollout, but the engine recorded"):
                 weight(batch_of([unknown, text("ddd")]))
         with pytest.raises(ValueError, match="let the teacher score"):
-            weight(dataclasses.replace(batch_of([one]), **{f"{name}_logp_BT": None}))
+            missing: dict[str, Any] = {f"{name}_logp_BT": None}
+            weight(dataclasses.replace(batch_of([one]), **missing))
     # What was not rolled out has none, and needs none.
     assert weight(batch_of([text("ddd")])).tolist() == [[1.0] * 6]
 
