@@ -111,7 +111,8 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
             config = SwitchConfig(
                 output_dir=folder, max_steps=args.steps, per_device_train_batch_size=32, learning_rate=1e-3,
                 lr_scheduler_type="cosine", warmup_steps=5, weight_decay=0.01, adam_beta2=0.95, seed=args.seed, use_cpu=True,
-                save_strategy="no", logging_strategy="no", disable_tqdm=True, max_new_tokens=MAX_NEW_TOKENS, max_prompt_tokens=MAX_PROMPT_TOKENS, **settings,
+                save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                max_new_tokens=MAX_NEW_TOKENS, max_prompt_tokens=MAX_PROMPT_TOKENS, **settings,
             )  # fmt: skip
             engine = CountingEngine(pair, config.plan.objective.margin_top_k)
             examples = tokenized(resolve("world:train"), pair.tokenizer, config, need_response=True)

@@ -11,6 +11,8 @@ import pytest
 from runs import switchkd, write_run
 from switchkd.distributions.divergences import DIVERGENCE
 from switchkd.errors import UserError
+from switchkd.loss.targets import TARGET
+from switchkd.loss.weights import WEIGHT
 from switchkd.methods.config import SwitchConfig
 from switchkd.methods.table import METHOD
 from switchkd.rollout.policies import POLICY
@@ -37,16 +39,18 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def test_a_policy_and_a_divergence_from_outside_train(models: Path, tmp_path: Path, module: str) -> None:
+def test_parts_from_outside_train(models: Path, tmp_path: Path, module: str) -> None:
     policy = {"name": f"{module}:EveryThird", "period": 2}
-    run = write_run(models, tmp_path, policy=policy, divergence=f"{module}:SquaredDistance", max_steps=2)
-    assert switchkd("train", run, "--set", "divergence.scale=2.0") == 0
+    parts = {"policy": policy, "divergence": f"{module}:SquaredDistance", "target": f"{module}:Softer"}
+    run = write_run(models, tmp_path, weight=[f"{module}:EveryOther", "importance"], max_steps=2, **parts)
+    changes = ("--set", "divergence.scale=2.0", "--set", f"weight.0={{name: '{module}:EveryOther', first: 1}}")
+    assert switchkd("train", run, *changes) == 0
     losses = [event for event in read_log(tmp_path / "out" / "log.jsonl") if "loss" in event]
     # Up to 6 tokens a response, of which the teacher writes the 2nd, 4th and 6th.
     assert all(1 / 3 <= event["teacher_share"] <= 1 / 2 for event in losses)
     assert all(0 < event["divergence"] <= 4 for event in losses)
     saved = (tmp_path / "out" / "run.yaml").read_text()
-    assert f"{module}:EveryThird" in saved
+    assert all(f"{module}:{part}" in saved for part in ("EveryThird", "EveryOther", "Softer"))
     assert switchkd("train", tmp_path / "out" / "run.yaml", "--resume", "--set", "max_steps=3") == 0
 
 
@@ -82,11 +86,13 @@ def test_an_installed_package_gives_its_parts_short_names(
         "policies": f"every_third = {module}:EveryThird",
         "divergences": f"squared = {module}:SquaredDistance",
         "methods": f"mine = {module}:MINE",
+        "weights": f"every_other = {module}:EveryOther",
+        "targets": f"softer = {module}:Softer",
     }
     text = "".join(f"[switchkd.{group}]\n{line}\n" for group, line in lines.items())
     (metadata / "entry_points.txt").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    for registry in (POLICY, DIVERGENCE, METHOD):
+    for registry in (POLICY, DIVERGENCE, METHOD, WEIGHT, TARGET):
         # Looked up once a process; it is looked up again after this test too.
         monkeypatch.setitem(vars(registry), "_installed", None)
         del vars(registry)["_installed"]
@@ -94,6 +100,10 @@ def test_an_installed_package_gives_its_parts_short_names(
         output_dir="unused", policy={"name": "every_third", "period": 5}, divergence={"name": "squared", "scale": 2.0}
     ).plan
     assert (plan.policy.period, plan.objective.divergence.scale) == (5, 2.0)
+    parts = SwitchConfig(
+        output_dir="unused", weight=["every_other", "uniform"], target={"name": "softer"}
+    ).plan.objective
+    assert (parts.weights[0].first, parts.target.temperature) == (0, 2.0)
     assert SwitchConfig(output_dir="unused", method="mine").plan.policy.period == 3
     with pytest.raises(UserError, match=r"choose one of student, .*, every_third, or module:NAME"):
         POLICY.make("none")
@@ -111,6 +121,8 @@ def test_an_installed_package_gives_its_parts_short_names(
         ),
         (DIVERGENCE, "switchkd.rollout.policies:Switch", "extends switchkd.distributions.divergences.Divergence"),
         (METHOD, "switchkd.records:Prompt", "extends switchkd.methods.table.Method"),
+        (WEIGHT, "switchkd.loss.targets:Proximal", "extends switchkd.loss.weight.Weight"),
+        (TARGET, "switchkd.loss.weights:Prefix", "extends switchkd.loss.targets.Target"),
         (POLICY, "switchkd.rollout.law:Policy", "has to be a frozen dataclass"),
     ],
 )

@@ -42,12 +42,12 @@ from .rollout.law import Blend as Blend
 from .rollout.law import Decision as Decision
 from .rollout.law import Policy as Policy
 from .rollout.law import Positions as Positions
+from .rollout.law import Student as Student
+from .rollout.law import Teacher as Teacher
 from .rollout.policies import AdaSwitch as AdaSwitch
 from .rollout.policies import Early as Early
 from .rollout.policies import Late as Late
-from .rollout.policies import Student as Student
 from .rollout.policies import Switch as Switch
-from .rollout.policies import Teacher as Teacher
 from .rollout.reference import ReferenceEngine as ReferenceEngine
 from .rollout.speculative import SpeculativeEngine as SpeculativeEngine
 from .training.trainer import SwitchTrainer as SwitchTrainer

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchkd.analysis.cures import MARGIN_TOP_K, PrefixMeasures, cures_line, prefix_measures
 from switchkd.distributions.shaping import shaped_logp
 from switchkd.errors import UserError
 from switchkd.models.heads import Head
@@ -24,8 +25,8 @@ from switchkd.models.pair import ModelPair
 from switchkd.positions import ByPosition
 from switchkd.records import Rollout, Sampling, teacher_share_of
 from switchkd.rollout.engine import Engine, PromptLike
-from switchkd.rollout.law import Policy
-from switchkd.rollout.policies import POLICY, Student, Switch, Teacher
+from switchkd.rollout.law import Policy, Student, Teacher
+from switchkd.rollout.policies import POLICY, Switch
 from switchkd.rollout.speculative import SpeculativeEngine
 
 # The number of teacher logits that exist at a time: 64 MB in float32.
@@ -36,11 +37,12 @@ _LOGITS_AT_A_TIME = 1 << 24
 class TextDiagnosis:
     """One writer's texts on all prompts, by position in the response.
 
-    `log_perplexity` (nats): the mean of -log p_teacher over the tokens up to and including this one, averaged over rows;
-    its exp is the teacher's perplexity of the text so far. `divergence` (nats): the Jensen-Shannon divergence that a policy
-    compares, after temperature, top-p and top-k. `entropy` (nats): that of the teacher's next-token distribution.
-    Perplexity and entropy use temperature 1 and cut nothing off, so that they are finite for any text. Means are over the
-    rows that reach a position: see `ByPosition`.
+    `log_perplexity` (nats): the mean of -log p_teacher over the tokens up to and including this one, averaged over rows; its
+    exp is the teacher's perplexity of the text so far. `divergence` (nats): the Jensen-Shannon divergence that a policy
+    compares, after temperature, top-p and top-k. `entropy` (nats): that of the teacher's next-token distribution. Perplexity
+    and entropy use temperature 1 and cut nothing off, so that they are finite for any text. `prefixes` holds the measures of
+    the papers on failing prefixes, and `cures` is the line that says which of their cures the text speaks for. Means are over
+    the rows that reach a position: see `ByPosition`.
     """
 
     policy: Policy
@@ -48,6 +50,8 @@ class TextDiagnosis:
     log_perplexity: ByPosition
     divergence: ByPosition
     entropy: ByPosition
+    prefixes: PrefixMeasures
+    cures: str
 
     @property
     def perplexity(self) -> tuple[float, ...]:
@@ -63,6 +67,11 @@ class TextDiagnosis:
             "perplexity": self.perplexity,
             "divergence": self.divergence.mean,
             "entropy": self.entropy.mean,
+            "accumulated_discrepancy": self.prefixes.discrepancy.mean,
+            "trust": self.prefixes.trust.mean,
+            "margin": self.prefixes.margin.mean,
+            "divergence_behind": self.prefixes.behind,
+            "cures": self.cures,
         }
 
 
@@ -85,7 +94,7 @@ def diagnose(
         raise UserError("a diagnosis asks the teacher about every text, but the pair has no teacher; load one")
     if not prompts:
         raise UserError("there is no prompt to diagnose; give at least one")
-    engine = engine or SpeculativeEngine(pair, hidden_device="cpu")
+    engine = engine or SpeculativeEngine(pair, hidden_device="cpu", margin_top_k=MARGIN_TOP_K)
     writers: dict[str, Policy] = {"student": Student(), "switch": switch, "teacher": Teacher()}
     return {
         name: _diagnosis(policy, engine.generate(prompts, policy, sampling, seed, keep_teacher="hidden"), head)
@@ -102,6 +111,8 @@ def _diagnosis(policy: Policy, rollouts: Sequence[Rollout], head: Head) -> TextD
         log_perplexity=ByPosition.of(running),
         divergence=ByPosition.of([rollout.divergence for rollout in rollouts]),
         entropy=ByPosition.of(entropies),
+        prefixes=prefix_measures(rollouts),
+        cures=cures_line(rollouts),
     )
 
 

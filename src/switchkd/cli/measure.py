@@ -89,7 +89,7 @@ def diagnose(
     from switchkd.analysis.calibration import calibrate as solve
     from switchkd.analysis.diagnosis import diagnose as measure
     from switchkd.report.plots import save_diagnosis
-    from switchkd.report.terminal import diagnosis_table
+    from switchkd.report.terminal import diagnosis_table, prefix_table
 
     quiet_transformers()
     finds_threshold = "threshold" not in policy_settings(context, "switch")
@@ -104,6 +104,7 @@ def diagnose(
             switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=options.seed).policy
         texts = measure(engine.pair, prompts, sampling, switch=switch, seed=options.seed, engine=engine)
     console.print(diagnosis_table(texts))
+    console.print(prefix_table(texts))
     place = output / "diagnosis.json"
     by_text = {name: text.as_json() for name, text in texts.items()}
     _write(
@@ -113,17 +114,19 @@ def diagnose(
     plot = save_diagnosis(texts, place.with_suffix(".png"))
     by_teacher = f"threshold {switch.threshold:.3g}: {texts['switch'].teacher_share:.1%} of its tokens by the teacher"
     console.print(Text(f"SWITCH with {by_teacher}"), soft_wrap=True)
+    console.print(Text(f"the student's text: {texts['student'].cures}"), soft_wrap=True)
     console.print(Text(_where(place, plot)), soft_wrap=True)
 
 
 @contextmanager
 def _engine_at_work(options: MeasuredPair, console: Console) -> Iterator[tuple[SpeculativeEngine, list[Prompt]]]:
     """The pair's engine and the prompts, with a line that says so while they are at work."""
+    from switchkd.analysis.cures import MARGIN_TOP_K
     from switchkd.rollout.speculative import SpeculativeEngine
 
     pair, prompts = options.load()
     with console.status(f"rolling out {len(prompts)} prompts, several times ..."):
-        yield SpeculativeEngine(pair), prompts
+        yield SpeculativeEngine(pair, margin_top_k=MARGIN_TOP_K), prompts
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:

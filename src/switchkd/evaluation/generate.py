@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from switchkd.records import Example, FinishReason, Rollout, Sampling
 from switchkd.rollout.engine import Engine, Progress
-from switchkd.rollout.policies import Student
+from switchkd.rollout.law import Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

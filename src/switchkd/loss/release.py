@@ -50,7 +50,6 @@ class Release(Weight):
         return self.top_k
 
     def __call__(self, batch: Batch) -> Tensor:
-        """See `Weight`."""
         if batch.margin_BT is None:
             raise ValueError("this weight reads the teacher's margin of every rollout, but the engine recorded none")
         weight_BT = torch.ones(batch.response_mask_BT.shape, dtype=torch.float64)

@@ -35,7 +35,6 @@ class TeacherTarget(Target):
     """The teacher's own distribution."""
 
     def __call__(self, teacher_logp: Tensor, student_logp: Tensor, start_logp: Tensor | None) -> Tensor:
-        """See `Target`."""
         return teacher_logp
 
 
@@ -61,7 +60,6 @@ class Proximal(Target):
             raise UserError(f"target.teacher_weight is {self.teacher_weight}; it has to be above 0 and at most 1")
 
     def __call__(self, teacher_logp: Tensor, student_logp: Tensor, start_logp: Tensor | None) -> Tensor:
-        """See `Target`."""
         return _along(student_logp, teacher_logp, self.teacher_weight)
 
 
@@ -81,7 +79,6 @@ class Extrapolated(Target):
             raise UserError(f"target.scale is {self.scale}; it has to be 1 (the teacher) or more")
 
     def __call__(self, teacher_logp: Tensor, student_logp: Tensor, start_logp: Tensor | None) -> Tensor:
-        """See `Target`."""
         assert start_logp is not None
         return _along(start_logp, teacher_logp, self.scale)
 

@@ -27,7 +27,6 @@ class Uniform(Weight):
     """1 everywhere."""
 
     def __call__(self, batch: Batch) -> Tensor:
-        """See `Weight`."""
         return ones(batch)
 
 
@@ -52,7 +51,6 @@ class ByWriter(Weight):
         return bool(getattr(self, writer))
 
     def __call__(self, batch: Batch) -> Tensor:
-        """See `Weight`."""
         weight_BT = self.student + (self.teacher - self.student) * batch.written_by_teacher_BT.double()
         return torch.where(batch.rolled_out_BT, weight_BT, 1.0)
 
@@ -87,7 +85,6 @@ class Prefix(Weight):
         return self.tokens
 
     def __call__(self, batch: Batch) -> Tensor:
-        """See `Weight`."""
         assert self.tokens is not None
         return (batch.response_mask_BT.cumsum(dim=1) <= self.tokens).double()
 
@@ -111,7 +108,6 @@ class Importance(Weight):
             raise UserError(f"weight.gamma is {self.gamma}; it has to be 0 or more")
 
     def __call__(self, batch: Batch) -> Tensor:
-        """See `Weight`."""
         student_BT, teacher_BT = _logps(batch)
         discrepancy_BT = (teacher_BT - student_BT).abs()
         before_BT = discrepancy_BT.cumsum(dim=1) - discrepancy_BT
@@ -157,7 +153,6 @@ class Trust(Weight):
         return TopForwardKL(self.top_k) if self.outliers_by == "forward_kl" else None
 
     def __call__(self, batch: Batch) -> Tensor:
-        """See `Weight`."""
         return self._trust(batch) if self.outliers_by == "mask" else ones(batch)
 
     def outlier_share(self, batch: Batch) -> Tensor | None:

@@ -23,8 +23,8 @@ from switchkd.loss.weight import Weight
 from switchkd.loss.weights import Importance, Prefix, Trust
 from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
 from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
-from switchkd.rollout.law import Policy
-from switchkd.rollout.policies import AdaSwitch, Early, Late, Student, Switch
+from switchkd.rollout.law import Policy, Student
+from switchkd.rollout.policies import AdaSwitch, Early, Late, Switch
 from switchkd.settings.components import Registry, settings_of
 from switchkd.settings.paper import PAPER_SHARE
 

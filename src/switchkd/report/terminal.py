@@ -18,7 +18,7 @@ from rich.text import Text
 from switchkd.analysis.calibration import Calibration
 from switchkd.analysis.diagnosis import TextDiagnosis
 from switchkd.evaluation.score import Evaluation
-from switchkd.positions import Bucket, ByPosition
+from switchkd.positions import BUCKET_ENDS, Bucket, ByPosition
 from switchkd.records import Rollout, teacher_share_of
 
 if TYPE_CHECKING:
@@ -153,6 +153,10 @@ def comparison_table(evaluations: Mapping[str, Evaluation], set_name: str) -> Ta
     return table
 
 
+_MEANING_OF_PREFIXES = (
+    "discrepancy: |log p_T - log p_S| of the tokens, added up; trust: min(1, p_T / p_S); margin: the teacher's,\n"
+    "between its two favorites of the student's 16 likeliest; divergence behind: its share after these positions"
+)
 _MEANING_OF_ROWS = "rows: the number that reach the first and the last position; means are over these"
 
 
@@ -190,6 +194,27 @@ def diagnosis_table(texts: Mapping[str, TextDiagnosis]) -> Table:
         for index, (name, (perplexity, divergence, entropy)) in enumerate(lines.items()):
             means = (f"{math.exp(perplexity.mean):.3f}", f"{divergence.mean:.4f}", f"{entropy.mean:.3f}")
             table.add_row("" if index else perplexity.name, name, _rows(perplexity), *means)
+        table.add_section()
+    return table
+
+
+def prefix_table(texts: Mapping[str, TextDiagnosis]) -> Table:
+    """A line for each bucket of positions and each text: the measures of the papers on failing prefixes."""
+    table = Table(box=box.SIMPLE, caption=Text(_MEANING_OF_PREFIXES), caption_justify="left")
+    for heading in ("positions", "text by"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("discrepancy\nso far (nats)", "trust", "margin\n(nats)", "divergence\nbehind"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    reached = {name: text.prefixes.discrepancy.buckets() for name, text in texts.items()}
+    for number in range(max(map(len, reached.values()))):
+        lines = [name for name, buckets in reached.items() if number < len(buckets)]
+        for index, name in enumerate(lines):
+            found, bucket = texts[name].prefixes, reached[name][number]
+            trust, margins = found.trust.buckets()[number], found.margin.buckets()
+            margin = f"{margins[number].mean:.2f}" if margins else "-"
+            last = min((*BUCKET_ENDS, len(found.behind))[number], len(found.behind)) - 1
+            cells = (f"{bucket.mean:.2f}", f"{trust.mean:.1%}", margin, f"{found.behind[last]:.0%}")
+            table.add_row("" if index else bucket.name, name, *cells)
         table.add_section()
     return table
 

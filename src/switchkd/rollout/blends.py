@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import UserError
-from switchkd.rollout.law import Blend, Decision, Policy, Positions, without_threshold
+from switchkd.rollout.law import Blend, Decision, Policy, Positions, Student, without_threshold
 from switchkd.settings.components import setting
 
 
@@ -106,11 +106,12 @@ class TrustRegionBlend(Policy):
         if self.anneal_steps < 0:
             raise UserError(f"anneal_steps is {self.anneal_steps}; give a number of steps, or 0 for a constant budget")
 
-    def at_step(self, step: int) -> TrustRegionBlend:
-        """With the budget in force at a training step, which stays as it is from there on."""
+    def at_step(self, step: int) -> Policy:
+        """With the budget in force at a training step, which stays as it is from there on; the student alone where that is 0."""
         if not self.anneal_steps:
             return self
-        return replace(self, budget=self.budget * max(0.0, 1 - step / self.anneal_steps), anneal_steps=0)
+        budget = self.budget * max(0.0, 1 - step / self.anneal_steps)
+        return replace(self, budget=budget, anneal_steps=0) if budget else Student()
 
     def decide(self, positions: Positions) -> Decision:
         """The blend everywhere; the threshold is NaN."""
@@ -120,6 +121,9 @@ class TrustRegionBlend(Policy):
 
 def trust_region_blend(student_logp: Tensor, teacher_logp: Tensor, budget: float) -> Tensor:
     """Log-probabilities (..., V) of the law of `TrustRegionBlend`."""
+    if budget == 0:
+        # In float32 the rounding of the divergence would let a little of the teacher in.
+        return student_logp
     support = ~(student_logp.isneginf() | teacher_logp.isneginf())
     # What either excludes: out of every blend, and of both sums below.
     base = student_logp.masked_fill(~support, -torch.inf)

@@ -96,3 +96,28 @@ class Policy(ABC):
 def without_threshold(by_teacher: Tensor, blend: Blend | None = None) -> Decision:
     """A decision that compared the divergence with nothing."""
     return Decision(by_teacher, torch.full(by_teacher.shape, math.nan, device=by_teacher.device), blend)
+
+
+@dataclass(frozen=True)
+class Student(Policy):
+    """The student writes every token: on-policy distillation (GKD, arXiv 2306.13649, with lambda = 1)."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def decide(self, positions: Positions) -> Decision:
+        """The student everywhere; the threshold is NaN."""
+        return without_threshold(torch.zeros_like(positions.position, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Teacher(Policy):
+    """The teacher writes every token: the text of sequence-level distillation (Kim and Rush 2016)."""
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The teacher."""
+        return ("teacher",)
+
+    def decide(self, positions: Positions) -> Decision:
+        """The teacher everywhere; the threshold is NaN."""
+        return without_threshold(torch.ones_like(positions.position, dtype=torch.bool))

@@ -15,34 +15,9 @@ from torch import Tensor
 
 from switchkd.errors import UserError
 from switchkd.rollout.blends import Interleave, Mix, SharedWriting, TrustRegionBlend
-from switchkd.rollout.law import Decision, Policy, Positions, without_threshold
+from switchkd.rollout.law import Decision, Policy, Positions, Student, Teacher, without_threshold
 from switchkd.settings.components import Registry, setting
 from switchkd.settings.paper import PAPER_FINAL_FRACTION
-
-
-@dataclass(frozen=True)
-class Student(Policy):
-    """The student writes every token: on-policy distillation (GKD, arXiv 2306.13649, with lambda = 1)."""
-
-    needs_teacher: ClassVar[bool] = False
-
-    def decide(self, positions: Positions) -> Decision:
-        """The student everywhere; the threshold is NaN."""
-        return without_threshold(torch.zeros_like(positions.position, dtype=torch.bool))
-
-
-@dataclass(frozen=True)
-class Teacher(Policy):
-    """The teacher writes every token: the text of sequence-level distillation (Kim and Rush 2016)."""
-
-    @property
-    def writers(self) -> tuple[str, ...]:
-        """The teacher."""
-        return ("teacher",)
-
-    def decide(self, positions: Positions) -> Decision:
-        """The teacher everywhere; the threshold is NaN."""
-        return without_threshold(torch.ones_like(positions.position, dtype=torch.bool))
 
 
 def _tokens(share: float, max_new_tokens: int) -> int:

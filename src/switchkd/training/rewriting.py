@@ -10,7 +10,7 @@ from switchkd.methods.text import Rewrite
 from switchkd.models.pair import ModelPair, position_limit
 from switchkd.records import Example, Prompt, Rollout
 from switchkd.rollout.engine import Engine
-from switchkd.rollout.policies import Teacher
+from switchkd.rollout.law import Teacher
 
 # Requests have addresses of their own: no step and no calibration draws with these sample ids.
 _SAMPLES = -(1 << 32)

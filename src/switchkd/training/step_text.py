@@ -16,8 +16,8 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Prompt, Rollout
 from switchkd.rollout.engine import Engine
-from switchkd.rollout.law import Policy
-from switchkd.rollout.policies import Switch, Teacher
+from switchkd.rollout.law import Policy, Teacher
+from switchkd.rollout.policies import Switch
 from switchkd.training.adaptive_share import AdaptiveShare
 from switchkd.training.auto_threshold import CalibratedPolicy
 from switchkd.training.meters import Meters

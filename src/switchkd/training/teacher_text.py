@@ -22,7 +22,7 @@ from switchkd.models.pair import name_of
 from switchkd.progress import progress_bar
 from switchkd.records import Example, Prompt
 from switchkd.rollout.engine import Engine, Progress
-from switchkd.rollout.policies import Teacher
+from switchkd.rollout.law import Teacher
 
 # Numbers of each weight tensor that go into the teacher's fingerprint: enough to tell one training from another.
 _NUMBERS = 64
