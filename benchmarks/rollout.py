@@ -21,8 +21,8 @@ from pairs import DEMO, RANDOM_PAIRS, cost_ratio, load, prompts_for, with_ends, 
 from switchkd.analysis.calibration import calibrate
 from switchkd.models.pair import ModelPair
 from switchkd.records import Rollout, Sampling, teacher_share_of
-from switchkd.rollout.law import Policy
-from switchkd.rollout.policies import Student, Switch, Teacher
+from switchkd.rollout.law import Policy, Student, Teacher
+from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine, left_padded
 from switchkd.rollout.speculative import SpeculativeEngine
 from timing import THREADS, conditions, median_seconds, write_section

@@ -87,7 +87,7 @@ def test_a_section_is_added_where_there_is_none(rollout: ModuleType, tmp_path: P
 
 def test_engines_that_differ_stop_it(rollout: ModuleType) -> None:
     from switchkd.records import Sampling
-    from switchkd.rollout.policies import Teacher
+    from switchkd.rollout.law import Teacher
     from switchkd.rollout.reference import ReferenceEngine
     from tiny import tiny_pair
 

@@ -19,7 +19,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 from switchkd.models.heads import Head, backbone
 from switchkd.records import Sampling
 from switchkd.rollout.cache import CachedModel, cache_mismatch, why_not_ragged
-from switchkd.rollout.policies import Teacher
+from switchkd.rollout.law import Teacher
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import VOCABULARY, tiny_model, tiny_pair
 

@@ -13,7 +13,7 @@ from switchkd.errors import UserError
 from switchkd.evaluation.generate import generate_answers
 from switchkd.evaluation.score import SEEDS, EvaluationSettings, evaluate, exact_match, rouge_l
 from switchkd.records import FinishReason, Rollout, Sampling
-from switchkd.rollout.policies import Student
+from switchkd.rollout.law import Student
 
 WORDS = ["say", "one", "two", "three", "four", "red", "blue", "and", "then", "stop"]
 ONCE = Sampling(max_new_tokens=8)

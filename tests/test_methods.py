@@ -29,7 +29,8 @@ from switchkd.methods.plan import AutoThreshold, Plan
 from switchkd.methods.table import METHOD, METHODS, REPLACEABLE, Method
 from switchkd.report.methods_page import method_settings, methods_page
 from switchkd.rollout.blends import Interleave, Mix
-from switchkd.rollout.policies import POLICIES, POLICY, Early, Late, Student, Switch
+from switchkd.rollout.law import Student
+from switchkd.rollout.policies import POLICIES, POLICY, Early, Late, Switch
 from switchkd.settings.components import settings_of
 
 

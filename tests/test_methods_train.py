@@ -12,7 +12,7 @@ import torch
 from switchkd.errors import UserError
 from switchkd.methods.table import METHODS
 from switchkd.records import Rollout
-from switchkd.rollout.policies import Teacher
+from switchkd.rollout.law import Teacher
 from switchkd.training.replay import FILE_NAME, ReplayBuffer
 from tiny import tiny_pair, tiny_tokenizer
 from trainers import EXAMPLES, PROMPTS_ONLY, RecordingEngine, assert_same_weights, history, make_trainer, weights

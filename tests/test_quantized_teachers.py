@@ -14,7 +14,8 @@ from switchkd.models.heads import backbone
 from switchkd.models.load import load_model, load_pair
 from switchkd.models.pair import ModelPair, parameter_count
 from switchkd.records import Sampling
-from switchkd.rollout.policies import Switch, Teacher
+from switchkd.rollout.law import Teacher
+from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import tiny_pair, tiny_tokenizer

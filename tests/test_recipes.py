@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from switchkd.methods.table import METHODS
-from switchkd.rollout.policies import Student
+from switchkd.rollout.law import Student
 from switchkd.run.callbacks import read_log
 from switchkd.run.file import read_run
 from switchkd.run.launch import train_run

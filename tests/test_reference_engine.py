@@ -26,8 +26,8 @@ from switchkd.models.heads import backbone
 from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling
 from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
-from switchkd.rollout.law import Policy
-from switchkd.rollout.policies import AdaSwitch, Student, Switch, Teacher
+from switchkd.rollout.law import Policy, Student, Teacher
+from switchkd.rollout.policies import AdaSwitch, Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import EOS_ID, tiny_model, tiny_pair

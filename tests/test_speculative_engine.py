@@ -22,8 +22,8 @@ from switchkd.models.heads import backbone
 from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling, teacher_share_of
 from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
-from switchkd.rollout.law import Policy
-from switchkd.rollout.policies import AdaSwitch, Early, Late, Student, Switch, Teacher
+from switchkd.rollout.law import Policy, Student, Teacher
+from switchkd.rollout.policies import AdaSwitch, Early, Late, Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import EOS_ID, PAD_ID, VOCABULARY, tiny_model, tiny_pair

@@ -11,8 +11,7 @@ from transformers import TrainerState
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, FinishReason, Prompt, Rollout
-from switchkd.rollout.law import Policy
-from switchkd.rollout.policies import Student, Teacher
+from switchkd.rollout.law import Policy, Student, Teacher
 from switchkd.training.meters import Meters
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from tiny import EOS_ID, tiny_pair

@@ -13,7 +13,8 @@ from switchkd.models.heads import backbone
 from switchkd.models.load import load_model
 from switchkd.models.pair import ModelPair
 from switchkd.records import Sampling
-from switchkd.rollout.policies import Switch, Teacher
+from switchkd.rollout.law import Teacher
+from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.teachers import TeacherPlace, self_teacher

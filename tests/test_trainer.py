@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from switchkd.records import Prompt, Rollout, Sampling
-from switchkd.rollout.policies import Student
+from switchkd.rollout.law import Student
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.trainer import SwitchTrainer

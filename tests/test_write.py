@@ -16,9 +16,9 @@ from draws import ALPHA, DRAWS, PAIRS, addresses, drafted, follows
 from reference.policies import ByWriter, coupled, interleaved, law_of, mixed, teacher_part, trust_region
 from switchkd.records import Sampling
 from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
-from switchkd.rollout.law import Blend, Decision, Policy
+from switchkd.rollout.law import Blend, Decision, Policy, Student, Teacher
 from switchkd.rollout.log import observe
-from switchkd.rollout.policies import Student, Switch, Teacher
+from switchkd.rollout.policies import Switch
 from switchkd.rollout.write import Written, write
 
 BLENDS = [Mix(0.4), Mix(1.0), Interleave(1), Interleave(2), TrustRegionBlend(0.1), TrustRegionBlend(0.8)]

@@ -25,8 +25,8 @@ from switchkd.models.memory import numbers_at_once
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Prompt, Rollout, Sampling
 from switchkd.rollout.cache import CachedModel, cache_mismatch
-from switchkd.rollout.law import Policy
-from switchkd.rollout.policies import POLICIES, AdaSwitch, Student, Switch, Teacher
+from switchkd.rollout.law import Policy, Student, Teacher
+from switchkd.rollout.policies import POLICIES, AdaSwitch, Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import tiny_model, tiny_pair

@@ -33,7 +33,7 @@ from switchkd.models import heads
 from switchkd.models.heads import Head
 from switchkd.models.pair import ModelPair, parameter_count
 from switchkd.records import Example, Prompt, Rollout, Sampling
-from switchkd.rollout.policies import Student
+from switchkd.rollout.law import Student
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.run import launch
 from switchkd.run.callbacks import StopCleanly
