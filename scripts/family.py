@@ -3,8 +3,10 @@
 Single runs: differences of a few points are chance.
 
     python scripts/family.py --out family.csv [--methods switch trb ...] [--steps 200] [--rows 300] [--seed 10]
+    python scripts/family.py --laws
 
 A row is added to the CSV file when its run has ended; runs that stand in it are not repeated. `--table` prints it as Markdown.
+`--laws` rolls out 64 prompts under each law, with the student as it ships, and prints what that took.
 """
 
 from __future__ import annotations
@@ -19,7 +21,22 @@ from typing import Any
 import torch
 import transformers
 
-from switchkd import SpeculativeEngine, SwitchConfig, SwitchTrainer, load_pair
+from switchkd import (
+    AdaSwitch,
+    Early,
+    Interleave,
+    Late,
+    Mix,
+    Policy,
+    SpeculativeEngine,
+    Student,
+    Switch,
+    SwitchConfig,
+    SwitchTrainer,
+    Teacher,
+    TrustRegionBlend,
+    load_pair,
+)
 from switchkd.data.sets import resolve
 from switchkd.evaluation.score import EvaluationSettings, evaluate
 from switchkd.models.heads import backbone
@@ -128,23 +145,61 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return row | exact_matches(pair, args.rows)
 
 
+LAWS: dict[str, Policy] = {
+    "Student": Student(),
+    "Teacher": Teacher(),
+    "Switch, 0.02": Switch(threshold=0.02),
+    "AdaSwitch": AdaSwitch(),
+    "Early, 0.1": Early(0.1),
+    "Late, 0.1": Late(0.1),
+    "Mix, 0.1": Mix(0.1),
+    "Interleave, top 1": Interleave(1),
+    "Interleave, top 2": Interleave(2),
+    "TrustRegionBlend, 0.02 nats": TrustRegionBlend(0.02),
+    "TrustRegionBlend, 0.2 nats": TrustRegionBlend(0.2),
+}
+
+
+def laws() -> None:
+    """Print a table of what each law costs on the pair as it ships. The teacher scores every text, the student's too."""
+    pair = load_pair("world:student", "world:teacher")
+    assert pair.tokenizer is not None
+    config = SwitchConfig(output_dir="unused", max_new_tokens=MAX_NEW_TOKENS, max_prompt_tokens=MAX_PROMPT_TOKENS)
+    prompts = [
+        each.prompt for each in tokenized(resolve("world:test", limit=64), pair.tokenizer, config, need_response=False)
+    ]
+    engine = SpeculativeEngine(pair, block_size=4, max_rows=32)
+    print("| law | teacher's part | tokens | kept of drafted | student forwards | teacher forwards |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, policy in LAWS.items():
+        rollouts = engine.generate(prompts, policy, Sampling(MAX_NEW_TOKENS), seed=0, keep_teacher="hidden")
+        done = engine.metrics
+        share = sum(rollout.teacher_tokens for rollout in rollouts) / done.tokens
+        counts = f"{done.student_forwards} | {done.teacher_forwards}"
+        print(f"| {name} | {share:.1%} | {done.tokens} | {done.acceptance:.1%} | {counts} |")
+
+
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("family.csv"))
+    parser.add_argument("--laws", action="store_true", help="the table of the laws, and nothing else")
     parser.add_argument("--methods", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--table", action="store_true", help="print the file as Markdown and do nothing else")
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    if args.laws:
+        laws()
+        return
     done = list(csv.DictReader(args.out.open())) if args.out.exists() else []
     if args.table:
         for cells in (COLUMNS, ["---"] * len(COLUMNS), *([row[key] for key in COLUMNS] for row in done)):
             print(f"| {' | '.join(cells)} |")
         return
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
     known = {(row["run"], row["seed"], row["steps"]) for row in done}
     for name in args.methods:
         if (name, str(args.seed), str(args.steps)) in known:

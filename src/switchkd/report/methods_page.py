@@ -28,6 +28,30 @@ Made by `switchkd methods --markdown` from the table in `src/switchkd/methods/ta
 """
 
 
+_LEFT_OUT = """
+## Parts without a row
+
+A run can set these in any row: `target: proximal` and `target: extrapolated` (ExOPD, arXiv 2602.12125), `length_growth`
+(TCOD, arXiv 2604.24005), `replayed_prefix` with `source: teacher`, `kappa: 1` and `until: 1` (the guidance of TrOPD),
+`start_weight` (StableOPD), and any list of weights.
+
+## What is left out, and why
+
+- TrOPD's clipped outliers, and the sampled-token estimates that TrOPD, IW-OPD, ExOPD and TOP-D take. Our divergences are
+  over the whole vocabulary, which has the same mean and less noise; a clip of the estimate has no counterpart there. How
+  TrOPD draws a prefix's length below its maximum could not be read; ours is uniform over eighths.
+- TOP-D (arXiv 2607.04751): its proximal teacher is the arithmetic mean of the two models, and its credit runs over later
+  tokens of a group of rollouts. `proximal` is the geometric mean, and there are no groups.
+- Release (arXiv 2605.13643): margin, number of candidates and the form of the criterion could not be read, and sentences
+  are not known to a tokenizer. What `release` does is written in its docstring, and is ours.
+- TRD (arXiv 2606.08432): the authors' code shows the teacher the student's attempt while it scores, and rewrites once. The
+  paper itself could not be read.
+- Prefix distillation (arXiv 2602.15260): the length, and by how much it grows with the steps, could not be read.
+- StableOPD (arXiv 2604.08527): its two weights could not be read at the source.
+- ReOPD (arXiv 2607.04763) is for agents of many turns; what the environment answered has no counterpart here.
+"""
+
+
 def method_settings(method: Method) -> Iterator[tuple[str, Any, str]]:
     """The settings that act on a method: the key in a run file, the value in force where a run gives none, and its sentence."""
     sentences = {key: each.metadata.get("help", "") for key, each in settings_of(SwitchConfig).items()}
@@ -108,7 +132,8 @@ def methods_page(methods: Mapping[str, Method]) -> str:
             method.start,
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return _HEAD + "\n".join(lines) + "\n" + "".join(_section(name, method) for name, method in methods.items())
+    sections = "".join(_section(name, method) for name, method in methods.items())
+    return _HEAD + "\n".join(lines) + "\n" + sections + _LEFT_OUT
 
 
 def _section(name: str, method: Method) -> str:
