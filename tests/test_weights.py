@@ -22,6 +22,8 @@ from torch import Tensor
 
 from checks.weights import BATCHES, DROP, Text, batch_of, check_weight, text
 from reference import weights as reference
+from reference.divergences import reverse_kl
+from reference.targets import margin, top_forward_kl
 from switchkd.distributions.divergences import TopForwardKL
 from switchkd.errors import UserError
 from switchkd.loss.release import Release, downward_change_point
@@ -31,7 +33,7 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.records import Batch
 from switchkd.training.step_loss import StepLoss
 from tiny import tiny_pair
-from trainers import EXAMPLES, Gradients, make_trainer
+from trainers import EXAMPLES, Gradients, RecordingEngine, make_trainer
 
 
 def by_writer(student: float, teacher: float) -> Callable[[Text], list[float]]:
@@ -264,8 +266,8 @@ def test_a_rollout_whose_log_probabilities_are_unknown_is_refused(weight: Weight
             unknown = dataclasses.replace(one, **changed)
             with pytest.raises(ValueError, match=f"reads {name}_logp_BT of every rollout, but the engine recorded"):
                 weight(batch_of([unknown, text("ddd")]))
+        missing: dict[str, Any] = {f"{name}_logp_BT": None}
         with pytest.raises(ValueError, match="let the teacher score"):
-            missing: dict[str, Any] = {f"{name}_logp_BT": None}
             weight(dataclasses.replace(batch_of([one]), **missing))
     # What was not rolled out has none, and needs none.
     assert weight(batch_of([text("ddd")])).tolist() == [[1.0] * 6]
@@ -317,6 +319,62 @@ def test_importance_is_that_of_trl(gamma: float, monkeypatch: pytest.MonkeyPatch
     # Float64, divided by 1 - p and by A, which both are 1e-3 and more here.
     torch.testing.assert_close(ours, theirs[labels != -100], rtol=0, atol=1e-6)
     assert ours.max() - ours.min() > 0.3
+
+
+# ------------------------------------------------------------------------------------------------------ in the trainer
+
+
+@pytest.mark.parametrize("student_share", [0.5, 1.0])
+@pytest.mark.parametrize("method", ["iw_opd", "tropd", "release", "tropd masked"])
+def test_the_loss_of_a_weighted_method_is_that_of_its_definition(
+    method: str, student_share: float, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"method": method.split()[0], "student_share": student_share, "max_new_tokens": 24}
+    if method == "release":
+        options["weight"] = {"segment_tokens": 1, "top_k": 4}
+    elif method == "tropd masked":
+        options["weight"] = {"outliers_by": "mask", "least_trust": 0.5}
+    elif method == "tropd":
+        options["weight"] = {"top_k": 5}
+    pair = tiny_pair("llama", layers=1, dtype=torch.float64)
+    trainer = make_trainer(tmp_path, pair, split=(3, 3), max_steps=1, **options)
+    engine = RecordingEngine(trainer)
+    trainer.train()
+    rollouts = {each.prompt.prompt_id: each for each in engine.calls[0]}
+    assert (len(rollouts) < 8) == (student_share < 1)
+    models: list[Any] = [pair.student, pair.teacher]
+    total, count = 0.0, 0
+    for example in EXAMPLES:
+        rollout = rollouts.get(example.prompt.prompt_id)
+        response = example.response_ids if rollout is None else rollout.token_ids
+        ids = torch.tensor([[*example.prompt.token_ids, *response]])
+        start = len(example.prompt.token_ids)
+        with torch.no_grad():
+            students, teachers = (model(ids).logits[0, start - 1 : -1].softmax(-1).tolist() for model in models)
+        rows = list(zip(students, teachers, strict=True))
+        losses = [reverse_kl(s, t) for s, t in rows]
+        writers = ("d" if rollout is None else "s") * len(response)
+        logp = [[math.log(row[token]) for row, token in zip(of, response, strict=True)] for of in (students, teachers)]
+        counts = [1.0] * len(response)
+        if method == "iw_opd":
+            counts = reference.importance(writers, *logp, gamma=0.5)
+        elif method == "tropd masked":
+            counts = reference.trust(writers, *logp, least_trust=0.5)
+        elif method == "tropd":
+            trusted = reference.trust(writers, *logp)
+            outliers = [top_forward_kl(s, t, top_k=5) for s, t in rows]
+            mixed = zip(trusted, losses, outliers, strict=True)
+            losses = [share * inside + (1 - share) * outside for share, inside, outside in mixed]
+        else:
+            margins = [margin(s, t, top_k=4) for s, t in rows]
+            counts = reference.release(writers, margins, segment_tokens=1)
+        total += math.fsum(each * loss for each, loss in zip(counts, losses, strict=True))
+        count += sum(each != 0 for each in counts)
+    if method in ("release", "tropd masked") and student_share == 1:
+        # Some tokens do not count.
+        assert count < sum(len(each.token_ids) for each in rollouts.values())
+    # Weights reach the loss in float32, and transformers adds the losses of a step up in float32.
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- denominators
