@@ -184,6 +184,12 @@ def test_where_a_series_drops_for_good(series: list[float], place: int | None) -
     assert downward_change_point(series) == reference.change_point(series) == place
 
 
+def test_rounding_is_no_drop() -> None:
+    """Partial sums of 0.1 are not multiples of it."""
+    for value in (0.1, 0.3, 1.7, 5.9):
+        assert {downward_change_point([value] * count) for count in range(40)} == {None}
+
+
 def series_of(seed: int) -> list[float]:
     """Some noise, and in most cases a drop or a rise in it."""
     draw = random.Random(seed)
@@ -271,6 +277,18 @@ def test_a_rollout_whose_log_probabilities_are_unknown_is_refused(weight: Weight
             weight(dataclasses.replace(batch_of([one]), **missing))
     # What was not rolled out has none, and needs none.
     assert weight(batch_of([text("ddd")])).tolist() == [[1.0] * 6]
+
+
+@pytest.mark.parametrize("weight", [Importance(), Trust(outliers_by="mask"), Release(segment_tokens=2)], ids=str)
+def test_nothing_but_rollouts_is_read(weight: Weight) -> None:
+    """Not the prompt, not padding, not the beginning, not the data set's text."""
+    for texts in BATCHES.values():
+        batch = batch_of(texts)
+        unread: dict[str, Any] = {
+            name: getattr(batch, name).masked_fill(~batch.rolled_out_BT, math.nan)
+            for name in ("student_logp_BT", "teacher_logp_BT", "margin_BT")
+        }
+        assert torch.equal(weight(dataclasses.replace(batch, **unread)), weight(batch))
 
 
 def test_a_rollout_whose_margin_is_unknown_is_refused() -> None:
