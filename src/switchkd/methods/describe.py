@@ -11,6 +11,7 @@ from switchkd.distributions.divergences import DIVERGENCE, Divergence
 from switchkd.loss.targets import OF_TEACHER, TARGET
 from switchkd.loss.weights import WEIGHT
 from switchkd.methods.config import SwitchConfig
+from switchkd.methods.plan import Plan
 from switchkd.rollout.policies import POLICY, Switch
 
 
@@ -29,7 +30,21 @@ def describe_objective(config: SwitchConfig) -> str:
         compared.append("cross-entropy" if weight == 1 else f"{weight:g} x cross-entropy")
     said = [f"learning rate {config.learning_rate:g}", " + ".join(compared)]
     said += [f"weight {_in_words(WEIGHT.describe(weight))}" for weight in objective.weights]
-    return ", ".join([*said, _writer(config)] if config.plan.rolls_out else said)
+    return ", ".join([*said, _writer(config), *_texts(config.plan)] if config.plan.rolls_out else said)
+
+
+def _texts(plan: Plan) -> list[str]:
+    """How rollouts start, grow and are written anew, where that is out of the ordinary."""
+    said = []
+    if begin := plan.replayed_prefix:
+        said.append(
+            f"rollouts begin with part of the {'teacher' if begin.source == 'teacher' else 'data set'}'s response"
+        )
+    if plan.length_growth:
+        said.append(f"at most {plan.length_growth.start} tokens long at first")
+    if plan.rewrite:
+        said.append("rewritten by the teacher")
+    return said
 
 
 def _writer(config: SwitchConfig) -> str:
