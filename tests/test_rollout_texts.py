@@ -377,12 +377,15 @@ def first_loss(trainer: Any) -> float:
     return float(trainer.state.log_history[0]["loss"])
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.25, 1.5])
-@pytest.mark.parametrize("student_share", [0.5, 1.0])
-def test_a_prefix_is_trained_on_with_its_weight_alone(weight: float, student_share: float, tmp_path: Path) -> None:
+# In a rollout of SWITCH the teacher has read what was written, but not the beginning.
+@pytest.mark.parametrize("method", ["reopd", "switch"])
+@pytest.mark.parametrize(("weight", "student_share"), [(0.0, 0.5), (0.0, 1.0), (0.25, 0.5), (1.5, 1.0)])
+def test_a_prefix_is_trained_on_with_its_weight_alone(
+    weight: float, student_share: float, method: str, tmp_path: Path
+) -> None:
     pair = tiny_pair("llama", layers=1, dtype=torch.float64)
     begin = ReplayedPrefix(kappa=1.0, weight=weight)
-    options: dict[str, Any] = {"method": "reopd", "replayed_prefix": begin, "student_share": student_share}
+    options: dict[str, Any] = {"method": method, "replayed_prefix": begin, "student_share": student_share}
     trainer = make_trainer(tmp_path, pair, split=(3, 3), max_steps=1, **options)
     engine = RecordingEngine(trainer)
     trainer.train()
@@ -392,7 +395,7 @@ def test_a_prefix_is_trained_on_with_its_weight_alone(weight: float, student_sha
     total, count = 0.0, 0
     for example in EXAMPLES:
         text = rollouts.get(example.prompt.prompt_id, example)
-        losses, started = position_losses(pair, text), text.prompt.begun
+        losses, started = position_losses(pair, text, reverse=method == "reopd"), text.prompt.begun
         total += weight * sum(losses[:started]) + sum(losses[started:])
         count += len(losses) - (0 if weight else started)
     # transformers adds the losses of a step up in float32.
