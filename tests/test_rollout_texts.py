@@ -345,7 +345,6 @@ def test_the_replay_keeps_how_a_rollout_began_and_what_was_measured(margin_top_k
     assert len({(each.prompt.begun, each.prompt.trains_beginning) for each in loaded.rollouts}) > 4
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="_unpacked cuts the teacher's states without the beginning")
 def test_a_resumed_run_replays_begun_rollouts_with_what_the_teacher_read_of_them(tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": "reopd", "replayed_prefix": ReplayedPrefix(kappa=1.0, weight=0.25)}
     options |= {"replay_capacity": 6, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}

@@ -300,7 +300,6 @@ def test_a_rollout_whose_margin_is_unknown_is_refused() -> None:
             Release()(batch)
 
 
-@pytest.mark.xfail(raises=pytest.fail.Exception, strict=True, reason="collate writes 0 where no margin was recorded")
 def test_an_engine_that_records_no_margin_is_refused() -> None:
     unrecorded = dataclasses.replace(text("s" * 12), margins=[])
     with pytest.raises(ValueError, match="margin of every rollout, but the engine recorded none"):
