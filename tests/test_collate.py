@@ -48,9 +48,11 @@ def test_log_probabilities_of_a_rollout_stand_at_its_tokens_and_0_elsewhere():
         assert logp_BT.tolist() == [[0, 0, 0], [0, *values[name]]]
 
 
-def test_a_rollout_without_the_laws_log_probabilities_has_0():
+def test_what_a_rollout_did_not_record_is_unknown():
     batch = collate([rollout([8], [9, 4], [True, False])], PAD)
-    assert batch.law_logp_BT.tolist() == [[0, 0, 0]]
+    for recorded_BT in (batch.law_logp_BT, batch.margin_BT):
+        assert recorded_BT is not None
+        assert recorded_BT.isnan().tolist() == [[False, True, True]]
 
 
 def test_the_teachers_tokens_are_its_parts_where_they_are_known_and_else_its_writing():

@@ -29,8 +29,8 @@ class Prompt:
     `prompt_id` and `sample_id` name the noise: the same ids under the same seed give the same rollout, whatever else is in the
     batch. A plain list of prompts is numbered by position, with sample 0.
 
-    The last `begun` tokens are the beginning of a response, taken from another text. They count as part of `max_new_tokens`, and
-    where `trains_beginning` they are trained on, like the data set's text.
+    The last `begun` tokens are the beginning of a response, taken from another text. They count as part of `max_new_tokens`,
+    and where `trains_beginning` they are trained on, like the data set's text.
     """
 
     token_ids: tuple[int, ...]
@@ -145,9 +145,9 @@ class Batch:
     `rolled_out_BT` (bool) is True at those of rollouts, not of a data set's text, and `written_by_teacher_BT` (bool) where a
     rollout says so; `student_logp_BT`, `teacher_logp_BT` and `law_logp_BT` (float64, nats) are the token's log-probability
     under each model and under the law that wrote it, when it was written, and `margin_BT` (float64, nats) the teacher's margin
-    there, 0 where there is no rollout; they stay on the CPU. `beginning_BT` (bool) is True at the response tokens of a
-    rollout's row that it began with, from another text. `teacher_hidden_NH` is the teacher's last hidden state that predicted
-    each counted token, row after row, where every sequence brought it.
+    there, 0 where there is no rollout and NaN where it was not recorded; they stay on the CPU. `beginning_BT` (bool) is True
+    at the response tokens of a rollout's row that it began with, from another text. `teacher_hidden_NH` is the teacher's last
+    hidden state that predicted each counted token, row after row, where every sequence brought it.
     """
 
     input_ids_BT: torch.Tensor

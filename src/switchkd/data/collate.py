@@ -5,6 +5,7 @@ Shape letters: B rows, T positions, H hidden, N counted positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,8 +47,9 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
             rolled_out_BT[row, start:end] = True
             written_by_teacher_BT[row, start:end] = torch.tensor(sequence.written_by_teacher, dtype=torch.bool)
             for name, values_BT in measured.items():
-                if values := getattr(sequence, name):
-                    values_BT[row, start:end] = torch.tensor(values, dtype=torch.float64)
+                # What the engine was not asked for is unknown, not 0.
+                known = getattr(sequence, name) or (math.nan,)
+                values_BT[row, start:end] = torch.tensor(known, dtype=torch.float64)
     return Batch(
         input_ids_BT,
         attention_mask_BT,

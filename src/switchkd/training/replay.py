@@ -102,6 +102,8 @@ def _packed(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         "rows": torch.tensor(table, dtype=torch.int64).reshape(-1, 7),
         "prompt": torch.tensor([token for r in rollouts for token in r.prompt.token_ids], dtype=torch.int64),
         "hidden_of": torch.tensor(list(kept), dtype=torch.int64),
+        # A rollout that began with a trained part of its response has states for that part too.
+        "hidden_rows": torch.tensor([len(hidden_TH) for hidden_TH in kept.values()], dtype=torch.int64),
         "hidden": torch.cat([hidden_TH.cpu() for hidden_TH in kept.values()]) if kept else torch.empty(0, 0),
         **{
             name: torch.tensor([value for r in rollouts for value in getattr(r, name)], dtype=dtype)
@@ -116,7 +118,7 @@ def _unpacked(tensors: dict[str, Tensor]) -> list[Rollout]:
     prompts = tensors["prompt"].split([length for length, *_ in table])
     # What the engine was not asked for is empty.
     per_token = {name: tensors[name].split(lengths) for name in _PER_TOKEN if len(tensors[name]) == sum(lengths)}
-    hidden = dict(zip(owners, tensors["hidden"].split([lengths[owner] for owner in owners]), strict=True))
+    hidden = dict(zip(owners, tensors["hidden"].split(tensors["hidden_rows"].tolist()), strict=True))
     found = []
     for row, (_, _, prompt_id, sample_id, begun, trains, reason) in enumerate(table):
         values: dict[str, Any] = {name: tuple(parts[row].tolist()) for name, parts in per_token.items()}
