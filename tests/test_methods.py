@@ -22,6 +22,7 @@ from switchkd.distributions.divergences import (
     SkewedReverseKL,
 )
 from switchkd.errors import UserError
+from switchkd.loss.release import Release
 from switchkd.loss.weights import ByWriter
 from switchkd.methods.config import SwitchConfig
 from switchkd.methods.parts import HEADLINE, MOVED
@@ -286,6 +287,17 @@ def test_everything_of_one_part_has_left_the_flat_list() -> None:
         ({"method": "sft", "start_weight": 0.1}, "start_weight is 0.1, but method 'sft' has no divergence"),
         ({"start_weight": -0.1}, "start_weight is -0.1"),
         ({"method": "kd", "length_growth": {"start": 4}}, "length_growth is .*, but method 'kd' has no rollouts here"),
+        (
+            {"method": "trd", "replayed_prefix": {"weight": 1.0}},
+            "replayed_prefix is set, but .* leave one of the two out",
+        ),
+        (
+            {"method": "trd", "replay_capacity": 4},
+            "replay_capacity is set, but it acts on rollouts as they were written",
+        ),
+        ({"method": "trd", "long_term_weight": 1.0}, "long_term_weight is set, but"),
+        ({"method": "trd", "teacher_text_divergence": "reverse_kl"}, "teacher_text_divergence is set, but"),
+        ({"method": "release", "weight": [Release(8), Release(16)]}, "margin over 8 and 16 candidates, but a rollout"),
         ({"train_on": "student"}, "train_on is now a weight; write weight: {name: by_writer, teacher: 0}"),
         ({"method": "gkd", "policy": {"keep_top_k": 3}}, "keep_top_k is 3, but policy 'student' takes no settings"),
         (

@@ -545,3 +545,13 @@ def test_two_runs_are_rewritten_alike(tmp_path: Path) -> None:
     assert_same_weights(trained[0][0], trained[1][0])
     # Written anew at each step.
     assert trained[0][1][1] != trained[0][1][3]
+
+
+def test_what_is_rewritten_is_no_longer_than_the_step_allows(tmp_path: Path) -> None:
+    pair = tiny_pair("llama", layers=1, tokenizer=TOKENIZER)
+    trainer = rewriting_trainer(tmp_path, pair, length_growth={"start": 2, "steps_per_token": 1.0}, max_steps=2)
+    engine = RecordingEngine(trainer)
+    trainer.train()
+    longest = [max(len(rollout.token_ids) for rollout in call) for call in engine.calls]
+    # The attempts and what the teacher makes of them, at both steps.
+    assert longest == [2, 2, 3, 3]

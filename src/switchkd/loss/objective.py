@@ -61,6 +61,9 @@ class Objective:
             )
         if not self.loss_temperature > 0:
             raise UserError(f"loss_temperature is {self.loss_temperature}; it has to be positive")
+        for key in ("margin_top_k", "outlier_divergence"):
+            # Each refuses weights that do not go together.
+            getattr(self, key)
         if self.outlier_divergence and self.teacher_text_divergence:
             raise UserError(
                 "teacher_text_divergence is set, but a weight compares outliers by a divergence of its own; set one of them"
@@ -101,7 +104,13 @@ class Objective:
     @property
     def margin_top_k(self) -> int:
         """Over how many of the student's likeliest tokens the engine is to record the teacher's margin; 0: not at all."""
-        return max((weight.margin_top_k for weight in self.weights), default=0)
+        found = {weight.margin_top_k for weight in self.weights if weight.margin_top_k}
+        if len(found) > 1:
+            raise UserError(
+                f"two weights read the teacher's margin over {' and '.join(map(str, sorted(found)))} candidates, but a rollout "
+                f"records one margin; give both the same top_k"
+            )
+        return found.pop() if found else 0
 
     @property
     def reads_logp(self) -> bool:

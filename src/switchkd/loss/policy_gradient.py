@@ -29,6 +29,10 @@ def importance_and_returns(batch: Batch) -> tuple[Tensor, Tensor]:
     if batch.student_logp_BT is None or batch.teacher_logp_BT is None or batch.law_logp_BT is None:
         raise ValueError("the long-term term needs rollouts with both models' log-probabilities of their tokens")
     written = batch.rolled_out_BT
+    if batch.law_logp_BT[written].isnan().any():
+        raise ValueError(
+            "the long-term term needs the law's log-probabilities of rollouts, but the engine recorded none"
+        )
     student_BT, teacher_BT, law_BT = (
         logp.masked_fill(~written, 0.0) for logp in (batch.student_logp_BT, batch.teacher_logp_BT, batch.law_logp_BT)
     )

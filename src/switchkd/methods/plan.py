@@ -66,6 +66,7 @@ class Plan:
             raise UserError(f"replay_capacity is {self.replay_capacity}; give a number of rollouts, or 0 for none")
         self._check_long_term()
         self._check_weights()
+        self._check_rewrite()
 
     @property
     def rolls_out(self) -> bool:
@@ -96,6 +97,22 @@ class Plan:
             raise UserError(
                 f"long_term_weight is {weight}, which needs text of the student as it is now; set replay_capacity to 0"
             )
+
+    def _check_rewrite(self) -> None:
+        """Raise UserError where the text that the teacher writes anew would leave a setting without effect."""
+        objective = self.objective
+        without_effect = {
+            "replayed_prefix": self.replayed_prefix is not None,
+            "replay_capacity": self.replay_capacity > 0,
+            "long_term_weight": objective.long_term_weight > 0,
+            "teacher_text_divergence": objective.teacher_text_divergence is not None,
+        }
+        for key, is_set in without_effect.items():
+            if self.rewrite and is_set:
+                raise UserError(
+                    f"{key} is set, but it acts on rollouts as they were written, and rewrite trains on what the teacher makes "
+                    f"of them; leave one of the two out"
+                )
 
     def _check_weights(self) -> None:
         """Raise UserError where the weights act on nothing, or leave no token of the rollouts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
@@ -17,9 +18,9 @@ _SAMPLES = -(1 << 32)
 
 
 def rewritten(
-    rewrite: Rewrite, attempts: Sequence[Rollout], pair: ModelPair, engine: Engine, args: SwitchConfig
+    rewrite: Rewrite, attempts: Sequence[Rollout], pair: ModelPair, engine: Engine, args: SwitchConfig, longest: int
 ) -> list[Example]:
-    """For each attempt its prompt with what the teacher writes in its place, from one call of the engine."""
+    """For each attempt its prompt with what the teacher writes in its place: at most `longest` tokens, in one engine call."""
     limit = _request_limit(pair, args)
     requests = [
         Prompt(
@@ -29,7 +30,8 @@ def rewritten(
         )
         for attempt in attempts
     ]
-    texts = engine.generate(requests, policy=Teacher(), sampling=args.sampling, seed=args.seed)
+    sampling = replace(args.sampling, max_new_tokens=longest)
+    texts = engine.generate(requests, policy=Teacher(), sampling=sampling, seed=args.seed)
     return [Example(attempt.prompt, text.token_ids) for attempt, text in zip(attempts, texts, strict=True)]
 
 
