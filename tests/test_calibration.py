@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from switchkd.analysis.calibration import calibrate
-from switchkd.data.rows import to_examples
+from switchkd.data.examples import to_examples
 from switchkd.data.sets import resolve
 from switchkd.errors import UserError
 from switchkd.models.load import load_pair

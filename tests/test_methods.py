@@ -22,7 +22,8 @@ from switchkd.distributions.divergences import (
     SkewedReverseKL,
 )
 from switchkd.errors import UserError
-from switchkd.methods.config import HEADLINE, MOVED, SwitchConfig
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.moved import HEADLINE, MOVED
 from switchkd.methods.plan import AutoThreshold, Plan
 from switchkd.methods.table import METHOD, METHODS, REPLACEABLE, Method
 from switchkd.report.methods_page import method_settings, methods_page

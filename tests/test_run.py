@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
 from switchkd.errors import UserError
-from switchkd.methods.config import HEADLINE, SwitchConfig
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.moved import HEADLINE
 from switchkd.report.terminal import duration
 from switchkd.rollout.policies import AdaSwitch, Interleave, Switch
 from switchkd.run.callbacks import read_log

@@ -14,7 +14,8 @@ import pytest
 import transformers
 
 import switchkd
-from switchkd.methods.config import HEADLINE, SwitchConfig
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.moved import HEADLINE
 from switchkd.methods.table import REPLACEABLE
 
 SOURCE = Path(switchkd.__file__).parent

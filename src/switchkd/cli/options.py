@@ -90,7 +90,8 @@ class PairAndPrompts:
 
     def load(self) -> tuple[ModelPair, list[Prompt]]:
         """The pair and the prompts; raises UserError unless these were given either as text or as a data set."""
-        from switchkd.data.rows import read_rows, to_examples
+        from switchkd.data.examples import to_examples
+        from switchkd.data.rows import read_rows
         from switchkd.data.sets import resolve
         from switchkd.models.load import load_pair
 

@@ -10,41 +10,23 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from switchkd.distributions.divergences import DIVERGENCE, DIVERGENCES, Divergence
+from switchkd.data.examples import AddBos, Rendering, TrainTurns
+from switchkd.distributions.divergences import DIVERGENCE, Divergence
 from switchkd.errors import UserError
 from switchkd.loss.objective import Objective, TrainOn
+from switchkd.methods.moved import HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold, Plan
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
 from switchkd.models.placement import Placement, placement_of, precision_named
 from switchkd.records import Sampling
 from switchkd.rollout.blocks import check_block_size
-from switchkd.rollout.policies import POLICIES, POLICY, DecayName, Policy, Switch
-from switchkd.settings.components import Registry, setting, settings_of
+from switchkd.rollout.policies import POLICY, DecayName, Policy, Switch
+from switchkd.settings.components import Registry, setting
 
 Offload = Literal["none", "cpu", "disk"]
 # The threshold that a run finds itself.
 AUTO = "auto"
 _THRESHOLD = Registry("threshold", "switchkd.thresholds", AutoThreshold, {AUTO: AutoThreshold})
-# SWITCH's settings stand flat as well, since people write them most. Other policies ignore them: the stages of a run share them.
-HEADLINE = ("threshold", "decay", "decay_rate", "final_fraction")
-
-# Settings that once stood flat, and where each stands now.
-MOVED: dict[str, str] = {
-    **{key: f"policy.{key}" for each in POLICIES.values() for key in settings_of(each) if key not in HEADLINE},
-    **{key: f"divergence.{key}" for each in DIVERGENCES.values() for key in settings_of(each)},
-    "target_teacher_share": "threshold.teacher_share",
-    "calibration_prompts": "threshold.prompts",
-    "recalibrate_every": "threshold.every",
-}
-
-
-def check_not_moved(key: str) -> None:
-    """Raise UserError with the new place of a setting that once stood flat."""
-    if place := MOVED.get(key):
-        part, _, name = place.partition(".")
-        raise UserError(
-            f"{key} is now a setting of the {part}; write {part}: {{{name}: ...}} in the run file, or --set {place}=..."
-        )
 
 
 @dataclass
@@ -107,6 +89,18 @@ class SwitchConfig(TrainingArguments):
     temperature: float = setting(1.0, "Sampling temperature of both models; 0 is greedy.")
     top_p: float = setting(1.0, "Nucleus of both models' sampling; 1 keeps every token.")
     top_k: int = setting(0, "Tokens kept in both models' sampling; 0 keeps every token.")
+    template_from: str = setting(
+        "student", "Whose chat template writes conversations: student, teacher, or the path of a template file."
+    )
+    chat_template_kwargs: dict[str, Any] | None = setting(
+        None, "Keywords of the chat template, such as {enable_thinking: false}; a row's own column wins."
+    )
+    add_bos: AddBos = setting(
+        "auto", "Whether text prompts start with a begin-of-text token: auto (as the tokenizer does), always, never."
+    )
+    train_turns: TrainTurns = setting(
+        "last", "sft, kd: the assistant's turns trained on, last or all. Rollouts continue the last."
+    )
     max_prompt_tokens: int = setting(256, "A row with a longer prompt is a bad row.")
     max_new_tokens: int = setting(256, "Longest rollout, and where the data set's responses are cut, in tokens.")
     rollout_rows: int = setting(64, "Rollouts in flight at a time; bounds memory, changes no token.")
@@ -186,6 +180,11 @@ class SwitchConfig(TrainingArguments):
     def sampling(self) -> Sampling:
         """How rollouts are drawn."""
         return Sampling(self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+
+    @property
+    def rendering(self) -> Rendering:
+        """How rows become text."""
+        return Rendering(self.chat_template_kwargs or {}, self.add_bos, self.train_turns)
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with components as the mappings that describe them."""
@@ -298,6 +297,11 @@ class SwitchConfig(TrainingArguments):
     def _check(self) -> None:
         """Raise UserError for settings out of range that no component checks."""
         check_block_size(self.block_size)
+        if self.rendering.train_turns == "all" and not self.plan.trains_data_alone:
+            raise UserError(
+                f"train_turns is 'all', but method {self.method_name!r} has text written, and that continues the last turn "
+                f"of a conversation; leave it out, or take sft or kd"
+            )
         sampling, weight = self.sampling, self.plan.objective.long_term_weight
         # Returns are of the models' own probabilities; what top-k or top-p excludes would make them infinite.
         if weight and (sampling.temperature, sampling.top_p, sampling.top_k) != (1, 1, 0):

@@ -67,6 +67,11 @@ class Plan:
         return self.rollout_share > 0 or self.share_rise > 0
 
     @property
+    def trains_data_alone(self) -> bool:
+        """Whether all text is the data set's own."""
+        return not self.rolls_out and self.teacher_text is None
+
+    @property
     def needs_response(self) -> bool:
         """Whether the data set has to give responses: where its text is trained on."""
         return self.rollout_share < 1 and self.teacher_text is None

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from switchkd.distributions.divergences import DIVERGENCE
-from switchkd.methods.config import HEADLINE, SwitchConfig
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.moved import HEADLINE
 from switchkd.methods.table import Method
 from switchkd.rollout.policies import POLICY
 from switchkd.settings.components import Registry, settings_of

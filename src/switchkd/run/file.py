@@ -10,7 +10,8 @@ from typing import Any, get_type_hints
 import yaml
 
 from switchkd.errors import UserError, did_you_mean
-from switchkd.methods.config import HEADLINE, SwitchConfig, check_not_moved
+from switchkd.methods.config import SwitchConfig
+from switchkd.methods.moved import HEADLINE, check_not_moved
 from switchkd.rollout.policies import Switch
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed

@@ -15,6 +15,7 @@ from transformers import PrinterCallback
 from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
 from switchkd.methods.describe import describe_objective
+from switchkd.models.chat import set_template
 from switchkd.models.load import load_pair, load_tokenizer
 from switchkd.models.sources import find_source
 from switchkd.records import Example
@@ -24,7 +25,7 @@ from switchkd.run.callbacks import ConsoleProgress, LogFile, StopCleanly, read_l
 from switchkd.run.file import RunConfig, Stage
 from switchkd.run.folder import LOG_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
 from switchkd.training.checkpoints import last_complete_checkpoint
-from switchkd.training.dataset import tokenized
+from switchkd.training.dataset import tokenized, warn_of_templates
 from switchkd.training.teachers import SELF
 from switchkd.training.trainer import SwitchTrainer
 
@@ -92,6 +93,11 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
     prepared = []
     for stage, peft_config, train, held_out in sources:
         tokenizer = load_tokenizer(stage.tokenizer, trust_remote_code=stage.run.trust_remote_code)
+        teacher_tokenizer = None
+        if stage.run.teacher not in (None, SELF) and stage.config.plan.needs_teacher:
+            teacher_tokenizer = load_tokenizer(str(stage.run.teacher), trust_remote_code=stage.run.trust_remote_code)
+        set_template(tokenizer, teacher_tokenizer, stage.config.template_from)
+        warn_of_templates(train, tokenizer, teacher_tokenizer, stage.config)
         needs_response = stage.config.plan.needs_response
         train_examples = tokenized(train, tokenizer, stage.config, need_response=needs_response)
         eval_examples = tokenized(held_out, tokenizer, stage.config, need_response=True) if held_out else None
@@ -172,7 +178,15 @@ def _trainer(
 def _first_line(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -> str:
     starts = f" Goes on from {checkpoint}." if checkpoint else ""
     computes = f"Computes {stage.config.placement.describe()}: {describe_objective(stage.config)}."
-    return f"{trainer.describe()}. {computes} Writes to {stage.model_folder}.{starts}"
+    return f"{trainer.describe()}. {computes} {_marks(trainer)} Writes to {stage.model_folder}.{starts}"
+
+
+def _marks(trainer: SwitchTrainer) -> str:
+    """What texts begin and end with."""
+    tokenizer: Any = trainer.pair.tokenizer
+    first, last = trainer.args.rendering.leading_ids(tokenizer), list(trainer.pair.eos_ids)
+    begins = "".join(tokenizer.convert_ids_to_tokens(first)) or "no begin-of-text token"
+    return f"Plain prompts start with {begins}, texts end at {' or '.join(tokenizer.convert_ids_to_tokens(last))}."
 
 
 def _how_to_resume(run: RunConfig, stage: Stage, what: str) -> str:

@@ -30,7 +30,7 @@ from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_text import teacher_text
 from switchkd.training.teachers import TeacherPlace, teacher_size
-from switchkd.training.trained_pair import trained_pair
+from switchkd.training.trained_pair import keep_ends, trained_pair
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -83,14 +83,15 @@ class SwitchTrainer(Trainer):
             raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
         self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config, args)
         check_one_device(args, pair)
+        keep_ends(pair)
         engine = options.pop("engine", None)
         trainer_options: dict[str, Any] = {**options}
         super().__init__(
             model=pair.student,
             args=args,
             data_collator=with_row_numbers,
-            train_dataset=examples_of(train_dataset, pair.tokenizer, args, need_response=plan.needs_response),
-            eval_dataset=examples_of(eval_dataset, pair.tokenizer, args, need_response=True),
+            train_dataset=examples_of(train_dataset, pair, args, need_response=plan.needs_response),
+            eval_dataset=examples_of(eval_dataset, pair, args, need_response=True, warn_of_template=False),
             processing_class=pair.tokenizer,
             **trainer_options,
         )
