@@ -123,7 +123,7 @@ def test_prompt_and_response_are_the_whole_conversation(name: str, chat: str) ->
         assert ours == ids[: len(ours)]
         # A line end, and Phi-3's end of text: nobody generates what comes after the end of a turn.
         assert tokenizer.decode(ids[len(ours) :]).strip() in ("", "<eos>")
-    assert tokenizer.decode(ours[-1:]) == end
+    assert tokenizer.decode(ours[-1:]) == tokenizer.decode([end_of_turn(tokenizer)]) == end
     assert messages[-1]["content"] in tokenizer.decode(example.response_ids)
     served = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     if not name.startswith(OPEN_A_THOUGHT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ TURN = (
 ROWS = [
     {
         "messages": [
-            {"role": "user", "content": f"one w{20 + n}"},
+            {"role": "user", "content": f"one w{24 + n}"},
             {"role": "assistant", "content": f"sun w{30 + n} red"},
         ]
     }
@@ -94,3 +95,17 @@ def test_a_student_without_a_template_is_told_where_to_take_one(
     assert "the tokenizer has no chat template; set template_from to teacher" in capsys.readouterr().err.replace(
         "\n", " "
     )
+
+
+def test_commands_render_chats_as_they_are_told(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path := tmp_path / "t.jinja").write_text(TURN.replace("<|turn|> {{", "<|turn|> {{ mood }} {{"))
+    rollout = ["rollout", "--student", models / "student", "--teacher", models / "teacher", "--policy", "student"]
+    rollout += ["--data", models / "data.jsonl", "--max-new-tokens", "2", "--output", tmp_path / "r.jsonl"]
+    assert switchkd(*rollout, "--template-from", path, "--chat-template-kwargs", "{mood: blue}") == 0
+    first = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] == "<|turn|> blue one w24 <|stop|> <|turn|>"
+    for wrong in ("[", "blue"):
+        assert switchkd(*rollout, "--chat-template-kwargs", wrong) == 2
+        assert "--chat-template-kwargs is" in capsys.readouterr().err
