@@ -23,6 +23,7 @@ from switchkd.models.heads import Head
 
 DivergenceFunction = Callable[[Tensor, Tensor], Tensor]
 TrainOn = Literal["all", "student", "teacher"]
+CrossEntropyOn = Literal["data", "data+teacher", "all"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Objective:
 
     divergence(student, teacher) at `loss_temperature` + cross_entropy_weight * -log p_student(token). Without a `divergence`
     no teacher is asked. The loss temperature is not the sampling temperature and does not change it; gradients are not
-    rescaled by its square. Tokens of rollouts are weighted by their writer (`weights`). Raises UserError for values out of range.
+    rescaled by its square. Tokens of rollouts are weighted by their writer (`weights`), and the cross-entropy falls on text of
+    `cross_entropy_on` alone: on its own text a student learns nothing from it. Raises UserError for values out of range.
 
     `teacher_text_divergence` replaces the divergence at tokens that the teacher wrote (DistiLLM-2, arXiv 2503.07067).
     `long_term_weight` * return * -log p_student(token) is added if returns are given: their policy gradient
@@ -40,6 +42,7 @@ class Objective:
 
     divergence: DivergenceFunction | None
     cross_entropy_weight: float = 0.0
+    cross_entropy_on: CrossEntropyOn = "data"
     loss_temperature: float = 1.0
     train_on: TrainOn = "all"
     student_token_weight: float = 1.0
@@ -57,8 +60,9 @@ class Objective:
             )
         if not self.loss_temperature > 0:
             raise UserError(f"loss_temperature is {self.loss_temperature}; it has to be positive")
-        if self.train_on not in get_args(TrainOn):
-            raise UserError(f"train_on is {self.train_on!r}; choose one of {', '.join(get_args(TrainOn))}")
+        for key, choices in (("train_on", get_args(TrainOn)), ("cross_entropy_on", get_args(CrossEntropyOn))):
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key} is {getattr(self, key)!r}; choose one of {', '.join(choices)}")
         for writer in ("student", "teacher"):
             weight = getattr(self, f"{writer}_token_weight")
             if weight != 1 and self.train_on not in ("all", writer):
@@ -87,13 +91,20 @@ class Objective:
         of_writer_N = of_student + (of_teacher - of_student) * written_by_teacher_N.float()
         return torch.where(rolled_out_N, of_writer_N, 1.0)
 
+    def cross_entropy_factor(self, written_by_teacher_N: Tensor, rolled_out_N: Tensor) -> Tensor | None:
+        """What multiplies each position's cross-entropy (N,), float32: 1 on text of `cross_entropy_on`, else 0. None: 1 everywhere."""
+        if self.cross_entropy_on == "all" or not self.cross_entropy_weight:
+            return None
+        is_on_N = ~rolled_out_N if self.cross_entropy_on == "data" else ~rolled_out_N | written_by_teacher_N
+        return is_on_N.float()
+
 
 @dataclass(frozen=True, eq=False)
 class Counted:
     """The N positions that count, all tensors in the same order.
 
     `hidden_NH` are the student's last hidden states that predict `token_ids_N`. `weight_N` multiplies each position's loss, but
-    not its report. `written_by_teacher_N` (bool) chooses between two divergences. `return_N` is the return of the long-term
+    not its report, and `cross_entropy_factor_N` its cross-entropy alone. `written_by_teacher_N` (bool) chooses between two divergences. `return_N` is the return of the long-term
     term, in nats.
     """
 
@@ -102,6 +113,7 @@ class Counted:
     weight_N: Tensor | None = None
     written_by_teacher_N: Tensor | None = None
     return_N: Tensor | None = None
+    cross_entropy_factor_N: Tensor | None = None
 
 
 @dataclass
@@ -167,7 +179,9 @@ class _PositionLoss:
             cross_entropy_P = -log_probabilities(logits_PV, 1.0).gather(-1, counted.token_ids_N[at, None])[:, 0]
             self._keep("cross_entropy_N", at, cross_entropy_P)
             returns = 0.0 if counted.return_N is None else counted.return_N[at].to(cross_entropy_P)
-            loss_P = loss_P + (objective.cross_entropy_weight + objective.long_term_weight * returns) * cross_entropy_P
+            factor_N = counted.cross_entropy_factor_N
+            weight = objective.cross_entropy_weight * (1.0 if factor_N is None else factor_N[at])
+            loss_P = loss_P + (weight + objective.long_term_weight * returns) * cross_entropy_P
         return loss_P if counted.weight_N is None else loss_P * counted.weight_N[at]
 
     def _divergence(self, teacher: TeacherSignal, logits_PV: Tensor, at: slice, chunk: slice) -> Tensor:

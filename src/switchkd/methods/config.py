@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from switchkd.data.examples import AddBos, Rendering, TrainTurns
 from switchkd.distributions.divergences import DIVERGENCE, Divergence
 from switchkd.errors import UserError
-from switchkd.loss.objective import Objective, TrainOn
+from switchkd.loss.objective import CrossEntropyOn, Objective, TrainOn
 from switchkd.methods.moved import HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold, Plan
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
@@ -61,6 +61,9 @@ class SwitchConfig(TrainingArguments):
         None, "SWITCH: threshold at the last position / at the first; 0.1 where decay_rate is not set either."
     )
     cross_entropy_weight: float | None = setting(None, "Weight of -log p_student(token), added to the divergence.")
+    cross_entropy_on: CrossEntropyOn = setting(
+        "data", "Whose text the cross-entropy falls on: data, data+teacher (its tokens of rollouts too), all."
+    )
     long_term_weight: float | None = setting(
         None, "Weight of MiniLLM's policy-gradient term for what a token does to later ones; 0 is none."
     )
@@ -207,6 +210,7 @@ class SwitchConfig(TrainingArguments):
             objective=Objective(
                 method.divergence,
                 cross_entropy_weight=method.cross_entropy_weight,
+                cross_entropy_on=self.cross_entropy_on,
                 loss_temperature=self.loss_temperature,
                 train_on=self.train_on,
                 student_token_weight=self.student_token_weight,

@@ -18,7 +18,8 @@ def describe_objective(config: SwitchConfig) -> str:
     divergence = objective.divergence
     compared = [_in_words(DIVERGENCE.describe(divergence))] if isinstance(divergence, Divergence) else []
     if weight := objective.cross_entropy_weight:
-        compared.append("cross-entropy" if weight == 1 else f"{weight:g} x cross-entropy")
+        on = f" on {objective.cross_entropy_on} text" if config.plan.rolls_out else ""
+        compared.append(("cross-entropy" if weight == 1 else f"{weight:g} x cross-entropy") + on)
     said = [f"learning rate {config.learning_rate:g}", " + ".join(compared)]
     return ", ".join([*said, _writer(config)] if config.plan.rolls_out else said)
 

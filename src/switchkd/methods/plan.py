@@ -58,6 +58,7 @@ class Plan:
                 raise UserError(f"{key} is {getattr(self, key)}; it is a share of sequences, from 0 to 1")
         if not self.replay_capacity >= 0:
             raise UserError(f"replay_capacity is {self.replay_capacity}; give a number of rollouts, or 0 for none")
+        self._check_cross_entropy()
         self._check_long_term()
         self._check_token_weights()
 
@@ -81,6 +82,14 @@ class Plan:
         """Whether a teacher has to be loaded, for the text or for the loss."""
         writes = self.rolls_out and (self.policy.needs_teacher or self.teacher_text_share > 0)
         return self.objective.divergence is not None or self.teacher_text is not None or writes
+
+    def _check_cross_entropy(self) -> None:
+        objective = self.objective
+        if objective.divergence is None and objective.cross_entropy_on == "data" and self.rollout_share == 1:
+            raise UserError(
+                "the loss is cross-entropy alone, on text of the data set, but all text here is rolled out; set "
+                "cross_entropy_on to data+teacher, or take a divergence"
+            )
 
     def _check_long_term(self) -> None:
         weight = self.objective.long_term_weight
