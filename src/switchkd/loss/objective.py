@@ -92,7 +92,7 @@ class Objective:
         return torch.where(rolled_out_N, of_writer_N, 1.0)
 
     def cross_entropy_factor(self, written_by_teacher_N: Tensor, rolled_out_N: Tensor) -> Tensor | None:
-        """What multiplies each position's cross-entropy (N,), float32: 1 on text of `cross_entropy_on`, else 0. None: 1 everywhere."""
+        """What multiplies each position's cross-entropy (N,), float32: 1 on text of `cross_entropy_on`, else 0; None is 1."""
         if self.cross_entropy_on == "all" or not self.cross_entropy_weight:
             return None
         is_on_N = ~rolled_out_N if self.cross_entropy_on == "data" else ~rolled_out_N | written_by_teacher_N
@@ -104,8 +104,8 @@ class Counted:
     """The N positions that count, all tensors in the same order.
 
     `hidden_NH` are the student's last hidden states that predict `token_ids_N`. `weight_N` multiplies each position's loss, but
-    not its report, and `cross_entropy_factor_N` its cross-entropy alone. `written_by_teacher_N` (bool) chooses between two divergences. `return_N` is the return of the long-term
-    term, in nats.
+    not its report, and `cross_entropy_factor_N` its cross-entropy alone. `written_by_teacher_N` (bool) chooses between two
+    divergences. `return_N` is the return of the long-term term, in nats.
     """
 
     hidden_NH: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -37,8 +38,8 @@ class SwitchConfig(TrainingArguments):
     a mapping without a name changes the method's own. Where one is left out, the method decides.
 
     Defaults that differ: progress is logged every step, no reports are sent unless asked for (`report_to`), bf16 follows
-    `precision`, and the learning rate is 1e-5. `placement` is what device and precision come to. Raises UserError for settings
-    out of range, and for those that nothing would read.
+    `precision`, two checkpoints are kept, and the learning rate follows what is trained. `placement` is what device and
+    precision come to. Raises UserError for settings out of range, and for those that nothing would read.
     """
 
     # HfArgumentParser takes the second type of a union that has None: the form that a command line can give.
@@ -53,7 +54,8 @@ class SwitchConfig(TrainingArguments):
         None, "The divergence at tokens of rollouts that the teacher wrote, where it is another."
     )
     threshold: None | float | str | AutoThreshold | dict[str, Any] = setting(
-        None, "SWITCH: tau_0 in nats, 0 to 0.693; the teacher writes above it. auto: found for a teacher share."
+        None,
+        "SWITCH: tau_0 in nats, 0 to 0.693; the teacher writes above it. auto, its default: found for a teacher share.",
     )
     decay: DecayName | None = setting(None, "SWITCH: how the threshold falls: exponential, linear or constant.")
     decay_rate: float | None = setting(None, "SWITCH: the threshold's decay per token (lambda).")
@@ -138,7 +140,11 @@ class SwitchConfig(TrainingArguments):
     )
     bf16: bool | None = setting(None, "As precision: bf16 where true, float32 where false.")  # type: ignore[assignment]
 
-    learning_rate: float = setting(1e-5, "The initial learning rate.")
+    learning_rate: float | None = setting(  # type: ignore[assignment]
+        None,
+        "The initial learning rate; by default 2e-4 for an adapter, 1e-5 for a whole model, 1e-3 below 30M parameters.",
+    )
+    save_total_limit: int | None = setting(2, "Checkpoints kept, the newest ones; null keeps all.")
     logging_steps: float = setting(1, "Log every this many steps.")
     # The loader hands over records, not tensors: nothing of them can be pinned.
     dataloader_pin_memory: bool = setting(False, "Pin the data loader's memory.")
@@ -235,11 +241,17 @@ class SwitchConfig(TrainingArguments):
         inside = flat if isinstance(self.policy, Policy) else self.policy if isinstance(self.policy, Mapping) else ()
         if twice := [key for key in flat if key in inside]:
             raise UserError(f"{twice[0]} is {flat[twice[0]]}, but the policy brings its own; set it in one place")
-        auto = _auto_threshold(flat.get("threshold"))
-        if auto is not None:
-            # The search starts from the default.
-            del flat["threshold"]
-        return auto, replace(policy, **flat)
+        finds = row.finds_threshold if self.policy is None else not isinstance(self.policy, Policy)
+        given = flat.pop("threshold", AUTO if finds and "threshold" not in inside else None)
+        auto = _auto_threshold(given)
+        # Without a threshold, the search starts from the default.
+        policy = replace(policy, **flat, **({} if auto or given is None else {"threshold": given}))
+        if auto is None and policy.threshold > math.log(2):
+            raise UserError(
+                f"threshold is {policy.threshold}, but the divergence is at most ln 2 = 0.693 nats, so the teacher would not "
+                f"write before the threshold has fallen that far; take less, or auto"
+            )
+        return auto, policy
 
     def _teacher_text(self, method: Method) -> Path | None:
         if method.teacher_writes_data:
@@ -313,6 +325,8 @@ class SwitchConfig(TrainingArguments):
                 f"long_term_weight is {weight}, which needs text drawn from the models' own distributions; set temperature "
                 f"and top_p to 1 and top_k to 0"
             )
+        if not (self.learning_rate is None or 0 <= self.learning_rate < math.inf):
+            raise UserError(f"learning_rate is {self.learning_rate}; it has to be 0 or more, or left out")
         for key in ("max_prompt_tokens", "rollout_rows", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}; it has to be at least 1")

@@ -20,7 +20,8 @@ def describe_objective(config: SwitchConfig) -> str:
     if weight := objective.cross_entropy_weight:
         on = f" on {objective.cross_entropy_on} text" if config.plan.rolls_out else ""
         compared.append(("cross-entropy" if weight == 1 else f"{weight:g} x cross-entropy") + on)
-    said = [f"learning rate {config.learning_rate:g}", " + ".join(compared)]
+    rate = [] if config.learning_rate is None else [f"learning rate {config.learning_rate:g}"]
+    said = [*rate, " + ".join(compared)]
     return ", ".join([*said, _writer(config)] if config.plan.rolls_out else said)
 
 

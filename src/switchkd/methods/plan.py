@@ -9,14 +9,14 @@ from switchkd.errors import UserError
 from switchkd.loss.objective import Objective
 from switchkd.rollout.policies import Policy
 from switchkd.settings.components import setting
-from switchkd.settings.paper import PAPER_SHARE
+from switchkd.settings.paper import DEFAULT_SHARE
 
 
 @dataclass(frozen=True)
 class AutoThreshold:
     """`threshold: auto`: the run calibrates its threshold before the first step. Raises UserError for values out of range."""
 
-    teacher_share: float = setting(PAPER_SHARE, "The share of tokens that the teacher is to write, inside 0..1.")
+    teacher_share: float = setting(DEFAULT_SHARE, "The share of tokens that the teacher is to write, inside 0..1.")
     prompts: int = setting(64, "The number of training prompts, from the start of the data, that it is calibrated on.")
     every: int = setting(0, "Calibrate again every this many steps, as the student learns; 0 is never.")
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from switchkd.distributions.divergences import DIVERGENCE
-from switchkd.methods.config import SwitchConfig
+from switchkd.methods.config import AUTO, SwitchConfig
 from switchkd.methods.moved import HEADLINE
 from switchkd.methods.table import Method
 from switchkd.rollout.policies import POLICY
@@ -31,7 +31,9 @@ def method_settings(method: Method) -> Iterator[tuple[str, Any, str]]:
     sentences = {key: each.metadata.get("help", "") for key, each in settings_of(SwitchConfig).items()}
     rolls_out = method.student_share or method.share_rise
     if rolls_out:
-        yield from _of_component("policy", POLICY, method.policy, sentences["policy"])
+        for key, value, sentence in _of_component("policy", POLICY, method.policy, sentences["policy"]):
+            is_found = key == "threshold" and method.finds_threshold
+            yield (key, AUTO, sentences[key]) if is_found else (key, value, sentence)
     for key in ("divergence", "teacher_text_divergence"):
         if (part := getattr(method, key)) is not None:
             yield from _of_component(key, DIVERGENCE, part, sentences[key])

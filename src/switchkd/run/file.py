@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
 from switchkd.errors import UserError, did_you_mean
-from switchkd.methods.config import SwitchConfig
+from switchkd.methods.config import AUTO, SwitchConfig
 from switchkd.methods.moved import HEADLINE, check_not_moved
+from switchkd.methods.plan import AutoThreshold
 from switchkd.rollout.policies import Switch
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed
@@ -48,6 +49,7 @@ class RunConfig:
         if not any("policy" in part for part in (self.training, *self.stages)):
             # Flat settings beside a policy of one's own would say the same thing twice.
             defaults |= {name: settings_of(Switch)[name].default for name in HEADLINE}
+            defaults["threshold"] = {"name": AUTO, **asdict(AutoThreshold())}
         ordered = {name: defaults[name] for name in SWITCH_FIELDS}
         ordered |= {name: value for name, value in defaults.items() if value is not None}
         return {name: getattr(self, name) for name in OWN_HINTS} | ordered | dict(self.training)

@@ -24,10 +24,12 @@ from switchkd.rollout.engine import Engine
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.dataset import examples_of, with_row_numbers, without_repeats
+from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
+from switchkd.training.teacher_share_alarm import teacher_share_alarm
 from switchkd.training.teacher_text import teacher_text
 from switchkd.training.teachers import TeacherPlace, teacher_size
 from switchkd.training.trained_pair import keep_ends, trained_pair
@@ -84,6 +86,7 @@ class SwitchTrainer(Trainer):
         self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config, args)
         check_one_device(args, pair)
         keep_ends(pair)
+        args.learning_rate = learning_rate_for(pair.student, args.learning_rate)
         engine = options.pop("engine", None)
         trainer_options: dict[str, Any] = {**options}
         super().__init__(
@@ -109,8 +112,8 @@ class SwitchTrainer(Trainer):
             self._loss = StepLoss(pair, plan, rows=args.train_batch_size)
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
         self._text = StepText(args, pair, self._meters, self.train_dataset or ())
-        if self._text.share:
-            self.add_callback(self._text.share)
+        for callback in filter(None, (self._text.share, teacher_share_alarm(plan))):
+            self.add_callback(callback)
         self._step_started, self._step_tokens = 0.0, 0
         self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0
 

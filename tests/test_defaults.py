@@ -1,0 +1,108 @@
+"""Defaults that do not burn: what a run says of a share, a rate or a limit that will not work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from runs import switchkd, write_rows, write_run
+from switchkd.run.folder import LOG_FILE
+from switchkd.training.learning_rate import ADAPTER, SMALL, WHOLE, learning_rate_for, usual_rates
+from switchkd.training.teacher_share_alarm import LEAST, MOST
+from tiny import tiny_model, tiny_pair
+from trainers import make_trainer
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"threshold": 0.69, "decay": "constant"}, "the teacher wrote 0.0% of the tokens up to step 3"),
+        ({"threshold": 0.0}, "the teacher wrote 100.0% of the tokens up to step 3"),
+        ({"threshold": 0.3}, None),
+        # As teacher text, its share is 1 by choice.
+        ({"method": "distillm2", "teacher_text_share": 1.0}, None),
+    ],
+)
+def test_a_share_at_an_end_is_said_once(
+    options: dict[str, Any], said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, tiny_pair("llama"), max_steps=5, **options)
+    trainer.train()
+    shares = [line["teacher_share"] for line in trainer.state.log_history if "teacher_share" in line][:3]
+    if options == {"threshold": 0.3}:
+        assert LEAST < sum(shares) / 3 < MOST
+    assert caplog.text.count("the teacher wrote") == (said is not None)
+    if said is not None:
+        assert said in caplog.text
+        assert f"take a {'lower' if '0.69' in str(options) else 'higher'} threshold, or threshold: auto" in caplog.text
+
+
+def test_the_learning_rate_follows_what_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small = tiny_model("llama")
+    adapter = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    large = tiny_model("llama", hidden=8, layers=1, vocab=4_000_000)
+    assert [usual_rates(each) for each in (small, adapter, large)] == [SMALL, ADAPTER, WHOLE]
+    # In the order of the steps that they are known to take.
+    assert WHOLE.default < ADAPTER.default < SMALL.default
+    trainer = make_trainer(tmp_path, tiny_pair("llama"), learning_rate=None, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["learning_rate"] == SMALL.default
+    assert not caplog.text
+    for student, given, said in (
+        (adapter, 1e-5, "hardly learn"),
+        (large, 1e-2, "diverge"),
+        (small, 1e-9, "hardly learn"),
+    ):
+        assert learning_rate_for(student, given) == given
+        assert f"learning_rate is {given:g}, but {usual_rates(student).kind} is usually trained at" in caplog.text
+        assert said in caplog.text
+        caplog.clear()
+    for rates in (SMALL, ADAPTER, WHOLE):
+        assert rates.low < rates.default < rates.high
+    assert learning_rate_for(small, 0.0) == 0
+    assert not caplog.text
+
+
+def test_a_run_says_what_it_will_do_and_what_is_odd(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"one two says w{30 + n}", "completion": "sun " * (2 + 3 * n)} for n in range(4)]
+    data = str(write_rows(tmp_path / "d.jsonl", rows))
+    run = {"method": "kd", "train_data": data, "learning_rate": 0.5, "max_steps": 5, "save_steps": 1}
+    assert switchkd("train", write_run(models, tmp_path, **run)) == 0
+    assert "3 of 4 responses (75%) are cut" not in caplog.text
+    assert "2 of 4 responses (50%) are cut, and end without an end-of-text token." in caplog.text
+    assert "max_new_tokens 6 keeps 2 of 4; 8 would keep 2, 16 would keep 4." in caplog.text
+    assert "learning_rate is 0.5, but a model of under 30M parameters is usually trained at" in caplog.text
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "learning rate 0.5, forward_kl." in first
+    assert "Plain prompts start with no begin-of-text token, texts end at <eos>." in first
+    kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert kept == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_run_finds_its_threshold_by_default(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert switchkd("train", write_run(models, tmp_path, threshold=None, max_steps=1)) == 0
+    out = capsys.readouterr().out
+    assert "threshold for 10% teacher tokens" in out.splitlines()[0]
+    events = [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()]
+    assert abs(events[0]["calibrated_teacher_share"] - 0.1) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"threshold": 3}, "threshold is 3.0, but the divergence is at most ln 2"),
+        ({"learning_rate": -1}, "learning_rate is -1.0; it has to be 0 or more"),
+        ({"max_prompt_tokens": 3}, "max_prompt_tokens 3 keeps 0 of 12; 4 would keep 12."),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    changes: dict[str, Any], refusal: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert switchkd("train", write_run(models, tmp_path, **changes)) == 2
+    assert refusal in capsys.readouterr().err.replace("\n", " ")
