@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
+import yaml
 
 from runs import switchkd, write_rows, write_run
 from switchkd.run.folder import LOG_FILE
@@ -42,8 +42,8 @@ def test_a_share_at_an_end_is_said_once(
 
 
 def test_the_learning_rate_follows_what_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    small = tiny_model("llama")
-    adapter = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    peft, small = pytest.importorskip("peft"), tiny_model("llama")
+    adapter = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     large = tiny_model("llama", hidden=8, layers=1, vocab=4_000_000)
     assert [usual_rates(each) for each in (small, adapter, large)] == [SMALL, ADAPTER, WHOLE]
     # In the order of the steps that they are known to take.
@@ -91,6 +91,36 @@ def test_a_run_finds_its_threshold_by_default(models: Path, tmp_path: Path, caps
     assert "threshold for 10% teacher tokens" in out.splitlines()[0]
     events = [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()]
     assert abs(events[0]["calibrated_teacher_share"] - 0.1) < 0.05
+
+
+def test_calibrate_prints_the_spread_and_all_that_its_number_holds_for(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["calibrate", "--student", models / "student", "--teacher", models / "teacher", "--share", "0.3"]
+    call += ["--data", models / "data.jsonl", "--max-new-tokens", "9", "--temperature", "0.9", "--decay", "constant"]
+    call += ["--add-bos", "never", "--output", tmp_path]
+    assert switchkd(*call) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "calibration.json").read_text())
+    settings = yaml.safe_load(out[out.index("In the run file:\n") + 17 : out.index("the numbers are in")])
+    assert settings.pop("threshold") == pytest.approx(found["threshold"], rel=5e-3)
+    assert settings == {
+        "student": str(models / "student"),
+        "teacher": str(models / "teacher"),
+        "train_data": str(models / "data.jsonl"),
+        "decay": "constant",
+        "max_prompt_tokens": 256,
+        "max_new_tokens": 9,
+        "temperature": 0.9,
+        "top_p": 1.0,
+        "top_k": 0,
+        "add_bos": "never",
+    }
+    quantiles = found["quantiles"]
+    # Without a decay, the threshold for 30 % lies where 70 % of the tokens are below.
+    assert quantiles["0.5"] < found["threshold"] < quantiles["0.9"]
+    assert f"10% below {quantiles['0.1']:.2g}, 25% below {quantiles['0.25']:.2g}" in out
+    assert [*quantiles.values()] == sorted(quantiles.values())
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import yaml
 
 from switchkd.errors import UserError
 from switchkd.files import now, write_atomically
+from switchkd.models.heads import base_of
 from switchkd.run.file import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage, read_mapping, run_from_values
 from switchkd.training.checkpoints import last_complete_checkpoint
 
@@ -151,6 +152,9 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         # Of a run that was killed while saving: its files may be cut off.
         shutil.rmtree(staged, ignore_errors=True)
         model.save_pretrained(staged)
+        # An adapter leaves it to its base model.
+        if (generation_config := base_of(model).generation_config) is not None:
+            generation_config.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         for file in staged.iterdir():

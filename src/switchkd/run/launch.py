@@ -86,7 +86,10 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
         run = stage.run
         train = resolve(run.train_data, "train", data_dir=run.data_dir)
         held_out = resolve(run.eval_data, "eval", data_dir=run.data_dir) if run.eval_data else None
-        find_source(stage.tokenizer)
+        if find_source(stage.tokenizer).gguf_file is not None and run.adapter == "keep":
+            raise UserError(
+                f"adapter is keep, but nothing loads one onto a .gguf file ({run.student}); set adapter to merge"
+            )
         if run.teacher not in (None, SELF) and stage.config.plan.needs_teacher:
             find_source(str(run.teacher))
         sources.append((stage, _peft_config(run), train, held_out))
@@ -142,7 +145,12 @@ def _train_stage(
         raise Stopped(_how_to_resume(run, stage, f"stopped after step {step}"))
     if is_main_process:
         model: Any = trainer.pair.student
-        save_final(model if prepared.peft_config is None else model.merge_and_unload(), trainer.pair.tokenizer, stage)
+        if stage.run.adapter == "keep":
+            # Names such as world:student lead nowhere elsewhere.
+            model.active_peft_config.base_model_name_or_path = str(find_source(stage.run.student).place)
+        elif prepared.peft_config is not None:
+            model = model.merge_and_unload()
+        save_final(model, trainer.pair.tokenizer, stage)
     # The next stage reads what was saved.
     trainer.accelerator.wait_for_everyone()
 
@@ -155,6 +163,7 @@ def _trainer(
         stage.run.student,
         stage.run.teacher if stage.config.plan.needs_teacher and stage.run.teacher != SELF else None,
         placement=stage.config.placement,
+        student_quantization=stage.run.student_quantization,
         teacher_quantization=stage.run.teacher_quantization,
         trust_remote_code=stage.run.trust_remote_code,
         student_drop_layers=stage.run.student_drop_layers,

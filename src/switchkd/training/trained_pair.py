@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
@@ -60,14 +60,22 @@ def trained_pair(
     if tokenizer is not None:
         set_template(tokenizer, teacher_tokenizer, args.template_from)
     if peft_config is not None:
-        from peft import get_peft_model
-
-        student = cast(PreTrainedModel, get_peft_model(student, peft_config))
+        student = _adapted(student, peft_config, args)
     teacher = self_teacher(student) if teacher_model == SELF else teacher_model
     if isinstance(teacher, str):
         place, kwargs = args.placement, args.placement.init_kwargs(args.teacher_model_init_kwargs)
         teacher = load_model(teacher, dtype=place.teacher_dtype, device=place.device, init_kwargs=kwargs)
     return ModelPair(student, teacher, tokenizer, teacher_tokenizer, autocast_dtype)
+
+
+def _adapted(student: PreTrainedModel, peft_config: PeftConfig, args: SwitchConfig) -> PreTrainedModel:
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(student, "is_quantized", False):
+        student = prepare_model_for_kbit_training(student, use_gradient_checkpointing=args.activation_checkpointing)
+    # An adapter begins at random, and equal runs begin equally.
+    set_seed(args.seed)
+    return cast(PreTrainedModel, get_peft_model(student, peft_config))
 
 
 def keep_ends(pair: ModelPair) -> None:
