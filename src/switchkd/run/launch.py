@@ -145,10 +145,7 @@ def _train_stage(
         raise Stopped(_how_to_resume(run, stage, f"stopped after step {step}"))
     if is_main_process:
         model: Any = trainer.pair.student
-        if stage.run.adapter == "keep":
-            # Names such as world:student lead nowhere elsewhere.
-            model.active_peft_config.base_model_name_or_path = str(find_source(stage.run.student).place)
-        elif prepared.peft_config is not None:
+        if prepared.peft_config is not None and stage.run.adapter == "merge":
             model = model.merge_and_unload()
         save_final(model, trainer.pair.tokenizer, stage)
     # The next stage reads what was saved.
@@ -180,6 +177,10 @@ def _trainer(
         peft_config=prepared.peft_config,
         callbacks=[LogFile(Path(run.output_dir) / LOG_FILE, stage.name), progress, stopper],
     )
+    if prepared.peft_config is not None:
+        # Names such as world:student lead nowhere elsewhere.
+        adapted: Any = trainer.pair.student
+        adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
     trainer.remove_callback(PrinterCallback)
     return trainer, stopper, progress
 
