@@ -53,7 +53,14 @@ def test_the_earlier_stages_of_a_run_merge(models: Path, tmp_path: Path) -> None
 
 
 def test_a_kept_adapter_names_a_base_model_that_anybody_can_load(models: Path, tmp_path: Path) -> None:
-    run = {"student": "world:student", "teacher": None, "method": "sft", "peft": LORA, "adapter": "keep", "max_steps": 1}
+    run = {
+        "student": "world:student",
+        "teacher": None,
+        "method": "sft",
+        "peft": LORA,
+        "adapter": "keep",
+        "max_steps": 1,
+    }
     path = write_run(models, tmp_path, **run, max_prompt_tokens=64, max_new_tokens=32)
     assert switchkd("train", path) == 0
     assert logits_of(tmp_path / "out").shape[:2] == IDS.shape

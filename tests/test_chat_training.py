@@ -97,6 +97,24 @@ def test_a_student_without_a_template_is_told_where_to_take_one(
     )
 
 
+def test_a_run_warns_of_a_teacher_with_another_template(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, other = tmp_path / "student", TURN.replace("<|turn|> {{", "<|turn|> one {{")
+    save(tiny_model("llama", vocab=VOCABULARY + 2), chat_tokenizer(other), student)
+    run = {"method": "kd", "max_steps": 1, "max_new_tokens": 8, "save_strategy": "no", "student": str(student)}
+    for source, warned in (("student", True), ("teacher", False)):
+        (folder := tmp_path / source).mkdir(exist_ok=True)
+        path = write_run(models, tmp_path, template_from=source, output_dir=str(folder / "out"), **run)
+        assert switchkd("train", path) == 0
+        assert ("the chat templates of student and teacher differ" in caplog.text) == warned
+        caplog.clear()
+    # Plain text goes through no template.
+    text = str(write_rows(tmp_path / "text.jsonl", [{"prompt": "one two", "completion": "sun"}] * 2))
+    assert switchkd("train", write_run(models, tmp_path, train_data=text, **run)) == 0
+    assert "the chat templates" not in caplog.text
+
+
 def test_commands_render_chats_as_they_are_told(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
