@@ -20,7 +20,9 @@ from switchkd.data.rows import read_rows, row_text
 from switchkd.errors import UserError
 from switchkd.models.chat import end_of_turn, leading_ids, set_template, warn_of_other_template
 from switchkd.models.pair import ModelPair
-from switchkd.records import Example
+from switchkd.records import Example, Sampling
+from switchkd.rollout.policies import Student
+from switchkd.rollout.reference import ReferenceEngine
 from tiny import tiny_model
 
 LIMITS: dict[str, Any] = {"max_prompt_tokens": 20_000, "max_response_tokens": 2_000, "need_response": True}
@@ -197,6 +199,29 @@ def test_tools_and_their_calls_are_rendered(name: str) -> None:
     assert "rain" in tokenizer.decode(example.response_ids)
 
 
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"tools": "[{"}, "tools is text that is not JSON"),
+        ({"tools": {"name": "rain"}}, "tools is dict .*, not a list of tools"),
+        ({"chat_template_kwargs": "quiet"}, "chat_template_kwargs is str 'quiet', not a mapping"),
+    ],
+)
+def test_what_is_no_tool_or_keyword_makes_a_bad_row(columns: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=f"row 0: {reason}"):
+        examples_of({"messages": ONE, **columns}, byte_tokenizer())
+
+
+def test_tools_may_be_json_in_text() -> None:
+    tokenizer = byte_tokenizer("{% for tool in tools or [] %}{{ tool.name }};{% endfor %}" + TURN)
+    as_text, as_list = (
+        examples_of({"messages": ONE, "tools": tools}, tokenizer)
+        for tools in ('[{"name": "rain"}]', [{"name": "rain"}])
+    )
+    assert as_text == as_list
+    assert tokenizer.decode(as_text[0].prompt.token_ids).startswith("rain;<|user|>")
+
+
 # ------ the token that ends a turn
 
 
@@ -267,6 +292,14 @@ def test_a_plain_prompt_begins_as_the_tokenizer_begins_one() -> None:
     # The response is no text of its own, and what already begins as it should is left as it is.
     (example,) = examples_of({"prompt": "<bos>ab", "completion": "c"}, adds)
     assert adds.decode([*example.prompt.token_ids, *example.response_ids]) == "<bos>abc<eos>"
+
+
+def test_a_prompt_that_an_engine_gets_as_text_begins_so_too() -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    student = tiny_model("llama", vocab=max(tokenizer.get_vocab().values()) + 1)
+    rollouts = ReferenceEngine(ModelPair(student, None, tokenizer)).generate(["ab", "<bos>ab"], Student(), Sampling(1))
+    assert rollouts[0].prompt.token_ids == rollouts[1].prompt.token_ids
+    assert tokenizer.decode(rollouts[0].prompt.token_ids) == "<bos>ab"
 
 
 def test_a_chat_begins_as_its_template_says() -> None:

@@ -13,6 +13,7 @@ from switchkd.errors import UserError
 from switchkd.models.chat import (
     TEMPLATE_ERRORS,
     Message,
+    begun,
     end_of_turn,
     leading_ids,
     plain_ids,
@@ -228,8 +229,7 @@ def _tokenize(
         if whole[: len(prompt)] != prompt:
             (response,) = plain_ids(tokenizer, [each.response])
         if each.said is None:
-            # Somebody may have written it into the text.
-            prompt = prompt if prompt[: len(leading)] == leading else [*leading, *prompt]
+            prompt = begun(prompt, leading)
             ended = [*response, tokenizer.eos_token_id]
         else:
             ended = _up_to_the_end(response, tokenizer, end_of_chat)

@@ -161,8 +161,12 @@ def _from_prompt(columns: Mapping[str, Any]) -> RowText:
 
 def _of_chat(prompt: list[Message], answer: Message | None, columns: Mapping[str, Any]) -> RowText:
     tools, template_kwargs = columns.get("tools"), columns.get("chat_template_kwargs", {})
-    # Data sets in which each row has other tools hold them as text.
-    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    if isinstance(tools, str) and tools:
+        # Data sets in which each row has other tools hold them as text.
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise BadRowError(f"tools is text that is not JSON: {error}") from None
     if not (tools is None or isinstance(tools, list)):
         raise BadRowError(f"tools is {_kind(tools)}, not a list of tools")
     if not isinstance(template_kwargs, Mapping):

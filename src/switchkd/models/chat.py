@@ -105,6 +105,12 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[: next(starts, 0)]
 
 
+def begun(token_ids: Sequence[int], leading: Sequence[int]) -> list[int]:
+    """A text's ids after the leading ones, which somebody may have written into it already; no text stays none."""
+    is_begun = not token_ids or [*token_ids[: len(leading)]] == [*leading]
+    return [*token_ids] if is_begun else [*leading, *token_ids]
+
+
 def set_template(
     tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase | None, template_from: str
 ) -> None:
