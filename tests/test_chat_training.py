@@ -78,7 +78,7 @@ def test_a_base_student_learns_to_stop(
     run |= {"student_share": 0.5} if method == "gkd" else {}
     path = write_run(models, tmp_path, method=method, template_from="teacher", save_strategy="no", **run)
     assert switchkd("train", path) == 0
-    assert "Plain prompts start with no begin-of-text token, texts end at <eos> or <|stop|>." in capsys.readouterr().out
+    assert "Text begins without BOS, ends at <eos> or <|stop|>." in capsys.readouterr().out
     ended = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
     assert {*ended} == {EOS_ID, STOP}
     answer = answered(tmp_path / "out")

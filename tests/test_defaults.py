@@ -80,7 +80,7 @@ def test_a_run_says_what_it_will_do_and_what_is_odd(
     assert "learning_rate is 0.5, but a model of under 30M parameters is usually trained at" in caplog.text
     first = capsys.readouterr().out.splitlines()[0]
     assert "learning rate 0.5, forward_kl." in first
-    assert "Plain prompts start with no begin-of-text token, texts end at <eos>." in first
+    assert "Text begins without BOS, ends at <eos>." in first
     kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
     assert kept == ["checkpoint-4", "checkpoint-5"]
 

@@ -42,13 +42,13 @@ class Objective:
 
     divergence: DivergenceFunction | None
     cross_entropy_weight: float = 0.0
-    cross_entropy_on: CrossEntropyOn = "data"
     loss_temperature: float = 1.0
     train_on: TrainOn = "all"
     student_token_weight: float = 1.0
     teacher_token_weight: float = 1.0
     teacher_text_divergence: DivergenceFunction | None = None
     long_term_weight: float = 0.0
+    cross_entropy_on: CrossEntropyOn = "data"
 
     def __post_init__(self) -> None:
         for key in ("cross_entropy_weight", "long_term_weight", "student_token_weight", "teacher_token_weight"):

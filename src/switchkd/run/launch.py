@@ -192,11 +192,11 @@ def _first_line(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -
 
 
 def _marks(trainer: SwitchTrainer) -> str:
-    """What texts begin and end with."""
+    """What plain text begins with, and where any text ends."""
     tokenizer: Any = trainer.pair.tokenizer
     first, last = trainer.args.rendering.leading_ids(tokenizer), list(trainer.pair.eos_ids)
-    begins = "".join(tokenizer.convert_ids_to_tokens(first)) or "no begin-of-text token"
-    return f"Plain prompts start with {begins}, texts end at {' or '.join(tokenizer.convert_ids_to_tokens(last))}."
+    begins = f"with {''.join(tokenizer.convert_ids_to_tokens(first))}" if first else "without BOS"
+    return f"Text begins {begins}, ends at {' or '.join(tokenizer.convert_ids_to_tokens(last))}."
 
 
 def _how_to_resume(run: RunConfig, stage: Stage, what: str) -> str:
