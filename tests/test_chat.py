@@ -247,6 +247,14 @@ def test_the_end_of_a_turn_ends_a_text_of_the_pair() -> None:
     assert len(ModelPair(student, None, byte_tokenizer(None)).eos_ids) == 1
 
 
+def test_a_conversation_may_be_too_long_for_its_later_turns_alone() -> None:
+    rows, options = read_rows([{"messages": [*MANY, *MANY]}] * 2), Rendering(train_turns="all")
+    limits = LIMITS | {"max_prompt_tokens": 20, "skip_bad_rows": True}
+    loaded = to_examples(rows, byte_tokenizer(), **limits, rendering=options)
+    assert [len(example.prompt.token_ids) <= 20 for example in loaded.examples] == [True] * 2
+    assert [bad.where for bad in loaded.skipped] == ["row 0", "row 1"]
+
+
 # ------ whose template
 
 

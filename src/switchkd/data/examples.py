@@ -116,13 +116,17 @@ def to_examples(
     for row, prompt_ids, response_ids in _tokenize(rendered, tokenizer, rendering):
         lengths.append(len(prompt_ids))
         if len(prompt_ids) > max_prompt_tokens:
-            reason = f"the prompt has {len(prompt_ids)} tokens; the limit is {max_prompt_tokens}"
-            bad.append(BadRow(row.index, row.where, reason))
+            # Of several turns that are too long, the first speaks for the row.
+            if not bad or bad[-1].index != row.index:
+                reason = f"the prompt has {len(prompt_ids)} tokens; the limit is {max_prompt_tokens}"
+                bad.append(BadRow(row.index, row.where, reason))
         else:
             cut.append(len(response_ids))
             examples.append(Example(Prompt(tuple(prompt_ids), row.index), tuple(response_ids[:max_response_tokens])))
     bad.sort(key=lambda row: row.index)
-    _report(bad, len(rows), skip_bad_rows, _kept_by_limits("max_prompt_tokens", max_prompt_tokens, lengths))
+    _report(
+        bad, len(rows), len(examples), skip_bad_rows, _kept_by_limits("max_prompt_tokens", max_prompt_tokens, lengths)
+    )
     _warn_of_ignored_columns(ignored, len(rows))
     _warn_of_unopened_answers(rendered)
     _warn_of_cuts(max_response_tokens, cut)
@@ -254,7 +258,7 @@ def _up_to_the_words(each: _Rendered) -> _Rendered:
 # ------ what was left out, ignored or cut
 
 
-def _report(bad: list[BadRow], total: int, skip_bad_rows: bool, limits: str) -> None:
+def _report(bad: list[BadRow], total: int, left: int, skip_bad_rows: bool, limits: str) -> None:
     if not total:
         raise UserError(f"the data set has no rows; give one with rows of the shape {ACCEPTED_SHAPES}")
     shown = "".join(f"\n  {row.where}: {row.reason}" for row in bad[:BAD_ROWS_SHOWN])
@@ -263,7 +267,7 @@ def _report(bad: list[BadRow], total: int, skip_bad_rows: bool, limits: str) -> 
     if bad and not skip_bad_rows:
         ways_out = "Correct them, or leave them out with --skip-bad-rows (skip_bad_rows: true in a run file)."
         raise UserError(f"{listing}\n{ways_out}")
-    if len(bad) == total:
+    if not left:
         raise UserError(f"{listing}\nNo row is left; give rows of the shape {ACCEPTED_SHAPES}.")
     if bad:
         _log.warning(listing)
