@@ -123,6 +123,15 @@ def test_calibrate_prints_the_spread_and_all_that_its_number_holds_for(
     assert [*quantiles.values()] == sorted(quantiles.values())
 
 
+def test_the_rate_in_force_is_recorded_and_may_stay_open_in_a_resumed_run(models: Path, tmp_path: Path) -> None:
+    path = write_run(models, tmp_path, method="kd", max_steps=2)
+    assert switchkd("train", path) == 0
+    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["learning_rate"] == SMALL.default
+    for run_file in (path, tmp_path / "out" / "run.yaml"):
+        assert switchkd("train", run_file, "--resume", "--set", "max_steps=4") == 0
+    assert switchkd("train", path, "--resume", "--set", "learning_rate=1e-4") == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "refusal"),
     [

@@ -84,6 +84,9 @@ def _check_same_run(saved: RunConfig, run: RunConfig) -> None:
         for key in dict.fromkeys([*old, *new]):
             if key in _CHANGEABLE or key.startswith(_CHANGEABLE_PREFIXES) or old.get(key) == new.get(key):
                 continue
+            # Left open, it follows the student, which has not changed.
+            if key == "learning_rate" and new.get(key) is None:
+                continue
             # Another way to write the same place, such as from another working folder.
             if key == "output_dir" and Path(old[key]).resolve() == Path(new[key]).resolve():
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def _train_stage(
     checkpoint = last_complete_checkpoint(stage.folder) if resume else None
     if is_main_process:
         # Only now that everything has loaded: once the folder is marked as a run, another attempt without --resume is refused.
-        record_run(run)
+        record_run(run if run.stages else _with_rate(run, trainer.args.learning_rate))
         console.print(_first_line(trainer, stage, checkpoint), highlight=False, markup=False, soft_wrap=True)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -189,6 +189,11 @@ def _first_line(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -
     starts = f" Goes on from {checkpoint}." if checkpoint else ""
     computes = f"Computes {stage.config.placement.describe()}: {describe_objective(stage.config)}."
     return f"{trainer.describe()}. {computes} {_marks(trainer)} Writes to {stage.model_folder}.{starts}"
+
+
+def _with_rate(run: RunConfig, rate: float | None) -> RunConfig:
+    """The run with the learning rate that is in force: where it was left open, the student decided."""
+    return replace(run, training={"learning_rate": rate, **run.training})
 
 
 def _marks(trainer: SwitchTrainer) -> str:
