@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from switchkd.data.rows import to_examples
+from switchkd.data.examples import to_examples
 from switchkd.data.sets import resolve
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig

@@ -45,6 +45,8 @@ def write_run(models: Path, tmp_path: Path, **changes: Any) -> Path:
         "train_data": str(models / "data.jsonl"),
         "output_dir": str(tmp_path / "out"),
         "method": "switch",
+        # A threshold of one's own spares a calibration; one that is part of a policy stands there.
+        **({} if "policy" in changes else {"threshold": 0.3}),
         "max_steps": 4,
         "max_new_tokens": 6,
         "max_prompt_tokens": 16,

@@ -29,11 +29,11 @@ from tiny import tiny_pair
 from trainers import TIMINGS, make_examples
 
 METHODS: dict[str, dict[str, Any]] = {
-    "switch": {"method": "switch"},
+    "switch": {"method": "switch", "threshold": 0.3},
     "gkd": {"method": "gkd", "student_share": 0.5},
     "auto": {"method": "switch", "threshold": {"name": "auto", "prompts": 12, "every": 2}},
     # Full after the first step: half of the second's sequences are replayed, from what either process wrote.
-    "replay": {"method": "switch", "replay_capacity": 8},
+    "replay": {"method": "switch", "threshold": 0.3, "replay_capacity": 8},
     "distillm2": {"method": "distillm2"},
     "seqkd": {"method": "seqkd"},
 }

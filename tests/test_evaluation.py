@@ -8,7 +8,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from switchkd.data.rows import read_rows, to_examples
+from switchkd.data.examples import to_examples
+from switchkd.data.rows import read_rows
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import generate_answers
 from switchkd.evaluation.score import SEEDS, EvaluationSettings, evaluate, exact_match, rouge_l

@@ -197,13 +197,27 @@ def test_settings_of_the_policy_are_in_force() -> None:
 
 
 def test_auto_is_an_object_from_the_start() -> None:
-    assert plan().auto_threshold is None
     found = AutoThreshold(teacher_share=0.1, every=50)
     for given in (found, {"teacher_share": 0.1, "every": 50}, {"name": "auto", "teacher_share": "1e-1", "every": 50}):
         assert plan(threshold=given).auto_threshold == found
     assert plan(threshold="auto", decay="linear").auto_threshold == AutoThreshold()
     assert plan(threshold="auto", decay="linear").policy == Switch(decay="linear")
     assert plan(method="gkd", threshold="auto").auto_threshold is None
+
+
+def test_switch_finds_its_threshold_unless_one_is_given() -> None:
+    for options in (
+        {},
+        {"method": "switch"},
+        {"policy": {"final_fraction": 0.2}},
+        {"method": "gkd", "policy": "switch"},
+    ):
+        assert plan(**options).auto_threshold == AutoThreshold(teacher_share=0.1)
+    own = Method("own", policy=Switch(0.2), student_share=1.0, divergence=ForwardKL())
+    given = ({"threshold": 0.2}, {"policy": {"threshold": 0.2}}, {"policy": Switch(0.2)}, {"method": own})
+    for options in given:
+        made = plan(**options)
+        assert (made.auto_threshold, made.policy) == (None, Switch(0.2))
 
 
 def test_a_configuration_is_written_as_what_it_was_made_of() -> None:
@@ -320,8 +334,22 @@ def test_everything_of_one_part_has_left_the_flat_list() -> None:
         ({"loss_temperature": 0.0}, "loss_temperature is 0.0; it has to be positive"),
         ({"loss_temperature": -1.0}, "loss_temperature is -1.0"),
         ({"cross_entropy_weight": -0.5}, "cross_entropy_weight is -0.5"),
+        ({"cross_entropy_on": "teacher"}, "cross_entropy_on is 'teacher'; choose one of data, data\\+teacher, all"),
+        (
+            {"method": Method("x", cross_entropy_weight=1.0, student_share=1.0)},
+            "cross-entropy alone, on text of the data",
+        ),
+        ({"method": "gkd", "train_turns": "all"}, "train_turns is 'all', but method 'gkd' has text written"),
+        ({"method": "seqkd", "train_turns": "all"}, "train_turns is 'all', but method 'seqkd' has text written"),
+        ({"train_turns": "first"}, "train_turns is 'first'; choose one of last, all"),
         ({"method": "sft", "cross_entropy_weight": 0.0}, "there is nothing to minimize"),
         ({"threshold": -0.1}, "threshold is -0.1"),
+        (
+            {"threshold": 0.6932},
+            r"threshold is 0.6932, but the divergence is at most ln 2 = 0.693 nats.*take less, or auto",
+        ),
+        ({"policy": {"threshold": 3.0}}, "threshold is 3.0, but the divergence is at most"),
+        ({"policy": Switch(3.0)}, "threshold is 3.0, but the divergence is at most"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"threshold": "high"}, "threshold is 'high'.*a number of nats, or auto"),
         ({"threshold": {"teacher_share": 1.0}}, "threshold.teacher_share is 1.0"),
@@ -377,7 +405,7 @@ def test_what_a_run_may_replace_is_in_the_row_and_in_the_configuration() -> None
     settings = {each.name: each for each in dataclasses.fields(SwitchConfig)}
     assert set(REPLACEABLE) <= row
     assert all(settings[key].default is None for key in REPLACEABLE)
-    assert row - set(REPLACEABLE) == {"summary", "source", "departs", "teacher_writes_data", "start"}
+    assert row - set(REPLACEABLE) == {"summary", "source", "departs", "teacher_writes_data", "finds_threshold", "start"}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from switchkd.data.rows import SourceRow, read_rows, render_prompt, row_text, to_examples
+from switchkd.data.examples import to_examples
+from switchkd.data.rows import SourceRow, read_rows, row_text
 from switchkd.errors import UserError
 
 CHAT_TEMPLATE = (
@@ -168,7 +169,10 @@ def test_a_chat_ends_with_the_token_of_its_template(row):
 
 
 def test_a_chat_template_without_a_special_token_ends_with_end_of_text():
-    plain = make_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:")
+    plain = make_tokenizer(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     loaded = to_examples(read_rows([{"messages": CHAT}]), plain, **LIMITS)
     assert plain.decode(loaded.examples[0].response_ids) == "yes<|end|>"
 
@@ -181,7 +185,7 @@ def test_a_chat_that_ends_with_the_user_is_a_prompt_alone():
 
 def test_chat_without_a_chat_template_is_an_error_for_people():
     with pytest.raises(UserError, match="no chat template"):
-        render_prompt(CHAT, make_tokenizer(chat_template=None))
+        to_examples(read_rows([{"messages": CHAT}]), make_tokenizer(chat_template=None), **LIMITS)
 
 
 def test_a_row_with_an_answer_in_another_shape_than_its_prompt_column():
@@ -223,7 +227,7 @@ def test_a_template_that_refuses_a_chat_makes_a_bad_row():
     picky = make_tokenizer(
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}hi"
     )
-    with pytest.raises(UserError, match="row 0: no system role"):
+    with pytest.raises(UserError, match="row 0: the chat template cannot write it: no system role"):
         to_examples(read_rows([{"messages": [{"role": "system", "content": "s"}, *CHAT]}]), picky, **LIMITS)
 
 
@@ -238,7 +242,8 @@ def test_all_bad_rows_are_reported_at_once_and_twenty_are_shown():
     assert lines[0] == "26 of 27 rows cannot be used:"
     assert [line.split(":")[0].strip() for line in lines[1:21]] == [f"row {i}" for i in range(1, 21)]
     assert lines[21] == "  and 6 more"
-    assert "skip_bad_rows" in lines[22]
+    assert lines[22] == "max_prompt_tokens 400 keeps 1 of 14; 512 would keep 14."
+    assert "skip_bad_rows" in lines[23]
 
 
 def test_skipped_rows_are_named_and_move_no_prompt_id(caplog):

@@ -154,6 +154,45 @@ def test_the_loss_is_over_the_writers_that_train_and_over_all_data_text(
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(summed) / counted, rel=1e-6)
 
 
+def test_the_student_learns_no_cross_entropy_from_its_own_text(tmp_path: Path) -> None:
+    """Seen in other tools, and here: nine tenths of the loss was that of the student's own samples."""
+    pair = tiny_pair("llama")
+    runs = [
+        make_trainer(tmp_path, pair, method="gkd", max_steps=2, **options)
+        for options in ({}, {"cross_entropy_weight": 1.0}, {"cross_entropy_weight": 1.0, "cross_entropy_on": "all"})
+    ]
+    for run in runs:
+        run.train()
+    losses = [[line["loss"] for line in run.state.log_history if "loss" in line] for run in runs]
+    assert losses[0] == losses[1]
+    assert_same_weights(weights(runs[0]), weights(runs[1]))
+    assert losses[2][0] > losses[0][0] + 0.5
+
+
+@pytest.mark.parametrize("on", ["data", "data+teacher", "all"])
+def test_the_cross_entropy_falls_on_the_text_that_it_is_for(on: str, tmp_path: Path) -> None:
+    pair = tiny_pair("llama", dtype=torch.float64)
+    options = {"student_share": 0.5, "cross_entropy_weight": 0.7, "cross_entropy_on": on}
+    trainer = make_trainer(tmp_path, pair, split=(4, 2), max_steps=1, **options)
+    engine = RecordingEngine(trainer)
+    trainer.train()
+    written = {rollout.prompt.prompt_id: rollout for rollout in engine.calls[0]}
+    assert {True, False} == {by for rollout in written.values() for by in rollout.written_by_teacher}
+    expected = []
+    for example in EXAMPLES:
+        rollout = written.get(example.prompt.prompt_id)
+        text = example if rollout is None else Example(rollout.prompt, rollout.token_ids)
+        by_teacher = (
+            torch.zeros(len(text.response_ids)) if rollout is None else torch.tensor(rollout.written_by_teacher)
+        )
+        factor = torch.ones(1) if rollout is None or on == "all" else by_teacher.double() * (on == "data+teacher")
+        with torch.no_grad():
+            compared, named = (dense_losses(pair, [text], loss) for loss in (dense_forward_kl, dense_cross_entropy))
+        expected.append(compared + 0.7 * factor * named)
+    # transformers adds the losses of a step up in float32.
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(torch.cat(expected).mean()), rel=1e-6)
+
+
 def test_a_step_in_which_nothing_trains_is_a_loss_of_0_and_changes_nothing(tmp_path: Path) -> None:
     """At ln 2 nats the teacher never writes."""
     pair = tiny_pair("llama")

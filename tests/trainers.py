@@ -54,6 +54,9 @@ def make_trainer(
     """A trainer over a copy of the pair's student; `split` is rows a micro-batch, and micro-batches an optimizer step."""
     rows, accumulation = split
     quiet: dict[str, Any] = {"save_strategy": "no", "disable_tqdm": True, "max_new_tokens": NEW_TOKENS, "max_steps": 3}
+    quiet["save_total_limit"] = None
+    # A threshold of one's own spares a calibration; one that is part of a policy stands there.
+    quiet |= {} if "policy" in options else {"threshold": 0.3}
     return SwitchTrainer(
         model=copy.deepcopy(pair.student),
         teacher_model=pair.teacher if teacher_model is None else teacher_model,

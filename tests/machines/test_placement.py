@@ -277,7 +277,7 @@ def said(**settings: Any) -> str:
 def test_the_first_line_of_a_run_says_it(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert switchkd("train", write_run(models, tmp_path, use_cpu=None), "--device", "cpu", "--set", "max_steps=1") == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert "on cpu in float32: learning rate 1e-05, forward_kl, threshold 0.3 falling to 0.03" in first
+    assert "on cpu in float32: learning rate 0.001, forward_kl, threshold 0.3 falling to 0.03" in first
     assert len(first.replace(str(tmp_path), "").replace(str(models), "")) < 330
 
 
@@ -285,25 +285,29 @@ def test_on_other_machines_it_says_another_thing(gpus: pytest.MonkeyPatch) -> No
     words = (
         "on cuda:0 in float32 under bfloat16 autocast, teacher in bfloat16: learning rate 1e-05, forward_kl, threshold"
     )
-    assert said().startswith(words)
+    assert said(learning_rate=1e-5).startswith(words)
 
 
 @pytest.mark.usefixtures("mac")
 def test_on_a_mac_too() -> None:
-    assert said(threshold=0.2, decay="constant") == "on mps in float32: learning rate 1e-05, forward_kl, threshold 0.2"
+    assert (
+        said(threshold=0.2, decay="constant", learning_rate=1e-5)
+        == "on mps in float32: learning rate 1e-05, forward_kl, threshold 0.2"
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"method": "sft"}, "learning rate 1e-05, cross-entropy"),
+        ({"method": "sft", "learning_rate": 1e-5}, "learning rate 1e-05, cross-entropy"),
+        ({"method": "gkd", "cross_entropy_weight": 0.5}, " + 0.5 x cross-entropy on data text, policy student"),
         ({"method": "kd", "cross_entropy_weight": 0.5}, "forward_kl + 0.5 x cross-entropy"),
         (
             {"method": "gkd", "learning_rate": 2e-4},
             "learning rate 0.0002, jensen_shannon (teacher_weight 0.1), policy student",
         ),
         ({"method": "skd"}, "forward_kl, policy interleave (keep_top_k 25)"),
-        ({"threshold": "auto"}, "threshold for 53% teacher tokens"),
+        ({"threshold": "auto"}, "threshold for 10% teacher tokens"),
     ],
 )
 def test_what_is_minimized_and_who_writes(settings: Any, words: str) -> None:

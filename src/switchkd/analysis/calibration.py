@@ -14,13 +14,14 @@ from switchkd.positions import ByPosition
 from switchkd.records import Rollout, Sampling, teacher_share_of
 from switchkd.rollout.engine import Engine, PromptLike
 from switchkd.rollout.policies import Switch
-from switchkd.settings.paper import PAPER_SHARE
+from switchkd.settings.paper import DEFAULT_SHARE
 
 # Nats. A float32 model compared with itself, drafting and scoring in blocks of different sizes, shows divergences of up
 # to 1e-11; the smallest of a trained pair are about 1e-8. Below this, a threshold would tell roundings apart.
 _LEAST = 1e-10
 # A few hundred tokens may hold no threshold that is near enough; more rounds would then find none either.
 _MAX_ROUNDS = 12
+_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Calibration:
     """A threshold that was solved for, and what was measured under it on `prompts` prompts of `tokens` tokens in all.
 
     `policy` is the Switch found; shares are 0 to 1 over all tokens; `rounds` is how often all prompts were rolled out. By
-    position: the mean divergence and the threshold in nats, and the share of rows where the teacher wrote.
+    position: the mean divergence and the threshold in nats, and the share of rows where the teacher wrote. `quantiles` are those
+    of the divergence over all tokens, in nats by share.
     """
 
     policy: Switch
@@ -41,6 +43,7 @@ class Calibration:
     divergence: ByPosition
     teacher_share: ByPosition
     threshold: tuple[float, ...]
+    quantiles: dict[float, float]
 
     @property
     def reached(self) -> bool:
@@ -53,6 +56,7 @@ class Calibration:
         return {
             **asdict(self.policy),
             **{name: getattr(self, name) for name in totals},
+            "quantiles": self.quantiles,
             "by_position": {
                 "rows": self.divergence.rows,
                 "divergence": self.divergence.mean,
@@ -67,7 +71,7 @@ def calibrate(
     prompts: Sequence[PromptLike],
     sampling: Sampling,
     *,
-    teacher_share: float = PAPER_SHARE,
+    teacher_share: float = DEFAULT_SHARE,
     policy: Switch = Switch(),
     seed: int = 0,
     tolerance: float = 0.01,
@@ -84,7 +88,7 @@ def calibrate(
     rounding, on too many tokens, or a linear decay has fallen to 0 and leaves too many to the teacher.
     """
     if not 0 < teacher_share < 1:
-        raise UserError(f"the teacher share is {teacher_share}; it has to be between 0 and 1, such as {PAPER_SHARE}")
+        raise UserError(f"the teacher share is {teacher_share}; it has to be between 0 and 1, such as {DEFAULT_SHARE}")
     if not prompts:
         raise UserError("there is no prompt to calibrate on; give at least one")
     if tolerance < 0:
@@ -172,6 +176,13 @@ def _decayed_to_0(wanted: float, share: float, policy: Switch) -> str:
     )
 
 
+def _quantiles(divergence: Sequence[float]) -> dict[float, float]:
+    """The divergence that each share of the tokens stays below."""
+    # torch.quantile refuses more than 16 million values.
+    ranked = sorted(divergence)
+    return {share: ranked[min(len(ranked) - 1, int(share * len(ranked)))] for share in _QUANTILES}
+
+
 def _measured(
     policy: Switch, rollouts: Sequence[Rollout], wanted_share: float, tolerance: float, max_new_tokens: int
 ) -> Calibration:
@@ -188,4 +199,5 @@ def _measured(
         divergence=divergence,
         teacher_share=ByPosition.of([rollout.written_by_teacher for rollout in rollouts]),
         threshold=tuple(policy.thresholds(positions, max_new_tokens).tolist()),
+        quantiles=_quantiles([value for rollout in rollouts for value in rollout.divergence]),
     )

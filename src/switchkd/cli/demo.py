@@ -81,7 +81,7 @@ def _measured(label: str, pair: ModelPair, config: SwitchConfig, console: Consol
         pair.tokenizer,
         {TEST_SET: resolve(TEST_SET, limit=TEST_ROWS)},
         model_name=label,
-        settings=EvaluationSettings(greedy, (config.seed,), config.max_prompt_tokens),
+        settings=EvaluationSettings(greedy, (config.seed,), config.max_prompt_tokens, config.rendering),
         show_progress=console.is_terminal,
     )
 

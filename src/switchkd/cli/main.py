@@ -26,6 +26,7 @@ from switchkd.cli.options import (
     placed,
     policy_named,
     quiet_transformers,
+    rendered,
     with_options,
 )
 from switchkd.errors import Stopped, UserError
@@ -122,7 +123,8 @@ def evaluate(options: EvaluationOptions) -> None:
     quiet_transformers()
     ngram = options.no_repeat_ngram
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, no_repeat_ngram_size=ngram)
-    settings = EvaluationSettings(sampling, _whole_numbers("--seeds", options.seeds), options.max_prompt_tokens)
+    seeds = _whole_numbers("--seeds", options.seeds)
+    settings = EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options))
     names = [name.strip() for name in options.sets.split(",") if name.strip()]
     if not names:
         raise UserError(f"--sets is {options.sets!r}; name at least one set, such as dolly or world")

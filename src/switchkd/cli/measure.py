@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -18,11 +21,13 @@ from switchkd.cli.options import (
     policy_named,
     policy_settings,
     quiet_transformers,
+    rendered,
     with_options,
 )
 from switchkd.errors import UserError
 from switchkd.files import write_atomically
-from switchkd.settings.paper import PAPER_SHARE
+from switchkd.settings.components import settings_of
+from switchkd.settings.paper import DEFAULT_SHARE
 
 if TYPE_CHECKING:
     from switchkd.analysis.calibration import Calibration
@@ -36,7 +41,7 @@ def calibrate(
     context: typer.Context,
     share: Annotated[
         float, typer.Option(help="The share of tokens that the teacher is to write, 0 to 1.")
-    ] = PAPER_SHARE,
+    ] = DEFAULT_SHARE,
     output: Annotated[Path, typer.Option(help="Folder for calibration.json and .png.")] = Path("calibration"),
 ) -> None:
     """Find the SWITCH threshold at which the teacher writes a given share of the tokens; --decay and its rate shape it."""
@@ -56,23 +61,46 @@ def calibrate(
     place = output / "calibration.json"
     _write(place, {**found.as_json(), "max_new_tokens": options.max_new_tokens, "seed": options.seed})
     plot = save_calibration(found, place.with_suffix(".png"))
-    console.print(Text(_for_the_run_file(found, options.max_new_tokens)), soft_wrap=True)
+    console.print(Text(_for_the_run_file(found, options)), soft_wrap=True)
     console.print(Text(_where(place, plot)), soft_wrap=True)
 
 
-def _for_the_run_file(found: Calibration, max_new_tokens: int) -> str:
+def _for_the_run_file(found: Calibration, options: MeasuredPair) -> str:
+    """What was found, how the divergence is spread, and all that the number holds for."""
+    share = found.measured_share
+    nearest = "" if found.reached else f" (no nearer to {found.wanted_share:.1%} could be found; give more prompts)"
+    spread = ", ".join(f"{each:.0%} below {value:.2g}" for each, value in found.quantiles.items())
+    settings = yaml.safe_dump(_settings_of(found, options), sort_keys=False, allow_unicode=True)
+    return (
+        f"The teacher writes {share:.1%}{nearest} of {found.tokens:,} tokens after {found.rounds} rounds.\n"
+        f"Divergence of the tokens, in nats: {spread}.\n"
+        f"The threshold holds for these settings. In the run file:\n{indent(settings, '  ')}"
+    )
+
+
+def _settings_of(found: Calibration, options: MeasuredPair) -> dict[str, Any]:
     from switchkd.rollout.policies import Switch
 
     policy = found.policy
-    decay = policy.decay if policy.decay != Switch.decay else None
-    settings = {"decay": decay, "decay_rate": policy.decay_rate, "final_fraction": policy.final_fraction}
-    given = [f"{key}: {value}" for key, value in settings.items() if value is not None]
-    lines = [f"threshold: {policy.threshold:.3g}", *given]
-    nearest = "" if found.reached else f" (no nearer to {found.wanted_share:.1%} could be found; give more prompts)"
-    return (
-        f"The teacher writes {found.measured_share:.1%}{nearest} of {found.tokens:,} tokens after {found.rounds} rounds, "
-        f"with responses of up to {max_new_tokens} tokens.\nIn the run file:\n  " + "\n  ".join(lines)
-    )
+    # A falling threshold may start above every divergence, which a run takes from nobody but itself.
+    fixed = policy.threshold <= math.log(2)
+    auto = {"name": "auto", "teacher_share": found.wanted_share}
+    always = ("max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "top_k")
+    if_changed = ("template_from", "add_bos", "precision", "dtype")
+    unchanged = {key: each.default for key, each in settings_of(type(options)).items()}
+    values = {
+        "student": options.student,
+        "teacher": options.teacher,
+        "train_data": options.data,
+        "threshold": float(f"{policy.threshold:.3g}") if fixed else auto,
+        "decay": policy.decay if policy.decay != Switch.decay else None,
+        "decay_rate": policy.decay_rate,
+        "final_fraction": policy.final_fraction,
+        **{key: getattr(options, key) for key in always},
+        **{key: value for key in if_changed if (value := getattr(options, key)) != unchanged[key]},
+        "chat_template_kwargs": dict(rendered(options).template_kwargs) or None,
+    }
+    return {key: value for key, value in values.items() if value is not None}
 
 
 @with_options
@@ -81,7 +109,9 @@ def diagnose(
     context: typer.Context,
     share: Annotated[
         float | None,
-        typer.Option(help=f"Without --threshold, find the threshold for this teacher share; by default {PAPER_SHARE}."),
+        typer.Option(
+            help=f"Without --threshold, find the threshold for this teacher share; by default {DEFAULT_SHARE}."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for diagnosis.json and .png.")] = Path("diagnosis"),
 ) -> None:
@@ -100,7 +130,7 @@ def diagnose(
     console = new_console()
     with _engine_at_work(options, console) as (engine, prompts):
         if finds_threshold:
-            wanted = PAPER_SHARE if share is None else share
+            wanted = DEFAULT_SHARE if share is None else share
             switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=options.seed).policy
         texts = measure(engine.pair, prompts, sampling, switch=switch, seed=options.seed, engine=engine)
     console.print(diagnosis_table(texts))

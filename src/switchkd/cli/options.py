@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 from switchkd.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from switchkd.data.examples import Rendering
     from switchkd.models.pair import ModelPair
     from switchkd.models.placement import Placement
     from switchkd.records import Prompt, Sampling
@@ -39,6 +40,11 @@ Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0
 TopP = Annotated[float, typer.Option(help="Nucleus; 1 keeps every token.")]
 SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used; else refuse them.")
+]
+TemplateFrom = Annotated[str, typer.Option(help="Chat template: student (the model's own), teacher, or a file.")]
+ChatTemplateKwargs = Annotated[str, typer.Option(help="Keywords of the chat template: '{enable_thinking: false}'.")]
+AddBos = Annotated[
+    str, typer.Option(help="Begin-of-text before plain prompts: auto (as the tokenizer), always, never.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first rows of each set.")]
 
@@ -75,6 +81,9 @@ class PairAndPrompts:
     top_p: TopP = 1.0
     top_k: Annotated[int, typer.Option(min=0, help="Tokens kept; 0 keeps every token.")] = 0
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0
+    template_from: TemplateFrom = "student"
+    chat_template_kwargs: ChatTemplateKwargs = "{}"
+    add_bos: AddBos = "auto"
     skip_bad_rows: SkipBadRows = False
     device: Device = "auto"
     precision: Precision = "auto"
@@ -90,8 +99,10 @@ class PairAndPrompts:
 
     def load(self) -> tuple[ModelPair, list[Prompt]]:
         """The pair and the prompts; raises UserError unless these were given either as text or as a data set."""
-        from switchkd.data.rows import read_rows, to_examples
+        from switchkd.data.examples import to_examples
+        from switchkd.data.rows import read_rows
         from switchkd.data.sets import resolve
+        from switchkd.models.chat import set_template
         from switchkd.models.load import load_pair
 
         if bool(self.prompt) == (self.data is not None):
@@ -103,6 +114,7 @@ class PairAndPrompts:
         )
         pair = load_pair(self.student, self.teacher, placement=placed(self), trust_remote_code=self.trust_remote_code)
         assert pair.tokenizer is not None
+        set_template(pair.tokenizer, pair.teacher_tokenizer, self.template_from)
         loaded = to_examples(
             rows,
             pair.tokenizer,
@@ -110,6 +122,7 @@ class PairAndPrompts:
             max_response_tokens=self.max_new_tokens,
             skip_bad_rows=self.skip_bad_rows,
             need_response=False,
+            rendering=rendered(self),
         )
         return pair, [example.prompt for example in loaded.examples]
 
@@ -137,6 +150,8 @@ class EvaluationOptions:
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     no_repeat_ngram: Annotated[int, typer.Option(min=0, help="Forbid repeated n-grams; published tables use 6.")] = 0
+    chat_template_kwargs: ChatTemplateKwargs = "{}"
+    add_bos: AddBos = "auto"
     batch_size: Annotated[int, typer.Option(min=1, help="Answers in flight at a time.")] = 32
     output: Annotated[
         Path | None, typer.Option(help="Folder for eval.json and the answers; by default MODEL/eval.")
@@ -145,6 +160,21 @@ class EvaluationOptions:
     precision: Precision = "auto"
     dtype: Dtype = None
     trust_remote_code: TrustRemoteCode = False
+
+
+def rendered(options: PairAndPrompts | EvaluationOptions) -> Rendering:
+    """How rows become text, as a command's options say; raises UserError where they cannot."""
+    from switchkd.data.examples import Rendering
+
+    try:
+        keywords = yaml.safe_load(options.chat_template_kwargs)
+    except yaml.YAMLError:
+        keywords = None
+    if not isinstance(keywords, dict):
+        given = options.chat_template_kwargs
+        raise UserError(f"--chat-template-kwargs is {given!r}; give a mapping, such as '{{enable_thinking: false}}'")
+    add_bos: Any = options.add_bos
+    return Rendering(keywords, add_bos)
 
 
 def placed(options: PairAndPrompts | EvaluationOptions) -> Placement:

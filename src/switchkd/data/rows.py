@@ -1,23 +1,17 @@
-"""From a data set of any accepted shape to prompts and responses as token ids."""
+"""From a data set of any accepted shape to what its rows say."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from jinja2 import TemplateError
+from typing import Any
 
 from switchkd.errors import UserError
-from switchkd.records import Example, Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from switchkd.models.chat import Message
 
 # The templates of MiniLLM and DistiLLM; the response follows directly, then the end-of-text token.
 ALPACA = (
@@ -31,8 +25,6 @@ ALPACA_WITH_INPUT = (
 )
 ACCEPTED_SHAPES = "prompt/completion (or prompt alone), messages, or instruction/input/output"
 FILE_FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
-BAD_ROWS_SHOWN = 20
-Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -50,30 +42,21 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class RowText:
-    """What a row says: a prompt (text or chat messages), and its references, the first of which is trained on."""
+    """What a row says: a prompt (text or chat messages), and its references, the first of which is trained on.
+
+    In a chat, `answer` is the assistant's message that the first reference is, and `tools` and `template_kwargs` go to the
+    chat template. `ignored` names columns that people know from elsewhere, and that say nothing here.
+    """
 
     prompt: str | list[Message]
     references: tuple[str, ...]
+    answer: Message | None = None
+    tools: list[Any] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A row that was left out, and why."""
-
-    index: int
-    where: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The examples of a source, in its order, and the rows that were left out."""
-
-    examples: list[Example]
-    skipped: list[BadRow]
-
-
-class _BadRowError(Exception):
+class BadRowError(Exception):
     """Why one row cannot be used."""
 
 
@@ -160,7 +143,7 @@ def _source_row(value: Any, index: int, where: str) -> SourceRow:
 
 def _from_messages(columns: Mapping[str, Any]) -> RowText:
     *earlier, last = messages = _chat(columns["messages"], "messages")
-    return RowText(earlier, (last["content"],)) if last["role"] == "assistant" else RowText(messages, ())
+    return _of_chat(earlier, last, columns) if last["role"] == "assistant" else _of_chat(messages, None, columns)
 
 
 def _from_prompt(columns: Mapping[str, Any]) -> RowText:
@@ -168,16 +151,34 @@ def _from_prompt(columns: Mapping[str, Any]) -> RowText:
     if isinstance(completion, list):
         answer = _chat(completion, "completion")
         if len(answer) != 1 or answer[0]["role"] != "assistant":
-            raise _BadRowError("completion has to be one assistant message")
-        completion = answer[0]["content"]
-    prompt = _chat(prompt, "prompt") if isinstance(prompt, list) else _text(prompt, "prompt")
-    return RowText(prompt, (_text(completion, "completion"),))
+            raise BadRowError("completion has to be one assistant message")
+    else:
+        answer = [{"role": "assistant", "content": _text(completion, "completion")}]
+    if isinstance(prompt, list):
+        return _of_chat(_chat(prompt, "prompt"), answer[0], columns)
+    return RowText(_text(prompt, "prompt"), (answer[0]["content"],))
+
+
+def _of_chat(prompt: list[Message], answer: Message | None, columns: Mapping[str, Any]) -> RowText:
+    tools, template_kwargs = columns.get("tools"), columns.get("chat_template_kwargs", {})
+    if isinstance(tools, str) and tools:
+        # Data sets in which each row has other tools hold them as text.
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise BadRowError(f"tools is text that is not JSON: {error}") from None
+    if not (tools is None or isinstance(tools, list)):
+        raise BadRowError(f"tools is {_kind(tools)}, not a list of tools")
+    if not isinstance(template_kwargs, Mapping):
+        raise BadRowError(f"chat_template_kwargs is {_kind(template_kwargs)}, not a mapping")
+    said = "" if answer is None else answer["content"] or json.dumps(answer.get("tool_calls") or "").strip('"')
+    return RowText(prompt, (said,), answer if said.strip() else None, tools or None, template_kwargs)
 
 
 def _from_instruction(columns: Mapping[str, Any]) -> RowText:
     instruction, context = _text(columns["instruction"], "instruction"), _text(columns.get("input", ""), "input")
     if not instruction.strip():
-        raise _BadRowError("empty instruction")
+        raise BadRowError("empty instruction")
     output = columns.get("output", "")
     references = tuple(_text(text, "output") for text in (output if isinstance(output, list) else [output]))
     template = ALPACA_WITH_INPUT if context else ALPACA
@@ -192,158 +193,83 @@ SHAPES = (
     (("prompt",), _from_prompt),
     (("instruction",), _from_instruction),
 )
-KNOWN_COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output")
+_OF_CHAT = ("tools", "chat_template_kwargs")
+KNOWN_COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", *_OF_CHAT)
+# What other tools read. The prompt beside an instruction is MiniLLM's rendering of it, and loses nothing.
+_READ_ELSEWHERE = ("chosen", "rejected", "system", "history", "images")
+_READ_BY = {
+    _from_messages: ("messages", *_OF_CHAT),
+    _from_prompt: ("prompt", "completion", *_OF_CHAT),
+    _from_instruction: ("instruction", "input", "output", "prompt"),
+}
 
 
-def _parse(row: SourceRow) -> RowText:
+def parse(row: SourceRow) -> RowText:
+    """What a row says. Raises BadRowError, with the reason alone, where it has none of the accepted shapes."""
     if row.problem:
-        raise _BadRowError(row.problem)
+        raise BadRowError(row.problem)
     for name in row.columns:
         # A mistyped column would be ignored in silence, as other columns (ids, sources) rightly are.
         meant = get_close_matches(name, KNOWN_COLUMNS, n=1, cutoff=0.85)
         if meant and meant[0] not in row.columns:
-            raise _BadRowError(f"unknown column {name!r}; did you mean {meant[0]!r}?")
+            raise BadRowError(f"unknown column {name!r}; did you mean {meant[0]!r}?")
     for needed, read in SHAPES:
         if all(name in row.columns for name in needed):
             text = read(row.columns)
             if not text.prompt or (isinstance(text.prompt, str) and not text.prompt.strip()):
-                raise _BadRowError("empty prompt")
-            return RowText(text.prompt, tuple(answer for answer in text.references if answer.strip()))
-    raise _missing("prompt", row)
+                raise BadRowError("empty prompt")
+            known = [name for name in (*KNOWN_COLUMNS, *_READ_ELSEWHERE) if row.columns.get(name)]
+            is_read = [name for name in _READ_BY[read] if name not in _OF_CHAT or not isinstance(text.prompt, str)]
+            return replace(
+                text,
+                references=tuple(answer for answer in text.references if answer.strip()),
+                ignored=tuple(name for name in known if name not in is_read),
+            )
+    raise missing("prompt", row)
 
 
 def row_text(row: SourceRow) -> RowText:
     """What a row says. Raises UserError where it has none of the accepted shapes."""
     try:
-        return _parse(row)
-    except _BadRowError as error:
+        return parse(row)
+    except BadRowError as error:
         raise UserError(f"{row.where}: {error}") from None
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _BadRowError(f"{name} is {_kind(value)}, not text")
+        raise BadRowError(f"{name} is {_kind(value)}, not text")
     return value
 
 
 def _chat(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise _BadRowError(f"{name} is {'an empty list' if value == [] else _kind(value)}, not a list of chat messages")
-    for message in value:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise _BadRowError(f"{name} holds {_kind(message)} that is not a message with role and content")
-        _text(message["content"], f"the content of a message in {name}")
-    return value
+        raise BadRowError(f"{name} is {'an empty list' if value == [] else _kind(value)}, not a list of chat messages")
+    return [_message(each, name) for each in value]
+
+
+def _message(value: Any, name: str) -> Message:
+    # Arrow gives every message all keys that any has.
+    message = {key: each for key, each in value.items() if each is not None} if isinstance(value, Mapping) else {}
+    # A call of tools needs no words.
+    if message.get("tool_calls"):
+        message.setdefault("content", "")
+    if not {"role", "content"} <= message.keys():
+        raise BadRowError(f"{name} holds {_kind(value)} that is not a message with role and content")
+    _text(message["content"], f"the content of a message in {name}")
+    return message
+
+
+def is_chat(row: SourceRow) -> bool:
+    """Whether a row holds chat messages."""
+    return any(isinstance(row.columns.get(name), list) for name in ("messages", "prompt"))
 
 
 def _kind(value: Any) -> str:
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _missing(what: str, row: SourceRow) -> _BadRowError:
+def missing(what: str, row: SourceRow) -> BadRowError:
+    """The reason that a row has no `what`, naming its columns."""
     columns = ", ".join(row.columns) or "(none)"
-    return _BadRowError(f"no {what} in the columns {columns}; accepted are {ACCEPTED_SHAPES}")
-
-
-# ------ token ids
-
-
-def render_prompt(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A prompt as text; chat messages go through the tokenizer's template. Raises UserError where it has none."""
-    if isinstance(prompt, str):
-        return prompt
-    if not tokenizer.chat_template:
-        raise UserError("the rows hold chat messages, but the tokenizer has no chat template; set one, or use text")
-    return str(tokenizer.apply_chat_template(list(map(dict, prompt)), tokenize=False, add_generation_prompt=True))
-
-
-def to_examples(
-    rows: Sequence[SourceRow],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    need_response: bool,
-    skip_bad_rows: bool = False,
-) -> Loaded:
-    """The rows as examples. A prompt's id is the row's index in the source, so that a skipped row moves no noise.
-
-    No special token is added to the prompt (a chat template brings its own). The response is the first reference and
-    the end-of-text token, cut after `max_response_tokens`. A row is bad if it cannot be read, if its prompt is longer
-    than `max_prompt_tokens`, or if it has no response where `need_response`. Raises one UserError that lists all bad
-    rows, or with `skip_bad_rows` logs and returns them. Source: the preprocessing of MiniLLM and DistiLLM, which drop or
-    cut an over-long prompt.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-text token; set its eos_token, else no response can end")
-    rendered, examples, bad = list[_Rendered](), list[Example](), list[BadRow]()
-    for row in rows:
-        try:
-            text = _parse(row)
-            if need_response and not text.references:
-                raise _missing("response", row)
-            prompt, response = render_prompt(text.prompt, tokenizer), next(iter(text.references), "")
-            rendered.append(_Rendered(row, prompt, response, is_chat=not isinstance(text.prompt, str)))
-        except (_BadRowError, TemplateError) as error:
-            bad.append(BadRow(row.index, row.where, str(error)))
-    for row, prompt_ids, response_ids in _tokenize(rendered, tokenizer):
-        if len(prompt_ids) > max_prompt_tokens:
-            reason = f"the prompt has {len(prompt_ids)} tokens; the limit is {max_prompt_tokens}"
-            bad.append(BadRow(row.index, row.where, reason))
-        else:
-            examples.append(Example(Prompt(tuple(prompt_ids), row.index), tuple(response_ids[:max_response_tokens])))
-    bad.sort(key=lambda row: row.index)
-    _report(bad, len(rows), skip_bad_rows)
-    return Loaded(examples, bad)
-
-
-class _Rendered(NamedTuple):
-    row: SourceRow
-    prompt: str
-    response: str
-    is_chat: bool
-
-
-def _tokenize(
-    rendered: list[_Rendered], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[SourceRow, list[int], list[int]]]:
-    end_ids = {is_chat: _end_id(tokenizer, is_chat) for is_chat in {each.is_chat for each in rendered}}
-    prompts = _token_ids(tokenizer, [each.prompt for each in rendered])
-    wholes = _token_ids(tokenizer, [each.prompt + each.response for each in rendered])
-    for each, prompt, whole in zip(rendered, prompts, wholes, strict=True):
-        response = whole[len(prompt) :]
-        # A token that spans the seam makes the tail another text, and no generated response has such a token.
-        if whole[: len(prompt)] != prompt:
-            response = _token_ids(tokenizer, [each.response])[0]
-        yield each.row, prompt, [*response, end_ids[each.is_chat]] if each.response else []
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False silences a warning about texts that are longer than the context: callers cut or refuse them.
-    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
-
-
-def _end_id(tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> int:
-    """The token that ends a response: in a chat, what its template writes after the assistant's words."""
-    end_of_text: int = tokenizer.eos_token_id
-    if not is_chat:
-        return end_of_text
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    _, said, after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("answer")
-    written = _token_ids(tokenizer, [after])[0] if said else []
-    return next((token for token in written if token in tokenizer.all_special_ids), end_of_text)
-
-
-def _report(bad: list[BadRow], total: int, skip_bad_rows: bool) -> None:
-    if not total:
-        raise UserError(f"the data set has no rows; give one with rows of the shape {ACCEPTED_SHAPES}")
-    shown = "".join(f"\n  {row.where}: {row.reason}" for row in bad[:BAD_ROWS_SHOWN])
-    more = f"\n  and {len(bad) - BAD_ROWS_SHOWN} more" if len(bad) > BAD_ROWS_SHOWN else ""
-    listing = f"{len(bad)} of {total} rows cannot be used:{shown}{more}"
-    if bad and not skip_bad_rows:
-        ways_out = "Correct them, or leave them out with --skip-bad-rows (skip_bad_rows: true in a run file)."
-        raise UserError(f"{listing}\n{ways_out}")
-    if len(bad) == total:
-        raise UserError(f"{listing}\nNo row is left; give rows of the shape {ACCEPTED_SHAPES}.")
-    if bad:
-        logging.getLogger(__name__).warning(listing)
+    return BadRowError(f"no {what} in the columns {columns}; accepted are {ACCEPTED_SHAPES}")

@@ -6,7 +6,7 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from switchkd.data.rows import BadRow, Loaded, SourceRow, render_prompt, row_text, to_examples
+from switchkd.data.examples import BadRow, Loaded, Rendering, prompt_text, to_examples
+from switchkd.data.rows import SourceRow, row_text
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import Answer, generate_answers
 from switchkd.files import now, write_atomically
@@ -57,11 +58,12 @@ def _normalized(text: str) -> str:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How answers are drawn, and the longest prompt that is answered. Raises UserError where there is no seed."""
+    """How answers are drawn, and which prompts are answered, rendered how. Raises UserError where there is no seed."""
 
     sampling: Sampling = Sampling()
     seeds: tuple[int, ...] = SEEDS
     max_prompt_tokens: int = 256
+    rendering: Rendering = Rendering()
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -177,6 +179,7 @@ def evaluate(
             max_response_tokens=settings.sampling.max_new_tokens,
             need_response=True,
             skip_bad_rows=True,
+            rendering=replace(settings.rendering, prompts_alone=True),
         )
         for name, rows in sets.items()
     }
@@ -188,7 +191,7 @@ def evaluate(
             for seed in seeds:
                 count = progress.counter(task)
                 answers += generate_answers(engine, tokenizer, each.examples, settings.sampling, seed, count)
-            scored = _score(answers, sets[name], tokenizer)
+            scored = _score(answers, sets[name], tokenizer, settings.rendering)
             results[name] = _set_result(scored, each)
             if out_folder is not None:
                 _write_answers(scored, name, Path(out_folder))
@@ -199,7 +202,7 @@ def evaluate(
 
 
 def _score(
-    answers: Sequence[Answer], rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase
+    answers: Sequence[Answer], rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
 ) -> list[ScoredAnswer]:
     by_index = {row.index: row for row in rows}
     scored = []
@@ -213,7 +216,7 @@ def _score(
                 prompt_id=answer.prompt_id,
                 seed=answer.seed,
                 bucket=row.columns.get("bucket"),
-                prompt=render_prompt(text.prompt, tokenizer),
+                prompt=prompt_text(text, tokenizer, rendering),
                 answer=answer.text,
                 references=text.references,
                 rouge_l=rouge_l(answer.text, text.references),

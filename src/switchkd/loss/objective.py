@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from switchkd.loss.weight import Weight
 from switchkd.models.heads import Head
 
 DivergenceFunction = Callable[[Tensor, Tensor], Tensor]
+CrossEntropyOn = Literal["data", "data+teacher", "all"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class Objective:
 
     divergence(student, target) at `loss_temperature` + cross_entropy_weight * -log p_student(token), times the product of the
     `weights`. The `target` is made of the teacher's distribution. Without a `divergence` no teacher is asked. The loss
-    temperature is not the sampling temperature and does not change it; gradients are not rescaled by its square. Raises
-    UserError for values out of range.
+    temperature is not the sampling temperature and does not change it; gradients are not rescaled by its square. The
+    cross-entropy falls on text of `cross_entropy_on` alone: on its own text a student learns nothing from it. Raises UserError
+    for values out of range.
 
     `teacher_text_divergence` replaces the divergence at tokens that the teacher wrote (DistiLLM-2, arXiv 2503.07067).
     `long_term_weight` * return * -log p_student(token) is added if returns are given: their policy gradient
@@ -50,6 +53,7 @@ class Objective:
     long_term_weight: float = 0.0
     start_weight: float = 0.0
     start_divergence: DivergenceFunction = REVERSE_KL
+    cross_entropy_on: CrossEntropyOn = "data"
 
     def __post_init__(self) -> None:
         for key in ("cross_entropy_weight", "long_term_weight", "start_weight"):
@@ -61,6 +65,9 @@ class Objective:
             )
         if not self.loss_temperature > 0:
             raise UserError(f"loss_temperature is {self.loss_temperature}; it has to be positive")
+        if self.cross_entropy_on not in get_args(CrossEntropyOn):
+            choices = ", ".join(get_args(CrossEntropyOn))
+            raise UserError(f"cross_entropy_on is {self.cross_entropy_on!r}; choose one of {choices}")
         for key in ("margin_top_k", "outlier_divergence"):
             # Each refuses weights that do not go together.
             getattr(self, key)
@@ -117,15 +124,23 @@ class Objective:
         """Whether rollouts have to bring both models' log-probabilities of their tokens."""
         return self.long_term_weight > 0 or any(weight.reads_logp for weight in self.weights)
 
+    def cross_entropy_factor(self, written_by_teacher_N: Tensor, rolled_out_N: Tensor) -> Tensor | None:
+        """What multiplies each position's cross-entropy (N,), float32: 1 on text of `cross_entropy_on`, else 0; None is 1."""
+        if self.cross_entropy_on == "all" or not self.cross_entropy_weight:
+            return None
+        is_on_N = ~rolled_out_N if self.cross_entropy_on == "data" else ~rolled_out_N | written_by_teacher_N
+        return is_on_N.float()
+
 
 @dataclass(frozen=True, eq=False)
 class Counted:
     """The N positions that count, all tensors in the same order.
 
     `hidden_NH` are the student's last hidden states that predict `token_ids_N`. `weight_N` multiplies each position's loss,
-    but not its report. `other_share_N`, 0 to 1, is the share of the divergence that the objective's other one takes over: that
-    for the teacher's text, or for outliers. `return_N` is the return of the long-term term, in nats. `start` is what the
-    student's start model says at these positions, where the objective `needs_start`.
+    but not its report, and `cross_entropy_factor_N` its cross-entropy alone. `other_share_N`, 0 to 1, is the share of the
+    divergence that the objective's other one takes over: that for the teacher's text, or for outliers. `return_N` is the return
+    of the long-term term, in nats. `start` is what the student's start model says at these positions, where the objective
+    `needs_start`.
     """
 
     hidden_NH: Tensor
@@ -134,6 +149,7 @@ class Counted:
     other_share_N: Tensor | None = None
     return_N: Tensor | None = None
     start: TeacherSignal | None = None
+    cross_entropy_factor_N: Tensor | None = None
 
 
 @dataclass
@@ -202,7 +218,9 @@ class _PositionLoss:
             cross_entropy_P = -log_probabilities(logits_PV, 1.0).gather(-1, counted.token_ids_N[at, None])[:, 0]
             self._keep("cross_entropy_N", at, cross_entropy_P)
             returns = 0.0 if counted.return_N is None else counted.return_N[at].to(cross_entropy_P)
-            loss_P = loss_P + (objective.cross_entropy_weight + objective.long_term_weight * returns) * cross_entropy_P
+            factor_N = counted.cross_entropy_factor_N
+            weight = objective.cross_entropy_weight * (1.0 if factor_N is None else factor_N[at])
+            loss_P = loss_P + (weight + objective.long_term_weight * returns) * cross_entropy_P
         return loss_P if counted.weight_N is None else loss_P * counted.weight_N[at]
 
     def _divergence(self, teacher: TeacherSignal, logits_PV: Tensor, at: slice, chunk: slice) -> Tensor:

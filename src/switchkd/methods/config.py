@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,16 +11,20 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from switchkd.data.examples import AddBos, Rendering, TrainTurns
 from switchkd.distributions.divergences import Divergence
 from switchkd.errors import UserError
-from switchkd.loss.objective import Objective
+from switchkd.loss.objective import CrossEntropyOn, Objective
 from switchkd.loss.targets import Target
 from switchkd.loss.weight import Weight
 from switchkd.loss.weights import WEIGHT
 from switchkd.methods.parts import (
+    AUTO,
     COMPONENTS,
     DEFAULTS,
     HEADLINE,
+    OF_LOSS,
+    OF_TEXT,
     auto_threshold,
     check_not_moved,
     described,
@@ -46,8 +51,8 @@ class SwitchConfig(TrainingArguments):
     a mapping without a name changes the method's own. Where one is left out, the method decides.
 
     Defaults that differ: progress is logged every step, no reports are sent unless asked for (`report_to`), bf16 follows
-    `precision`, and the learning rate is 1e-5. `placement` is what device and precision come to. Raises UserError for settings
-    out of range, and for those that nothing would read.
+    `precision`, two checkpoints are kept, and the learning rate follows what is trained. `placement` is what device and
+    precision come to. Raises UserError for settings out of range, and for those that nothing would read.
     """
 
     # HfArgumentParser takes the second type of a union that has None: the form that a command line can give.
@@ -62,7 +67,8 @@ class SwitchConfig(TrainingArguments):
         None, "The divergence at tokens of rollouts that the teacher wrote, where it is another."
     )
     threshold: None | float | str | AutoThreshold | dict[str, Any] = setting(
-        None, "SWITCH: tau_0 in nats, 0 to 0.693; the teacher writes above it. auto: found for a teacher share."
+        None,
+        "SWITCH: tau_0 in nats, 0 to 0.693; the teacher writes above it. auto, its default: found for a teacher share.",
     )
     decay: DecayName | None = setting(None, "SWITCH: how the threshold falls: exponential, linear or constant.")
     decay_rate: float | None = setting(None, "SWITCH: the threshold's decay per token (lambda).")
@@ -70,6 +76,9 @@ class SwitchConfig(TrainingArguments):
         None, "SWITCH: threshold at the last position / at the first; 0.1 where decay_rate is not set either."
     )
     cross_entropy_weight: float | None = setting(None, "Weight of -log p_student(token), added to the divergence.")
+    cross_entropy_on: CrossEntropyOn = setting(
+        "data", "Whose text the cross-entropy falls on: data, data+teacher (its tokens of rollouts too), all."
+    )
     long_term_weight: float | None = setting(
         None, "Weight of MiniLLM's policy-gradient term for what a token does to later ones; 0 is none."
     )
@@ -112,6 +121,18 @@ class SwitchConfig(TrainingArguments):
     temperature: float = setting(1.0, "Sampling temperature of both models; 0 is greedy.")
     top_p: float = setting(1.0, "Nucleus of both models' sampling; 1 keeps every token.")
     top_k: int = setting(0, "Tokens kept in both models' sampling; 0 keeps every token.")
+    template_from: str = setting(
+        "student", "Whose chat template writes conversations: student, teacher, or the path of a template file."
+    )
+    chat_template_kwargs: dict[str, Any] | None = setting(
+        None, "Keywords of the chat template, such as {enable_thinking: false}; a row's own column wins."
+    )
+    add_bos: AddBos = setting(
+        "auto", "Whether text prompts start with a begin-of-text token: auto (as the tokenizer does), always, never."
+    )
+    train_turns: TrainTurns = setting(
+        "last", "sft, kd: the assistant's turns trained on, last or all. Rollouts continue the last."
+    )
     max_prompt_tokens: int = setting(256, "A row with a longer prompt is a bad row.")
     max_new_tokens: int = setting(256, "Longest rollout, and where the data set's responses are cut, in tokens.")
     rollout_rows: int = setting(64, "Rollouts in flight at a time; bounds memory, changes no token.")
@@ -146,7 +167,11 @@ class SwitchConfig(TrainingArguments):
     )
     bf16: bool | None = setting(None, "As precision: bf16 where true, float32 where false.")  # type: ignore[assignment]
 
-    learning_rate: float = setting(1e-5, "The initial learning rate.")
+    learning_rate: float | None = setting(  # type: ignore[assignment]
+        None,
+        "The initial learning rate; by default 2e-4 for an adapter, 1e-5 for a whole model, 1e-3 below 30M parameters.",
+    )
+    save_total_limit: int | None = setting(2, "Checkpoints kept, the newest ones; null keeps all.")
     logging_steps: float = setting(1, "Log every this many steps.")
     # The loader hands over records, not tensors: nothing of them can be pinned.
     dataloader_pin_memory: bool = setting(False, "Pin the data loader's memory.")
@@ -192,6 +217,11 @@ class SwitchConfig(TrainingArguments):
         """How rollouts are drawn."""
         return Sampling(self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
 
+    @property
+    def rendering(self) -> Rendering:
+        """How rows become text."""
+        return Rendering(self.chat_template_kwargs or {}, self.add_bos, self.train_turns)
+
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with components as the mappings that describe them."""
         return {key: described(value) for key, value in super().to_dict().items()}  # type: ignore[no-untyped-call]
@@ -207,30 +237,16 @@ class SwitchConfig(TrainingArguments):
                 given[key] = registry.make(given[key], default=getattr(row, key) or DEFAULTS.get(key))
         method = replace(row, **given | {"weight": weights_of(self.weight, row.weight, self.max_new_tokens)})
         self._check_read(row, method)
-        return Plan(
-            policy=method.policy,
-            rollout_share=method.student_share,
-            objective=Objective(
-                method.divergence,
-                cross_entropy_weight=method.cross_entropy_weight,
-                loss_temperature=self.loss_temperature,
-                weights=method.weight,
-                target=method.target,
-                start_weight=method.start_weight,
-                start_divergence=method.start_divergence,
-                teacher_text_divergence=method.teacher_text_divergence,
-                long_term_weight=method.long_term_weight,
-            ),
-            auto_threshold=auto,
-            teacher_text_share=method.teacher_text_share,
-            share_rise=method.share_rise,
-            replay_capacity=method.replay_capacity,
-            replay_share=method.replay_share,
-            teacher_text=self._teacher_text(method),
-            replayed_prefix=method.replayed_prefix,
-            length_growth=method.length_growth,
-            rewrite=method.rewrite,
+        of_loss, of_text = ({key: getattr(method, key) for key in keys} for keys in (OF_LOSS, OF_TEXT))
+        objective = Objective(
+            method.divergence,
+            cross_entropy_on=self.cross_entropy_on,
+            loss_temperature=self.loss_temperature,
+            weights=method.weight,
+            **of_loss,
         )
+        text = self._teacher_text(method)
+        return Plan(method.policy, method.student_share, objective, auto, teacher_text=text, **of_text)
 
     def _policy(self, row: Method) -> tuple[AutoThreshold | None, Policy]:
         """What finds the threshold, if it is to be found, and the policy: the run's, else the row's, with the flat settings."""
@@ -241,11 +257,17 @@ class SwitchConfig(TrainingArguments):
         inside = flat if isinstance(self.policy, Policy) else self.policy if isinstance(self.policy, Mapping) else ()
         if twice := [key for key in flat if key in inside]:
             raise UserError(f"{twice[0]} is {flat[twice[0]]}, but the policy brings its own; set it in one place")
-        auto = auto_threshold(flat.get("threshold"))
-        if auto is not None:
-            # The search starts from the default.
-            del flat["threshold"]
-        return auto, replace(policy, **flat)
+        finds = row.finds_threshold if self.policy is None else not isinstance(self.policy, Policy)
+        given = flat.pop("threshold", AUTO if finds and "threshold" not in inside else None)
+        auto = auto_threshold(given)
+        # Without a threshold, the search starts from the default.
+        policy = replace(policy, **flat, **({} if auto or given is None else {"threshold": given}))
+        if auto is None and policy.threshold > math.log(2):
+            raise UserError(
+                f"threshold is {policy.threshold}, but the divergence is at most ln 2 = 0.693 nats, so the teacher would not "
+                f"write before the threshold has fallen that far; take less, or auto"
+            )
+        return auto, policy
 
     def _teacher_text(self, method: Method) -> Path | None:
         if method.teacher_writes_data or (method.replayed_prefix and method.replayed_prefix.source == "teacher"):
@@ -308,6 +330,11 @@ class SwitchConfig(TrainingArguments):
     def _check(self) -> None:
         """Raise UserError for settings out of range that no component checks."""
         check_block_size(self.block_size)
+        if self.rendering.train_turns == "all" and not self.plan.trains_data_alone:
+            raise UserError(
+                f"train_turns is 'all', but method {self.method_name!r} has text written, and that continues the last turn "
+                f"of a conversation; leave it out, or take sft or kd"
+            )
         sampling, objective = self.sampling, self.plan.objective
         # They read the models' own probabilities; what top-k or top-p excludes would make them infinite.
         if objective.reads_logp and (sampling.temperature, sampling.top_p, sampling.top_k) != (1, 1, 0):
@@ -316,6 +343,8 @@ class SwitchConfig(TrainingArguments):
             raise UserError(
                 f"{reader} needs text drawn from the models' own distributions; set temperature and top_p to 1 and top_k to 0"
             )
+        if not (self.learning_rate is None or 0 <= self.learning_rate < math.inf):
+            raise UserError(f"learning_rate is {self.learning_rate}; it has to be 0 or more, or left out")
         for key in ("max_prompt_tokens", "rollout_rows", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}; it has to be at least 1")

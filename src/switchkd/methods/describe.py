@@ -27,8 +27,10 @@ def describe_objective(config: SwitchConfig) -> str:
             f"{objective.start_weight:g} x {_in_words(DIVERGENCE.describe(objective.start_divergence))} to the start"
         )
     if weight := objective.cross_entropy_weight:
-        compared.append("cross-entropy" if weight == 1 else f"{weight:g} x cross-entropy")
-    said = [f"learning rate {config.learning_rate:g}", " + ".join(compared)]
+        on = f" on {objective.cross_entropy_on} text" if config.plan.rolls_out else ""
+        compared.append(("cross-entropy" if weight == 1 else f"{weight:g} x cross-entropy") + on)
+    rate = [] if config.learning_rate is None else [f"learning rate {config.learning_rate:g}"]
+    said = [*rate, " + ".join(compared)]
     said += [f"weight {_in_words(WEIGHT.describe(weight))}" for weight in objective.weights]
     return ", ".join([*said, _writer(config), *_texts(config.plan)] if config.plan.rolls_out else said)
 

@@ -33,6 +33,13 @@ DEFAULTS: dict[str, Any] = {
     "length_growth": LengthGrowth(),
     "rewrite": Rewrite(),
 }
+# What a plan and its objective take from a method under the same name.
+OF_LOSS = (
+    "cross_entropy_weight", "target", "start_weight", "start_divergence", "teacher_text_divergence", "long_term_weight",
+)  # fmt: skip
+OF_TEXT = (
+    "teacher_text_share", "share_rise", "replay_capacity", "replay_share", "replayed_prefix", "length_growth", "rewrite",
+)  # fmt: skip
 # SWITCH's settings stand flat as well, since people write them most. Other policies ignore them: the stages of a run share them.
 HEADLINE = ("threshold", "decay", "decay_rate", "final_fraction")
 

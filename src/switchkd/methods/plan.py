@@ -11,14 +11,14 @@ from switchkd.loss.weights import WEIGHT
 from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
 from switchkd.rollout.law import Policy
 from switchkd.settings.components import setting
-from switchkd.settings.paper import PAPER_SHARE
+from switchkd.settings.paper import DEFAULT_SHARE
 
 
 @dataclass(frozen=True)
 class AutoThreshold:
     """`threshold: auto`: the run calibrates its threshold before the first step. Raises UserError for values out of range."""
 
-    teacher_share: float = setting(PAPER_SHARE, "The share of tokens that the teacher is to write, inside 0..1.")
+    teacher_share: float = setting(DEFAULT_SHARE, "The share of tokens that the teacher is to write, inside 0..1.")
     prompts: int = setting(64, "The number of training prompts, from the start of the data, that it is calibrated on.")
     every: int = setting(0, "Calibrate again every this many steps, as the student learns; 0 is never.")
 
@@ -64,6 +64,7 @@ class Plan:
                 raise UserError(f"{key} is {getattr(self, key)}; it is a share of sequences, from 0 to 1")
         if not self.replay_capacity >= 0:
             raise UserError(f"replay_capacity is {self.replay_capacity}; give a number of rollouts, or 0 for none")
+        self._check_cross_entropy()
         self._check_long_term()
         self._check_weights()
         self._check_rewrite()
@@ -72,6 +73,11 @@ class Plan:
     def rolls_out(self) -> bool:
         """Whether any sequence is ever rolled out."""
         return self.rollout_share > 0 or self.share_rise > 0
+
+    @property
+    def trains_data_alone(self) -> bool:
+        """Whether all text is the data set's own."""
+        return not self.rolls_out and self.teacher_text is None
 
     @property
     def needs_response(self) -> bool:
@@ -90,6 +96,14 @@ class Plan:
         ends = [weight.longest for weight in self.objective.weights if weight.longest is not None]
         longest = min([max_new_tokens, *ends])
         return self.length_growth.limit(step, longest) if self.length_growth else longest
+
+    def _check_cross_entropy(self) -> None:
+        objective = self.objective
+        if objective.divergence is None and objective.cross_entropy_on == "data" and self.rollout_share == 1:
+            raise UserError(
+                "the loss is cross-entropy alone, on text of the data set, but all text here is rolled out; set "
+                "cross_entropy_on to data+teacher, or take a divergence"
+            )
 
     def _check_long_term(self) -> None:
         weight = self.objective.long_term_weight

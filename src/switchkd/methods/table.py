@@ -36,8 +36,9 @@ class Method:
     Of the training sequences, `student_share` (0 to 1) are rolled out by `policy`; the rest is the data set's text, or the
     teacher's, written once before the first step, where `teacher_writes_data`. The loss is `divergence` (None: no teacher in
     the loss) between the student and the `target`, plus `cross_entropy_weight` times the cross-entropy, counted by the product
-    of the weights. SwitchConfig describes the other settings. `start` names the student that the source starts from; a run
-    trains it in an earlier stage, as in recipes/.
+    of the weights. The threshold of the row's Switch is calibrated, unless the run gives one, where `finds_threshold`.
+    SwitchConfig describes the other settings. `start` names the student that the source starts from; a run trains it in an
+    earlier stage, as in recipes/.
     """
 
     summary: str
@@ -61,6 +62,7 @@ class Method:
     length_growth: LengthGrowth | None = None
     rewrite: Rewrite | None = None
     teacher_writes_data: bool = False
+    finds_threshold: bool = False
     start: Literal["base", "sft"] = "sft"
 
     @property
@@ -73,7 +75,7 @@ class Method:
         return type(self.policy).__name__ if self.student_share or self.share_rise else "data set"
 
 
-_OF_THE_ROW_ALONE = ("summary", "source", "departs", "teacher_writes_data", "start")
+_OF_THE_ROW_ALONE = ("summary", "source", "departs", "teacher_writes_data", "finds_threshold", "start")
 # What a run's settings of the same name replace.
 REPLACEABLE = tuple(key for key in settings_of(Method) if key not in _OF_THE_ROW_ALONE)
 
@@ -107,6 +109,7 @@ METHODS: dict[str, Method] = {
         source="Koo et al. 2025, arXiv 2410.19503",
         departs="the paper's loss could not be read at the source: forward KL here (set divergence)",
         policy=Switch(),
+        finds_threshold=True,
         student_share=1.0,
         divergence=ForwardKL(),
     ),

@@ -28,12 +28,15 @@ from switchkd.models.pair import ModelPair, check_tokenizers_agree, id_count
 from switchkd.models.placement import Placement, PlacementSettings, WeightDtype, init_options, placement_of, torch_dtype
 from switchkd.models.sources import Source, find_source
 
+_CPU_PACKING = "support_avx512bf16_for_cpu"
+
 
 def load_pair(
     student: str,
     teacher: str | None,
     *,
     placement: Placement | None = None,
+    student_quantization: str | None = None,
     teacher_quantization: str | None = None,
     trust_remote_code: bool = False,
     student_drop_layers: str | None = None,
@@ -65,6 +68,7 @@ def load_pair(
         device=place.device,
         init_kwargs=student_kwargs,
         drop_layers=student_drop_layers,
+        quantization=student_quantization,
     )
     if teacher is not None:
         teacher_model = load_model(
@@ -92,7 +96,7 @@ def load_model(
     """A causal LM in evaluation mode, from safetensors or from a GGUF file that is unpacked to plain weights.
 
     `name` is explained at `find_source`; `dtype` is a torch floating-point type, or "auto"; `drop_layers` ("10-19",
-    "0,2,4-6") removes decoder layers; `quantization` "8bit" or "4bit" packs a teacher's weights with bitsandbytes. `device`
+    "0,2,4-6") removes decoder layers; `quantization` "8bit" or "4bit" packs the weights with bitsandbytes. `device`
     None is the CPU. `init_kwargs` go on to `from_pretrained`; a `device_map` among them is kept in place of `device`. Raises
     UserError if the model cannot be loaded in full.
     """
@@ -113,7 +117,7 @@ def load_model(
             )
         if "quantization_config" in options:
             raise UserError(
-                f"teacher_quantization is {quantization!r}, but teacher_model_init_kwargs bring a quantization_config; set one"
+                f"the quantization of {name!r} is {quantization!r}, but its model_init_kwargs bring a quantization_config; set one"
             )
         options["quantization_config"] = _quantization(quantization, options["dtype"])
     on_accelerator = device is not None and device.type != "cpu" and "device_map" not in options
@@ -140,6 +144,10 @@ def _in_full(name: str, source: Source, options: Mapping[str, Any]) -> PreTraine
             f"download it again"
         )
     model: PreTrainedModel = loaded[0]
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for a product in bfloat16 without a gradient.
+        if hasattr(module, _CPU_PACKING):
+            setattr(module, _CPU_PACKING, False)
     return model
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchkd.errors import UserError
+from switchkd.models.chat import end_of_turn
 from switchkd.models.heads import Head, base_of, head_rows
 
 
@@ -85,11 +86,14 @@ class ModelPair:
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a text: the student's, then the teacher's, as `eos_ids_of` lists them."""
+        """The ids that end a text: the student's, the teacher's, as `eos_ids_of` lists them, and the chat template's."""
         # Either model may end a text, so the ids of both count.
         found = [*eos_ids_of(self.student, self.tokenizer)]
         if self.teacher is not None:
             found += eos_ids_of(self.teacher, self.teacher_tokenizer)
+        # A base model may know no end of a turn, and yet be taught in one.
+        turn = None if self.tokenizer is None else end_of_turn(self.tokenizer)
+        found += [] if turn is None else [turn]
         return tuple(token_id for token_id in dict.fromkeys(found) if 0 <= token_id < self.vocabulary_size)
 
     @cached_property

@@ -14,7 +14,7 @@ from switchkd.distributions.divergences import DIVERGENCE
 from switchkd.loss.targets import OF_TEACHER
 from switchkd.loss.weights import WEIGHT
 from switchkd.methods.config import SwitchConfig
-from switchkd.methods.parts import COMPONENTS, HEADLINE
+from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE
 from switchkd.methods.table import Method
 from switchkd.rollout.policies import POLICY
 from switchkd.settings.components import Registry, settings_of
@@ -57,7 +57,9 @@ def method_settings(method: Method) -> Iterator[tuple[str, Any, str]]:
     sentences = {key: each.metadata.get("help", "") for key, each in settings_of(SwitchConfig).items()}
     rolls_out = method.student_share or method.share_rise
     if rolls_out:
-        yield from _of_component("policy", POLICY, method.policy, sentences["policy"])
+        for key, value, sentence in _of_component("policy", POLICY, method.policy, sentences["policy"]):
+            is_found = key == "threshold" and method.finds_threshold
+            yield (key, AUTO, sentences[key]) if is_found else (key, value, sentence)
     for key, registry in COMPONENTS.items():
         part = getattr(method, key)
         # What every row has, and hardly one reads, is shown where it acts.

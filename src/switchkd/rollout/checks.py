@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from switchkd.errors import UserError
+from switchkd.models.chat import begun, leading_ids, plain_ids
 from switchkd.models.heads import base_of
 from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Sampling
@@ -60,7 +61,8 @@ def _record(pair: ModelPair, index: int, prompt: PromptLike) -> Prompt:
     if isinstance(prompt, str):
         if pair.tokenizer is None:
             raise UserError(f"prompt {index} is text, but the pair has no tokenizer; give token ids or a tokenizer")
-        prompt = tuple(pair.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        (token_ids,) = plain_ids(pair.tokenizer, [prompt])
+        prompt = begun(token_ids, leading_ids(pair.tokenizer))
     record = prompt if isinstance(prompt, Prompt) else Prompt(tuple(prompt), prompt_id=index)
     if not record.token_ids:
         raise UserError(f"prompt {index} is empty; a model needs at least one token to continue")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
 from switchkd.errors import UserError, did_you_mean
 from switchkd.methods.config import SwitchConfig
-from switchkd.methods.parts import COMPONENTS, HEADLINE, check_not_moved
+from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE, check_not_moved
+from switchkd.methods.plan import AutoThreshold
 from switchkd.rollout.policies import Switch
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed
@@ -34,10 +35,14 @@ class RunConfig:
         None, "Decoder layers removed from the student at the start, such as '10-19'."
     )
     device: str = setting("auto", "cpu, cuda or mps; auto is the first there of cuda, mps, cpu.")
+    student_quantization: str | None = setting(
+        None, "8bit or 4bit weights of the student under an adapter (QLoRA), by bitsandbytes; needs adapter: keep."
+    )
     teacher_quantization: str | None = setting(None, "8bit or 4bit weights of the teacher, by bitsandbytes.")
     trust_remote_code: bool = setting(False, "Run code that comes with a model.")
-    peft: dict[str, Any] | None = setting(
-        None, "Settings of peft.LoraConfig; the run then trains an adapter and merges it."
+    peft: dict[str, Any] | None = setting(None, "Settings of peft.LoraConfig; the run then trains an adapter.")
+    adapter: Literal["merge", "keep"] = setting(
+        "merge", "Whether the adapter is merged into the model that the run leaves, or kept beside its base model."
     )
     training: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Mapping[str, Any], ...] = ()
@@ -48,6 +53,7 @@ class RunConfig:
         if not any("policy" in part for part in (self.training, *self.stages)):
             # Flat settings beside a policy of one's own would say the same thing twice.
             defaults |= {name: settings_of(Switch)[name].default for name in HEADLINE}
+            defaults["threshold"] = {"name": AUTO, **asdict(AutoThreshold())}
         ordered = {name: defaults[name] for name in SWITCH_FIELDS}
         ordered |= {name: value for name, value in defaults.items() if value is not None}
         return {name: getattr(self, name) for name in OWN_HINTS} | ordered | dict(self.training)
@@ -67,10 +73,29 @@ class RunConfig:
                 f"device is {self.device!r}, but this run would be on {config.placement.device}; take auto, cpu, or a device "
                 f"that is here without its number (CUDA_VISIBLE_DEVICES=1 makes the second GPU the first)"
             )
+        self._check_adapter()
         config.check_evaluation(has_data=self.eval_data is not None)
         if self.teacher is None and config.plan.needs_teacher:
             raise UserError(f"method {config.method!r} needs a teacher; set teacher in the run file")
         return config
+
+    def _check_adapter(self) -> None:
+        """Raise UserError for an adapter that could not be kept, and for packed weights that could not be trained."""
+        if self.peft is None and (self.adapter == "keep" or self.student_quantization):
+            given = (
+                "adapter is keep" if self.adapter == "keep" else f"student_quantization is {self.student_quantization}"
+            )
+            raise UserError(f"{given}, but no adapter is trained; set peft, or leave it out")
+        if self.adapter == "keep" and self.student_drop_layers:
+            raise UserError(
+                "adapter is keep, but its base model would be one without the layers of student_drop_layers, which nothing "
+                "keeps; set adapter to merge"
+            )
+        if self.adapter == "merge" and self.student_quantization:
+            raise UserError(
+                f"adapter is merge, which would round what was learned to the {self.student_quantization} of "
+                f"student_quantization; set adapter to keep (in a run of stages the earlier ones merge)"
+            )
 
     def in_stages(self) -> list[Stage]:
         """The run as stages; each starts from the student that the one before it leaves.
@@ -86,7 +111,9 @@ class RunConfig:
             run = base.changed(changes, f"in stage {number}")
             name = f"{number}-{run.training.get('method', SwitchConfig.method)}"
             folder = Path(self.output_dir) / name
-            run = replace(run, output_dir=str(folder))
+            # The next stage starts from a whole model.
+            adapter = run.adapter if number == len(self.stages) else "merge"
+            run = replace(run, output_dir=str(folder), adapter=adapter)
             tokenizer = run.student
             if stages and "student" not in changes:
                 # Layers that an earlier stage removed, and its adapter, are part of the student that it leaves.

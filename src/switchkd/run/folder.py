@@ -15,6 +15,7 @@ import yaml
 
 from switchkd.errors import UserError
 from switchkd.files import now, write_atomically
+from switchkd.models.heads import base_of
 from switchkd.run.file import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage, read_mapping, run_from_values
 from switchkd.training.checkpoints import last_complete_checkpoint
 
@@ -82,6 +83,9 @@ def _check_same_run(saved: RunConfig, run: RunConfig) -> None:
     for place, old, new in parts:
         for key in dict.fromkeys([*old, *new]):
             if key in _CHANGEABLE or key.startswith(_CHANGEABLE_PREFIXES) or old.get(key) == new.get(key):
+                continue
+            # Left open, it follows the student, which has not changed.
+            if key == "learning_rate" and new.get(key) is None:
                 continue
             # Another way to write the same place, such as from another working folder.
             if key == "output_dir" and Path(old[key]).resolve() == Path(new[key]).resolve():
@@ -151,6 +155,9 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         # Of a run that was killed while saving: its files may be cut off.
         shutil.rmtree(staged, ignore_errors=True)
         model.save_pretrained(staged)
+        # An adapter leaves it to its base model.
+        if (generation_config := base_of(model).generation_config) is not None:
+            generation_config.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         for file in staged.iterdir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PrinterCallback
 from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
 from switchkd.methods.describe import describe_objective
+from switchkd.models.chat import set_template
 from switchkd.models.load import load_pair, load_tokenizer
 from switchkd.models.sources import find_source
 from switchkd.records import Example
@@ -24,7 +25,7 @@ from switchkd.run.callbacks import ConsoleProgress, LogFile, StopCleanly, read_l
 from switchkd.run.file import RunConfig, Stage
 from switchkd.run.folder import LOG_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
 from switchkd.training.checkpoints import last_complete_checkpoint
-from switchkd.training.dataset import tokenized
+from switchkd.training.dataset import tokenized, warn_of_templates
 from switchkd.training.teachers import SELF
 from switchkd.training.trainer import SwitchTrainer
 
@@ -85,13 +86,21 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
         run = stage.run
         train = resolve(run.train_data, "train", data_dir=run.data_dir)
         held_out = resolve(run.eval_data, "eval", data_dir=run.data_dir) if run.eval_data else None
-        find_source(stage.tokenizer)
+        if find_source(stage.tokenizer).gguf_file is not None and run.adapter == "keep":
+            raise UserError(
+                f"adapter is keep, but nothing loads one onto a .gguf file ({run.student}); set adapter to merge"
+            )
         if run.teacher not in (None, SELF) and stage.config.plan.needs_teacher:
             find_source(str(run.teacher))
         sources.append((stage, _peft_config(run), train, held_out))
     prepared = []
     for stage, peft_config, train, held_out in sources:
         tokenizer = load_tokenizer(stage.tokenizer, trust_remote_code=stage.run.trust_remote_code)
+        teacher_tokenizer = None
+        if stage.run.teacher not in (None, SELF) and stage.config.plan.needs_teacher:
+            teacher_tokenizer = load_tokenizer(str(stage.run.teacher), trust_remote_code=stage.run.trust_remote_code)
+        set_template(tokenizer, teacher_tokenizer, stage.config.template_from)
+        warn_of_templates(train, tokenizer, teacher_tokenizer, stage.config)
         needs_response = stage.config.plan.needs_response
         train_examples = tokenized(train, tokenizer, stage.config, need_response=needs_response)
         eval_examples = tokenized(held_out, tokenizer, stage.config, need_response=True) if held_out else None
@@ -121,7 +130,7 @@ def _train_stage(
     checkpoint = last_complete_checkpoint(stage.folder) if resume else None
     if is_main_process:
         # Only now that everything has loaded: once the folder is marked as a run, another attempt without --resume is refused.
-        record_run(run)
+        record_run(run if run.stages else _with_rate(run, trainer.args.learning_rate))
         console.print(_first_line(trainer, stage, checkpoint), highlight=False, markup=False, soft_wrap=True)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -136,7 +145,9 @@ def _train_stage(
         raise Stopped(_how_to_resume(run, stage, f"stopped after step {step}"))
     if is_main_process:
         model: Any = trainer.pair.student
-        save_final(model if prepared.peft_config is None else model.merge_and_unload(), trainer.pair.tokenizer, stage)
+        if prepared.peft_config is not None and stage.run.adapter == "merge":
+            model = model.merge_and_unload()
+        save_final(model, trainer.pair.tokenizer, stage)
     # The next stage reads what was saved.
     trainer.accelerator.wait_for_everyone()
 
@@ -149,6 +160,7 @@ def _trainer(
         stage.run.student,
         stage.run.teacher if stage.config.plan.needs_teacher and stage.run.teacher != SELF else None,
         placement=stage.config.placement,
+        student_quantization=stage.run.student_quantization,
         teacher_quantization=stage.run.teacher_quantization,
         trust_remote_code=stage.run.trust_remote_code,
         student_drop_layers=stage.run.student_drop_layers,
@@ -165,6 +177,10 @@ def _trainer(
         peft_config=prepared.peft_config,
         callbacks=[LogFile(Path(run.output_dir) / LOG_FILE, stage.name), progress, stopper],
     )
+    if prepared.peft_config is not None:
+        # Names such as world:student lead nowhere elsewhere.
+        adapted: Any = trainer.pair.student
+        adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
     trainer.remove_callback(PrinterCallback)
     return trainer, stopper, progress
 
@@ -172,7 +188,20 @@ def _trainer(
 def _first_line(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -> str:
     starts = f" Goes on from {checkpoint}." if checkpoint else ""
     computes = f"Computes {stage.config.placement.describe()}: {describe_objective(stage.config)}."
-    return f"{trainer.describe()}. {computes} Writes to {stage.model_folder}.{starts}"
+    return f"{trainer.describe()}. {computes} {_marks(trainer)} Writes to {stage.model_folder}.{starts}"
+
+
+def _with_rate(run: RunConfig, rate: float | None) -> RunConfig:
+    """The run with the learning rate that is in force: where it was left open, the student decided."""
+    return replace(run, training={"learning_rate": rate, **run.training})
+
+
+def _marks(trainer: SwitchTrainer) -> str:
+    """What plain text begins with, and where any text ends."""
+    tokenizer: Any = trainer.pair.tokenizer
+    first, last = trainer.args.rendering.leading_ids(tokenizer), list(trainer.pair.eos_ids)
+    begins = f"with {''.join(tokenizer.convert_ids_to_tokens(first))}" if first else "without BOS"
+    return f"Text begins {begins}, ends at {' or '.join(tokenizer.convert_ids_to_tokens(last))}."
 
 
 def _how_to_resume(run: RunConfig, stage: Stage, what: str) -> str:

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from switchkd.data.rows import SourceRow, read_rows, to_examples
+from switchkd.data.examples import to_examples
+from switchkd.data.rows import SourceRow, is_chat, read_rows
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
+from switchkd.models.chat import warn_of_other_template
+from switchkd.models.pair import ModelPair
 from switchkd.records import Example
 
 
 def examples_of(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SwitchConfig, *, need_response: bool
+    dataset: Any, pair: ModelPair, args: SwitchConfig, *, need_response: bool, warn_of_template: bool = True
 ) -> Any:
     """The examples of a data set: `Example` records, or rows as `read_rows` takes them, tokenized. None stays None.
 
@@ -27,7 +30,8 @@ def examples_of(
         return None
     if isinstance(dataset, dict):
         parts = dataset.items()
-        return {name: examples_of(part, tokenizer, args, need_response=need_response) for name, part in parts}
+        rest = {"need_response": need_response, "warn_of_template": warn_of_template}
+        return {name: examples_of(part, pair, args, **rest) for name, part in parts}
     if not isinstance(dataset, str | Path) and len(dataset) and isinstance(dataset[0], Example):
         empty = sum(not example.response_ids for example in dataset)
         if need_response and empty:
@@ -37,9 +41,23 @@ def examples_of(
                 "an example has no prompt, but its first token has to be predicted from something; give prompt tokens"
             )
         return list(dataset)
-    if tokenizer is None:
+    if pair.tokenizer is None:
         raise UserError("the rows are text, but there is no tokenizer; give processing_class")
-    return tokenized(read_rows(dataset), tokenizer, args, need_response=need_response)
+    rows = read_rows(dataset)
+    if warn_of_template:
+        warn_of_templates(rows, pair.tokenizer, pair.teacher_tokenizer, args)
+    return tokenized(rows, pair.tokenizer, args, need_response=need_response)
+
+
+def warn_of_templates(
+    rows: Sequence[SourceRow],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    args: SwitchConfig,
+) -> None:
+    """Warn, where rows are chats, of a teacher with another template than the tokenizer's."""
+    if teacher_tokenizer is not None and any(map(is_chat, rows)):
+        warn_of_other_template(tokenizer, teacher_tokenizer, args.rendering.template_kwargs)
 
 
 def tokenized(
@@ -53,6 +71,7 @@ def tokenized(
         max_response_tokens=args.max_new_tokens,
         need_response=need_response,
         skip_bad_rows=args.skip_bad_rows,
+        rendering=args.rendering,
     ).examples
 
 

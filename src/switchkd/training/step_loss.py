@@ -121,12 +121,14 @@ class StepLoss:
         hidden_BTH = last_hidden(model, self.pair.student, batch.input_ids_BT, batch.attention_mask_BT)
         # The token at t is predicted at t - 1.
         mask_BT = batch.response_mask_BT[:, 1:]
+        by_teacher_N, rolled_out_N = batch.written_by_teacher_BT[:, 1:][mask_BT], batch.rolled_out_BT[:, 1:][mask_BT]
         counted = Counted(
             hidden_BTH[:, :-1][mask_BT],
             batch.input_ids_BT[:, 1:][mask_BT],
             weight_N=weight_N,
             other_share_N=share_N,
             return_N=return_N,
+            cross_entropy_factor_N=self.objective.cross_entropy_factor(by_teacher_N, rolled_out_N),
             start=self._start_signal(batch, mask_BT),
         )
         teacher, teacher_NH = None, batch.teacher_hidden_NH

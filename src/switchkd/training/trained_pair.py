@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
+from switchkd.models.chat import set_template
+from switchkd.models.heads import base_of
 from switchkd.models.load import load_model, load_tokenizer
-from switchkd.models.pair import ModelPair
+from switchkd.models.pair import ModelPair, eos_ids_of
 from switchkd.training.machine import autocast_dtype_of
 from switchkd.training.teachers import SELF, self_teacher
 
@@ -37,7 +39,8 @@ def trained_pair(
                 "model is a pair, with a teacher and a tokenizer; leave teacher_model and processing_class out"
             )
         autocast_dtype = autocast_dtype or model.autocast_dtype
-        if peft_config is None and teacher_model is None and autocast_dtype == model.autocast_dtype:
+        kept = autocast_dtype == model.autocast_dtype and args.template_from == "student"
+        if peft_config is None and teacher_model is None and kept:
             # Its heads may have been proven already.
             return model
         teacher_model, tokenizer = teacher_model or model.teacher, model.tokenizer
@@ -54,12 +57,29 @@ def trained_pair(
             if isinstance(model, str)
             else model
         )
+    if tokenizer is not None:
+        set_template(tokenizer, teacher_tokenizer, args.template_from)
     if peft_config is not None:
-        from peft import get_peft_model
-
-        student = cast(PreTrainedModel, get_peft_model(student, peft_config))
+        student = _adapted(student, peft_config, args)
     teacher = self_teacher(student) if teacher_model == SELF else teacher_model
     if isinstance(teacher, str):
         place, kwargs = args.placement, args.placement.init_kwargs(args.teacher_model_init_kwargs)
         teacher = load_model(teacher, dtype=place.teacher_dtype, device=place.device, init_kwargs=kwargs)
     return ModelPair(student, teacher, tokenizer, teacher_tokenizer, autocast_dtype)
+
+
+def _adapted(student: PreTrainedModel, peft_config: PeftConfig, args: SwitchConfig) -> PreTrainedModel:
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(student, "is_quantized", False):
+        student = prepare_model_for_kbit_training(student, use_gradient_checkpointing=args.activation_checkpointing)
+    # An adapter begins at random, and equal runs begin equally.
+    set_seed(args.seed)
+    return cast(PreTrainedModel, get_peft_model(student, peft_config))
+
+
+def keep_ends(pair: ModelPair) -> None:
+    """Write all ids that end a text into the student's generation config, and so into every save: it is served alone."""
+    config = base_of(pair.student).generation_config
+    if config is not None and {*pair.eos_ids} - {*eos_ids_of(base_of(pair.student), None)}:
+        config.eos_token_id = list(pair.eos_ids)

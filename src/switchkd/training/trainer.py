@@ -24,14 +24,16 @@ from switchkd.rollout.engine import Engine
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.dataset import examples_of, with_row_numbers, without_repeats
+from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
 from switchkd.training.rewriting import check_rewrite
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
+from switchkd.training.teacher_share_alarm import teacher_share_alarm
 from switchkd.training.teacher_text import teacher_text
 from switchkd.training.teachers import TeacherPlace, teacher_size
-from switchkd.training.trained_pair import trained_pair
+from switchkd.training.trained_pair import keep_ends, trained_pair
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -44,6 +46,12 @@ class TrainerOptions(TypedDict, total=False):
     callbacks: list[TrainerCallback] | None
     optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
+
+
+def _check_teacher(args: SwitchConfig, model: object, teacher_model: object) -> None:
+    has_teacher = teacher_model is not None or (isinstance(model, ModelPair) and model.teacher is not None)
+    if args.plan.needs_teacher and not has_teacher:
+        raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
 
 
 class SwitchTrainer(Trainer):
@@ -79,19 +87,19 @@ class SwitchTrainer(Trainer):
         args = args or SwitchConfig(output_dir="runs/switchkd")
         self.plan = plan = args.plan
         args.check_evaluation(has_data=eval_dataset is not None)
-        has_teacher = teacher_model is not None or (isinstance(model, ModelPair) and model.teacher is not None)
-        if plan.needs_teacher and not has_teacher:
-            raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
+        _check_teacher(args, model, teacher_model)
         self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config, args)
         check_one_device(args, pair)
+        keep_ends(pair)
+        args.learning_rate = learning_rate_for(pair.student, args.learning_rate)
         engine = options.pop("engine", None)
         trainer_options: dict[str, Any] = {**options}
         super().__init__(
             model=pair.student,
             args=args,
             data_collator=with_row_numbers,
-            train_dataset=examples_of(train_dataset, pair.tokenizer, args, need_response=plan.needs_response),
-            eval_dataset=examples_of(eval_dataset, pair.tokenizer, args, need_response=True),
+            train_dataset=examples_of(train_dataset, pair, args, need_response=plan.needs_response),
+            eval_dataset=examples_of(eval_dataset, pair, args, need_response=True, warn_of_template=False),
             processing_class=pair.tokenizer,
             **trainer_options,
         )
@@ -111,8 +119,8 @@ class SwitchTrainer(Trainer):
             self._loss = StepLoss(pair, plan, rows=args.train_batch_size)
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
         self._text = StepText(args, pair, self._meters, self.train_dataset or ())
-        if self._text.share:
-            self.add_callback(self._text.share)
+        for callback in filter(None, (self._text.share, teacher_share_alarm(plan))):
+            self.add_callback(callback)
         self._step_started, self._step_tokens = 0.0, 0
         self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
 
