@@ -20,10 +20,11 @@ from switchkd.data.rows import read_rows, row_text
 from switchkd.errors import UserError
 from switchkd.models.chat import end_of_turn, leading_ids, set_template, warn_of_other_template
 from switchkd.models.pair import ModelPair
-from switchkd.records import Example, Sampling
+from switchkd.records import Example, FinishReason, Sampling
 from switchkd.rollout.law import Student
 from switchkd.rollout.reference import ReferenceEngine
 from tiny import tiny_model
+from trainers import make_trainer
 
 LIMITS: dict[str, Any] = {"max_prompt_tokens": 20_000, "max_response_tokens": 2_000, "need_response": True}
 TURN = (
@@ -347,3 +348,23 @@ def test_cut_responses_are_counted_with_the_limits_that_would_keep_them(caplog: 
     caplog.clear()
     to_examples(rows, byte_tokenizer(), **LIMITS | {"max_response_tokens": 101})
     assert not caplog.text
+
+
+# ------ a model
+
+
+@needs_trl
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma", "phi3"])
+def test_a_model_that_has_learned_a_chat_answers_it_as_served_and_ends(name: str, tmp_path: Path) -> None:
+    tokenizer, end = published(name)
+    student = tiny_model("llama", vocab=max(tokenizer.get_vocab().values()) + 1)
+    pair = ModelPair(student, None, tokenizer)
+    options = {"method": "sft", "max_steps": 40, "learning_rate": 1e-2, "max_new_tokens": 64, "split": (1, 1)}
+    trainer = make_trainer(tmp_path, pair, [{"messages": ONE}], **options)
+    trainer.train()
+    served = tokenizer.apply_chat_template(ONE[:1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(served, add_special_tokens=False)["input_ids"]
+    (answer,) = ReferenceEngine(trainer.pair).generate([prompt], Student(), Sampling(64, temperature=0))
+    said = tokenizer.decode(answer.token_ids)
+    assert said == {"qwen3": "<think>\n\n</think>\n\n"}.get(name, "") + f"Hello!{end}"
+    assert answer.finish_reason is FinishReason.END_OF_TEXT

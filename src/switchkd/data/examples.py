@@ -101,18 +101,8 @@ def to_examples(
         rendering = replace(rendering, prompts_alone=True)
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token; set its eos_token, else no response can end")
-    rendered, examples, bad = list[_Rendered](), list[Example](), list[BadRow]()
-    ignored: Counter[str] = Counter()
-    for row in rows:
-        try:
-            text = parse(row)
-            if need_response and not text.references:
-                raise missing("response", row)
-            rendered += _rendered(row, text, tokenizer, rendering)
-            ignored.update(text.ignored)
-        except BadRowError as error:
-            bad.append(BadRow(row.index, row.where, str(error)))
-    lengths, cut = list[int](), list[int]()
+    rendered, bad = _render_all(rows, tokenizer, rendering, need_response)
+    examples, lengths, cut = list[Example](), list[int](), list[int]()
     for row, prompt_ids, response_ids in _tokenize(rendered, tokenizer, rendering):
         lengths.append(len(prompt_ids))
         if len(prompt_ids) > max_prompt_tokens:
@@ -127,7 +117,6 @@ def to_examples(
     _report(
         bad, len(rows), len(examples), skip_bad_rows, _kept_by_limits("max_prompt_tokens", max_prompt_tokens, lengths)
     )
-    _warn_of_ignored_columns(ignored, len(rows))
     _warn_of_unopened_answers(rendered)
     _warn_of_cuts(max_response_tokens, cut)
     return Loaded(examples, bad)
@@ -154,6 +143,24 @@ def prompt_text(text: RowText, tokenizer: PreTrainedTokenizerBase, rendering: Re
     if isinstance(text.prompt, str):
         return text.prompt
     return _Template(text, tokenizer, rendering)(text.prompt, opens_answer=True)
+
+
+def _render_all(
+    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, rendering: Rendering, need_response: bool
+) -> tuple[list[_Rendered], list[BadRow]]:
+    """The rows as text, and those that cannot be used. Columns that nothing reads are logged."""
+    rendered, bad, ignored = list[_Rendered](), list[BadRow](), Counter[str]()
+    for row in rows:
+        try:
+            text = parse(row)
+            if need_response and not text.references:
+                raise missing("response", row)
+            rendered += _rendered(row, text, tokenizer, rendering)
+            ignored.update(text.ignored)
+        except BadRowError as error:
+            bad.append(BadRow(row.index, row.where, str(error)))
+    _warn_of_ignored_columns(ignored, len(rows))
+    return rendered, bad
 
 
 def _rendered(
