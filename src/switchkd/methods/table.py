@@ -26,7 +26,7 @@ from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
 from switchkd.rollout.law import Policy, Student
 from switchkd.rollout.policies import AdaSwitch, Early, Late, Switch
 from switchkd.settings.components import Registry, settings_of
-from switchkd.settings.paper import PAPER_SHARE
+from switchkd.settings.paper import DEFAULT_SHARE
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ REPLACEABLE = tuple(key for key in settings_of(Method) if key not in _OF_THE_ROW
 
 
 def _control(policy: Policy, summary: str) -> Method:
-    """A control of SWITCH's choice of places: the teacher writes the paper's share, wherever the two models disagree or not."""
-    source = "a control of SWITCH's choice of places; its share is the best of arXiv 2410.19503"
+    """A control of SWITCH's choice of places: the teacher writes the share that `switch` is calibrated for, wherever that is."""
+    source = "a control of SWITCH's choice of places, at the share that `switch` is calibrated for"
     return Method(f"control: {summary}", source, policy=policy, student_share=1.0, divergence=ForwardKL())
 
 
@@ -145,13 +145,13 @@ METHODS: dict[str, Method] = {
         divergence=ForwardKL(),
     ),
     "random": _control(
-        Mix(PAPER_SHARE), "each token is the teacher's with probability teacher_share, whether the two disagree or not"
+        Mix(DEFAULT_SHARE), "each token is the teacher's with probability teacher_share, whether the two disagree or not"
     ),
     "early": _control(
-        Early(PAPER_SHARE), "the teacher writes first, teacher_share of max_new_tokens, then the student"
+        Early(DEFAULT_SHARE), "the teacher writes first, teacher_share of max_new_tokens, then the student"
     ),
     "late": _control(
-        Late(PAPER_SHARE), "the student writes first, and the teacher the last teacher_share of max_new_tokens"
+        Late(DEFAULT_SHARE), "the student writes first, and the teacher the last teacher_share of max_new_tokens"
     ),
     "distillm": Method(
         "DistiLLM: skewed forward KL; the student's share rises when the dev loss worsens; old rollouts are replayed",

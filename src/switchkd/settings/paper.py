@@ -1,9 +1,7 @@
 """Numbers of the SWITCH paper (Koo et al., Findings of NAACL 2025, arXiv 2410.19503)."""
 
-# The share of tokens that the teacher writes at the paper's best setting; the student writes the other 47 %.
-PAPER_SHARE = 0.53
-# The share that a run calibrates its threshold for, where it names none. Not the paper's: between models that agree on most
-# tokens, half of the tokens are none at which they differ.
+# The share that a run calibrates its threshold for, where it names none, and that of the controls. At the paper's best setting the
+# teacher writes 53 % of the tokens; between models that agree on most tokens, half of them are none at which they differ.
 DEFAULT_SHARE = 0.1
 # The paper's best decay factor, in the one of its two readings that is the default here; see `Switch`.
 PAPER_FINAL_FRACTION = 0.1
