@@ -145,7 +145,8 @@ METHODS: dict[str, Method] = {
         divergence=ForwardKL(),
     ),
     "random": _control(
-        Mix(DEFAULT_SHARE), "each token is the teacher's with probability teacher_share, whether the two disagree or not"
+        Mix(DEFAULT_SHARE),
+        "each token is the teacher's with probability teacher_share, whether the two disagree or not",
     ),
     "early": _control(
         Early(DEFAULT_SHARE), "the teacher writes first, teacher_share of max_new_tokens, then the student"
