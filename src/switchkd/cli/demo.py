@@ -27,7 +27,7 @@ from switchkd.training.dataset import tokenized
 
 RUN_NAME = "switchkd demo"
 TEST_SET = "world:test"
-TEST_ROWS = 192
+TEST_ROWS = 300
 SHOWN_ROLLOUTS = 2
 
 
