@@ -6,9 +6,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from reference.policies import ByWriter, coupled, interleaved, mixed, trust_region
 from switchkd.distributions.draw import Draft, student_proposal
 from switchkd.distributions.noise import Address, row_keys
 from switchkd.records import Prompt
+from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
+from switchkd.rollout.law import Policy
 
 # The chance that a right implementation fails a statistical test; on these fixed addresses it passes for good.
 ALPHA = 1e-4
@@ -45,3 +48,15 @@ def follows(tokens: Tensor, probabilities: Tensor) -> bool:
         return False
     expected = probabilities[possible].double() / probabilities.double().sum() * counts.sum()
     return possible.sum() == 1 or stats.chisquare(counts[possible], expected).pvalue > ALPHA
+
+
+def by_writer(policy: Policy, student: list[float], teacher: list[float]) -> ByWriter:
+    """The probability of each token and writer under a blend, from its definition."""
+    match policy:
+        case Mix():
+            return mixed(student, teacher, policy.teacher_share)
+        case Interleave():
+            return interleaved(student, teacher, policy.keep_top_k)
+        case _:
+            assert isinstance(policy, TrustRegionBlend)
+            return coupled(student, trust_region(student, teacher, policy.budget))

@@ -281,7 +281,7 @@ def test_everything_of_one_part_has_left_the_flat_list() -> None:
             "weight by_writer acts on the tokens of rollouts, .* no rollouts here",
         ),
         ({"method": "seqkd", "weight": OF_TEACHER}, "acts on the tokens of rollouts"),
-        ({"method": "trd", "weight": "trust"}, "weight trust acts on .* text that the teacher writes anew here"),
+        ({"method": "trd", "weight": "trust"}, "weight trust acts on .* text that the teacher rewrites here"),
         ({"method": "gkd", "weight": OF_TEACHER}, "written by student, so no token .* weight of student above 0"),
         ({"method": "gkd", "student_share": 0.5, "weight": OF_TEACHER}, "written by student, "),
         ({"method": "late", "policy": {"teacher_share": 0.0}, "weight": OF_TEACHER}, "written by student, "),

@@ -17,8 +17,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from draws import by_writer
 from reference.divergences import jensen_shannon
-from reference.policies import ByWriter, adaswitch, coupled, interleaved, law_of, mixed, teacher_part, trust_region
+from reference.policies import adaswitch, law_of, teacher_part
 from reference.sampling import repeats_an_ngram, shaped
 from reference.sequence_law import sequence_law
 from switchkd.errors import UserError
@@ -86,18 +87,6 @@ WRITERS: dict[type[Policy], set[bool]] = {
     Interleave: set(),
     TrustRegionBlend: set(),
 }
-
-
-def by_writer(policy: Policy, student: list[float], teacher: list[float]) -> ByWriter:
-    """The probability of each token and writer under a blend."""
-    match policy:
-        case Mix():
-            return mixed(student, teacher, policy.teacher_share)
-        case Interleave():
-            return interleaved(student, teacher, policy.keep_top_k)
-        case TrustRegionBlend():
-            return coupled(student, trust_region(student, teacher, policy.budget))
-    raise NotImplementedError(policy)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""How a rollout starts, how long it grows, what the teacher makes of it anew, and the margin that it records."""
+"""How a rollout starts, how long it grows, how the teacher rewrites it, and the margin that it records."""
 
 from __future__ import annotations
 
@@ -543,7 +543,7 @@ def test_two_runs_are_rewritten_alike(tmp_path: Path) -> None:
         trained.append((copy.deepcopy(weights(trainer)), [[each.token_ids for each in call] for call in engine.calls]))
     assert trained[0][1] == trained[1][1]
     assert_same_weights(trained[0][0], trained[1][0])
-    # Written anew at each step.
+    # Rewritten at each step.
     assert trained[0][1][1] != trained[0][1][3]
 
 

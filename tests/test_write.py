@@ -12,8 +12,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from draws import ALPHA, DRAWS, PAIRS, addresses, drafted, follows
-from reference.policies import ByWriter, coupled, interleaved, law_of, mixed, teacher_part, trust_region
+from draws import ALPHA, DRAWS, PAIRS, addresses, by_writer, drafted, follows
+from reference.policies import law_of, teacher_part, trust_region
 from switchkd.records import Sampling
 from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
 from switchkd.rollout.law import Blend, Decision, Policy, Student, Teacher
@@ -37,18 +37,6 @@ def written(policy: Policy, student: list[float], teacher: list[float], count: i
     blend = Blend(decision.blend.logp.expand(count, -1), None if mass is None else mass.expand(count))
     everywhere = Decision(decision.by_teacher.expand(count), decision.threshold.expand(count), blend)
     return write(everywhere, draft, everyones, coin, greedy=False)
-
-
-def by_writer(policy: Policy, student: list[float], teacher: list[float]) -> ByWriter:
-    """The probability of each token and writer."""
-    match policy:
-        case Mix():
-            return mixed(student, teacher, policy.teacher_share)
-        case Interleave():
-            return interleaved(student, teacher, policy.keep_top_k)
-        case TrustRegionBlend():
-            return coupled(student, trust_region(student, teacher, policy.budget))
-    raise NotImplementedError(policy)
 
 
 def agrees_with_its_mean(values: Tensor, mean: float) -> bool:

@@ -50,7 +50,7 @@ class Weight(ABC):
 
     @property
     def longest(self) -> int | None:
-        """The length in tokens behind which every weight is 0, so that no rollout need be longer; None: there is none."""
+        """The number of tokens that can count; rollouts stop there. None sets no limit."""
         return None
 
     @abstractmethod

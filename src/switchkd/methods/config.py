@@ -115,7 +115,7 @@ class SwitchConfig(TrainingArguments):
         None, "Let the longest rollout grow over the steps: {start: 16, steps_per_token: 1}."
     )
     rewrite: None | str | Rewrite | dict[str, Any] = setting(
-        None, "Let the teacher write each rollout anew: {template: ...} with {prompt} and {attempt}."
+        None, "Let the teacher rewrite each rollout: {template: ...} with {prompt} and {attempt}."
     )
     loss_temperature: float = setting(1.0, "Temperature of both distributions in the loss; has no effect on sampling.")
     temperature: float = setting(1.0, "Sampling temperature of both models; 0 is greedy.")

@@ -36,7 +36,7 @@ def describe_objective(config: SwitchConfig) -> str:
 
 
 def _texts(plan: Plan) -> list[str]:
-    """How rollouts start, grow and are written anew, where that is out of the ordinary."""
+    """What is unusual about how rollouts start, grow or are rewritten."""
     said = []
     if begin := plan.replayed_prefix:
         said.append(

@@ -37,8 +37,8 @@ class Plan:
 
     Of the sequences, `rollout_share` are rolled out (with `share_rise`, at the start). The teacher alone writes
     `teacher_text_share` of these, and `policy` the others. `auto_threshold` calibrates the threshold of a Switch
-    (training/auto_threshold.py). `teacher_text` is the file of the teacher's text that replaces the data set's. How rollouts
-    start, grow and are written anew is in text.py.
+    (training/auto_threshold.py). `teacher_text` is the file of the teacher's text that replaces the data set's. text.py
+    has the starts, lengths and rewriting of rollouts.
     """
 
     policy: Policy
@@ -113,7 +113,7 @@ class Plan:
             )
 
     def _check_rewrite(self) -> None:
-        """Raise UserError where the text that the teacher writes anew would leave a setting without effect."""
+        """Raise UserError for a setting that would have no effect on text that the teacher rewrites."""
         objective = self.objective
         without_effect = {
             "replayed_prefix": self.replayed_prefix is not None,
@@ -133,7 +133,7 @@ class Plan:
         weights = self.objective.weights
         of_rollouts = [WEIGHT.name_of(type(weight)) for weight in weights if weight.of_rollouts_alone]
         if of_rollouts and (not self.rolls_out or self.rewrite):
-            kind = "text that the teacher writes anew" if self.rewrite else "no rollouts"
+            kind = "text that the teacher rewrites" if self.rewrite else "no rollouts"
             raise UserError(
                 f"weight {of_rollouts[0]} acts on the tokens of rollouts, but this method trains on {kind} here; leave it out"
             )

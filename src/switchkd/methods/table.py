@@ -227,7 +227,7 @@ METHODS: dict[str, Method] = {
     "trd": Method(
         "TRD: the teacher rewrites what the student wrote, and that is trained on under the original prompt",
         source="arXiv 2606.08432; github.com/louieworth/trd",
-        departs="written anew at each step, not once; the teacher scores under the original prompt, without the attempt; the "
+        departs="attempts are rewritten at each step, not once; the teacher scores without seeing the attempt; the "
         "template is ours",
         student_share=1.0,
         divergence=ForwardKL(),

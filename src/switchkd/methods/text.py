@@ -1,4 +1,4 @@
-"""How a rollout starts, how long it grows, and whether the teacher writes it anew."""
+"""How a rollout starts, how long it grows, and whether the teacher rewrites it."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ class LengthGrowth:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """`rewrite`: the teacher writes every rollout anew, and what it writes is trained on under the original prompt.
+    """`rewrite`: the teacher rewrites every rollout. The student learns the new text under the original prompt.
 
-    It is asked in the words of `template`, where {prompt} is the prompt's text and {attempt} the student's response, as one
-    user message of its chat template where it has one. So it has to be a teacher that follows instructions. While the loss
-    compares the two models the teacher sees the original prompt, as the student does. We depart there: the authors' code shows
-    it the attempt too.
+    The teacher is asked in the words of `template`, where {prompt} is the prompt's text and {attempt} the student's response,
+    as one user message of its chat template where it has one. So it has to be a teacher that follows instructions. While the
+    loss compares the two models the teacher sees the original prompt, as the student does. We depart there: the authors' code
+    shows it the attempt too.
 
     Source: TRD, arXiv 2606.08432, and the authors' code; the wording is ours. Raises UserError for a template without the two
     fields.

@@ -1,4 +1,4 @@
-"""The teacher writes the student's rollouts anew: the text of TRD (methods/text.py, `Rewrite`)."""
+"""The teacher rewrites the student's rollouts: the text of TRD (methods/text.py, `Rewrite`)."""
 
 from __future__ import annotations
 

@@ -97,8 +97,8 @@ class StepText:
             self.replay.add(gather_object([rollout.to("cpu") for rollout in written.values()]))
         in_place: dict[int, Example | Rollout] = {**replayed, **written}
         if self.plan.rewrite:
-            anew = rewritten(self.plan.rewrite, [*written.values()], self.pair, engine, self.args, limit)
-            in_place |= dict(zip(written, anew, strict=True))
+            texts = rewritten(self.plan.rewrite, [*written.values()], self.pair, engine, self.args, limit)
+            in_place |= dict(zip(written, texts, strict=True))
         # Behind the last token that counts, nothing is read.
         return [in_place.get(row, _cut(example, limit)) for row, example in enumerate(examples)]
 
