@@ -57,6 +57,7 @@ POLICIES: dict[str, Policy] = {
     "interleave": Interleave(keep_top_k=3),
     "mix": Mix(0.4),
     "trust region": TrustRegionBlend(0.2),
+    "early": Early(0.4),
     "late": Late(0.4),
 }
 
