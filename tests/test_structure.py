@@ -34,6 +34,7 @@ FLOORS = [
     {"report", "training"},
     {"run"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -14,6 +14,7 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold
 from switchkd.rollout.policies import Switch
+from switchkd.run.recipes import RECIPE, recipe_file
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed
 
@@ -181,12 +182,12 @@ def typed_setting(key: str, value: Any, origin: str) -> Any:
 
 
 def read_run(path: str | Path, assignments: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file describes, with `key=value` assignments put over it.
+    """The run that a YAML file describes, with `key=value` assignments put over it; recipe:NAME is one of ours.
 
     A dotted key reaches inside: stages.0.max_steps=3, policy.keep_top_k=10. Raises UserError for a file that is missing or not
     YAML, an unknown key (naming the nearest), a wrong type (naming key, value and type), and a missing key that is required.
     """
-    path = Path(path)
+    path = recipe_file(str(path)) if str(path).startswith(RECIPE) else Path(path)
     values = read_mapping(path)
     for assignment in assignments:
         _assign(values, assignment)
