@@ -46,7 +46,10 @@ class RunConfig:
         "merge", "Whether the adapter is merged into the model that the run leaves, or kept beside its base model."
     )
     training: Mapping[str, Any] = field(default_factory=dict)
-    stages: tuple[Mapping[str, Any], ...] = ()
+    stages: tuple[Mapping[str, Any], ...] = setting(
+        (),
+        "A list with a mapping of changes for each stage; each starts from the student that the one before it leaves.",
+    )
 
     def effective_settings(self) -> dict[str, Any]:
         """All values that act, flat, without the stages, in the order of the run file; defaults of None are left out."""
@@ -159,7 +162,12 @@ TRAINING_FIELDS: dict[str, Field[Any]] = {
     name: each for name, each in settings_of(SwitchConfig).items() if name not in OWN_HINTS
 }
 SWITCH_FIELDS = tuple(name for name in vars(SwitchConfig)["__annotations__"] if name in TRAINING_FIELDS)
-HINTS: dict[str, Any] = {**get_type_hints(SwitchConfig), **OWN_HINTS}
+# What a run file may hold beyond the settings of transformers.
+OUR_FIELDS: dict[str, Field[Any]] = {
+    **{name: each for name, each in settings_of(RunConfig).items() if name != "training"},
+    **{name: TRAINING_FIELDS[name] for name in SWITCH_FIELDS},
+}
+HINTS: dict[str, Any] = {**get_type_hints(SwitchConfig), **OWN_HINTS, "stages": list[dict[str, Any]]}
 # Settings with settings of their own: a name stands for a mapping that holds only it.
 _NESTED = ("policy", "threshold", "weight", *COMPONENTS)
 
