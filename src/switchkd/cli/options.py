@@ -165,6 +165,9 @@ class EvaluationOptions:
     no_repeat_ngram: Annotated[
         int, option(SAMPLING, "N", "Forbid repeated n-grams; published tables use 6.", min=0)
     ] = 0
+    match: Annotated[str, option(OUTPUT, "WORD", "Exact match by text, or numeric: numbers count by their value.")] = (
+        "text"
+    )
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     add_bos: AddBos = "auto"
     rollout_rows: RolloutRows = 32
