@@ -27,7 +27,7 @@ from switchkd.cli.options import (
     rendered,
     with_options,
 )
-from switchkd.cli.start import methods, recipes, settings
+from switchkd.cli.start import init, methods, recipes, settings
 from switchkd.errors import Stopped, UserError
 
 USER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130
@@ -86,6 +86,11 @@ def _options(
     debug: Annotated[bool, option(None, "", "Show tracebacks; may stand anywhere.", DEBUG)] = False,
 ) -> None:
     pass
+
+
+app.command(
+    cls=Command, rich_help_panel=TRAIN, epilog=example("init world:student world:teacher world:train -o run.yaml")
+)(init)
 
 
 @app.command(cls=Command, rich_help_panel=TRAIN, epilog=example("train run.yaml --set max_steps=100"))

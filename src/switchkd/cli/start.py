@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from switchkd.cli.help import option
-from switchkd.cli.options import new_console
+from switchkd.cli.options import Device, new_console, quiet_transformers
+from switchkd.errors import UserError
 
 Markdown = Annotated[bool, option(None, "", "Print all of them as a page of docs/ has it.", "--markdown")]
+
+
+def init(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Hub id, folder, .gguf file or world:student.")],
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="As STUDENT, with the same vocabulary.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a set's name or a hub name, NAME:SPLIT.")],
+    output: Annotated[Path, option(None, "FILE", "The run file to write.", "--output", "-o")] = Path("run.yaml"),
+    force: Annotated[bool, option(None, "", "Replace a file that is there.", "--force")] = False,
+    device: Device = "auto",
+) -> None:
+    """Write a run file whose values fit the pair, the data and the free memory.
+
+    Vocabularies and chat templates are compared, and columns are found; no weight is read.
+    """
+    from switchkd.files import write_atomically
+    from switchkd.models.placement import placement_of
+    from switchkd.run.draft import draft_run
+
+    quiet_transformers()
+    if output.exists() and not force:
+        raise UserError(f"{output} is there already; give another -o, or --force to replace it")
+    text = draft_run(student, teacher, data, placement_of(device=device))
+    try:
+        write_atomically(output, text)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error}") from error
+    console = new_console()
+    console.print(Text(text), soft_wrap=True)
+    console.print(Text(f"This is in {output}; next: switchkd train {output}"), soft_wrap=True)
 
 
 def methods(
@@ -49,7 +81,6 @@ def recipes(
 ) -> None:
     """List the run files that come with switchkd, or print one: `switchkd train recipe:NAME` runs it."""
     from rich.table import Table
-    from rich.text import Text
 
     from switchkd.run import recipes as kept
 
