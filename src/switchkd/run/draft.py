@@ -208,8 +208,8 @@ def _power(most: float, limit: int) -> int:
 def _written(student: str, teacher: str, data: str, found: Data, fit: Fit) -> str:
     lines = [
         "# Written by switchkd init. `switchkd train` runs it; `switchkd settings NAME` explains a setting.",
-        f"# Models{' with AdamW' if not fit.adapter else ''} take about {fit.needed / 1e9:.3g} GB; {fit.place.device} has "
-        f"{fit.free / 1e9:.3g} GB free.",
+        f"# Models{' with AdamW' if not fit.adapter else ''} take about {_bytes(fit.needed)}; {fit.place.device} has "
+        f"{_bytes(fit.free)} free.",
         _line("student", student),
         _line("teacher", teacher, "the vocabularies agree"),
         "",
@@ -221,6 +221,10 @@ def _written(student: str, teacher: str, data: str, found: Data, fit: Fit) -> st
         *_training_lines(found, fit),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def _data_lines(data: str, found: Data, fit: Fit) -> list[str]:
