@@ -131,6 +131,8 @@ def test_values_follow_the_free_memory(pair: Path, tmp_path: Path, monkeypatch: 
         ),
         ({"dialog": [{"role": "user", "content": "a"}]}, {"messages": "dialog"}),
         ({"prompt": "a"}, {}),
+        # What is ours by name goes before what is likely.
+        ({"instruction": "a", "question": "b", "answer": "c"}, {"instruction": "instruction", "output": "answer"}),
     ],
 )
 def test_columns_are_found_by_name_or_by_what_they_hold(row: dict[str, Any], columns: dict[str, str]) -> None:

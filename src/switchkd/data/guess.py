@@ -31,7 +31,7 @@ def guessed_columns(rows: Sequence[SourceRow], origin: str) -> dict[str, str]:
         return {}
     if not read and (chat := next((name for name, value in seen.items() if _is_chat(value)), None)):
         return {"messages": chat}
-    prompt = _named("prompt", seen)
+    prompt = read[0] if read else _named("prompt", seen)
     answer = _named("completion", {name: value for name, value in seen.items() if name != prompt})
     if prompt is None:
         raise UserError(
@@ -40,13 +40,10 @@ def guessed_columns(rows: Sequence[SourceRow], origin: str) -> dict[str, str]:
         )
     if read and answer is None:
         return {}
-    found = (
-        {"instruction": prompt, "output": answer}
-        if read == ("instruction",)
-        else {"prompt": prompt, "completion": answer}
-    )
-    if read == ("instruction",) and (context := _named("input", seen)):
-        found["input"] = context
+    if read == ("instruction",):
+        found = {"instruction": prompt, "input": _named("input", seen), "output": answer}
+    else:
+        found = {"prompt": prompt, "completion": answer}
     return {ours: theirs for ours, theirs in found.items() if theirs is not None}
 
 
