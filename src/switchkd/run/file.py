@@ -14,6 +14,7 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold
 from switchkd.rollout.policies import Switch
+from switchkd.run.recipes import RECIPE, recipe_file
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed
 
@@ -26,10 +27,19 @@ class RunConfig:
     """
 
     student: str = field(metadata={"help": "Hub id, folder, .gguf file, package:NAME or world:student."})
-    train_data: str = field(metadata={"help": "A set's name, a file or a hub name, with :SPLIT where needed."})
+    train_data: str | dict[str, Any] | list[Any] = field(
+        metadata={
+            "help": "A set's name, a file or a hub name, with :SPLIT where needed; or {path: ...}, or a list of these."
+        }
+    )
     output_dir: str = field(metadata={"help": "The run's folder; by default runs/ and the run file's name."})
     teacher: str | None = setting(None, "As student; self: the student without its adapter.")
-    eval_data: str | None = setting(None, "As train_data; see eval_strategy and eval_steps.")
+    eval_data: str | dict[str, Any] | list[Any] | None = setting(
+        None, "As train_data; see eval_strategy and eval_steps."
+    )
+    columns: dict[str, str] | None = setting(
+        None, "Our names of columns, each with your data's name for it: {prompt: question}."
+    )
     data_dir: str | None = setting(None, "Folder that holds the instruction sets as files.")
     student_drop_layers: str | None = setting(
         None, "Decoder layers removed from the student at the start, such as '10-19'."
@@ -45,7 +55,10 @@ class RunConfig:
         "merge", "Whether the adapter is merged into the model that the run leaves, or kept beside its base model."
     )
     training: Mapping[str, Any] = field(default_factory=dict)
-    stages: tuple[Mapping[str, Any], ...] = ()
+    stages: tuple[Mapping[str, Any], ...] = setting(
+        (),
+        "A list with a mapping of changes for each stage; each starts from the student that the one before it leaves.",
+    )
 
     def effective_settings(self) -> dict[str, Any]:
         """All values that act, flat, without the stages, in the order of the run file; defaults of None are left out."""
@@ -158,7 +171,12 @@ TRAINING_FIELDS: dict[str, Field[Any]] = {
     name: each for name, each in settings_of(SwitchConfig).items() if name not in OWN_HINTS
 }
 SWITCH_FIELDS = tuple(name for name in vars(SwitchConfig)["__annotations__"] if name in TRAINING_FIELDS)
-HINTS: dict[str, Any] = {**get_type_hints(SwitchConfig), **OWN_HINTS}
+# What a run file may hold beyond the settings of transformers.
+OUR_FIELDS: dict[str, Field[Any]] = {
+    **{name: each for name, each in settings_of(RunConfig).items() if name != "training"},
+    **{name: TRAINING_FIELDS[name] for name in SWITCH_FIELDS},
+}
+HINTS: dict[str, Any] = {**get_type_hints(SwitchConfig), **OWN_HINTS, "stages": list[dict[str, Any]]}
 # Settings with settings of their own: a name stands for a mapping that holds only it.
 _NESTED = ("policy", "threshold", "weight", *COMPONENTS)
 
@@ -181,12 +199,12 @@ def typed_setting(key: str, value: Any, origin: str) -> Any:
 
 
 def read_run(path: str | Path, assignments: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file describes, with `key=value` assignments put over it.
+    """The run that a YAML file describes, with `key=value` assignments put over it; recipe:NAME is one of ours.
 
     A dotted key reaches inside: stages.0.max_steps=3, policy.keep_top_k=10. Raises UserError for a file that is missing or not
     YAML, an unknown key (naming the nearest), a wrong type (naming key, value and type), and a missing key that is required.
     """
-    path = Path(path)
+    path = recipe_file(str(path)) if str(path).startswith(RECIPE) else Path(path)
     values = read_mapping(path)
     for assignment in assignments:
         _assign(values, assignment)
