@@ -20,6 +20,7 @@ from switchkd.cli.options import (
     PairAndPrompts,
     RunDevice,
     Set,
+    engine_of,
     new_console,
     placed,
     policy_named,
@@ -127,7 +128,6 @@ def evaluate(options: EvaluationOptions) -> None:
     from switchkd.evaluation.score import evaluate as score
     from switchkd.models.load import load_pair
     from switchkd.records import Sampling
-    from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
     ngram = options.no_repeat_ngram
@@ -148,7 +148,7 @@ def evaluate(options: EvaluationOptions) -> None:
     pair.check_room(options.max_prompt_tokens + options.max_new_tokens)
     console = new_console()
     evaluation = score(
-        SpeculativeEngine(pair, max_rows=options.rollout_rows),
+        engine_of(options, pair),
         pair.tokenizer,
         rows,
         model_name=model,
@@ -199,7 +199,6 @@ def rollout(
     """Roll out prompts without training: who wrote which token, as JSON lines and in color."""
     from switchkd.report.terminal import print_rollouts
     from switchkd.rollout.jsonl import write_rollouts
-    from switchkd.rollout.speculative import SpeculativeEngine
 
     quiet_transformers()
     writer = policy_named(policy, context)
@@ -210,9 +209,7 @@ def rollout(
     assert pair.tokenizer is not None
     console = new_console()
     with console.status("rolling out ..."):
-        rollouts = SpeculativeEngine(pair, max_rows=options.rollout_rows).generate(
-            prompts, writer, sampling, seed=options.seed
-        )
+        rollouts = engine_of(options, pair).generate(prompts, writer, sampling, seed=options.seed)
     write_rollouts(rollouts, pair.tokenizer, output)
     print_rollouts(rollouts[:show], pair.tokenizer, console)
     console.print(Text(f"{len(rollouts)} rollouts are in {output}"), soft_wrap=True)

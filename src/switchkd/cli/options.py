@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from switchkd.models.placement import Placement
     from switchkd.records import Prompt, Sampling
     from switchkd.rollout.law import Policy
+    from switchkd.rollout.speculative import SpeculativeEngine
 
 Set = Annotated[
     list[str],
@@ -44,6 +45,9 @@ MaxNewTokens = Annotated[int, option(SAMPLING, "N", "Longest response, in tokens
 Temperature = Annotated[float, option(SAMPLING, "X", "Sampling temperature; 0 is greedy.", min=0)]
 TopP = Annotated[float, option(SAMPLING, "X", "Nucleus; 1 keeps every token.")]
 RolloutRows = Annotated[int, option(DEVICE, "N", "Texts in flight at a time; bounds memory, changes no token.", min=1)]
+Compile = Annotated[
+    str, option(DEVICE, "WORD", "Rollouts as graphs of the device: true, false, or auto (on CUDA). Changes no token.")
+]
 SkipBadRows = Annotated[
     bool, option(PROMPTS, "", "Leave out rows that cannot be used; else refuse them.", "--skip-bad-rows")
 ]
@@ -99,6 +103,7 @@ class PairAndPrompts:
     precision: Precision = "auto"
     dtype: Dtype = None
     rollout_rows: RolloutRows = 64
+    compile: Compile = "auto"
     trust_remote_code: TrustRemoteCode = False
 
     @property
@@ -171,6 +176,7 @@ class EvaluationOptions:
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     add_bos: AddBos = "auto"
     rollout_rows: RolloutRows = 32
+    compile: Compile = "auto"
     output: Annotated[
         Path | None, option(OUTPUT, "FOLDER", "Folder for eval.json and the answers; by default MODEL/eval.")
     ] = None
@@ -200,6 +206,14 @@ def placed(options: PairAndPrompts | EvaluationOptions) -> Placement:
     from switchkd.models.placement import placement_of
 
     return placement_of(device=options.device, precision=options.precision, dtype=options.dtype)
+
+
+def engine_of(options: PairAndPrompts | EvaluationOptions, pair: ModelPair, margin_top_k: int = 0) -> SpeculativeEngine:
+    """The engine for a pair as a command's options say."""
+    from switchkd.rollout.speculative import SpeculativeEngine
+
+    compile: Any = {"true": True, "false": False}.get(options.compile, options.compile)  # noqa: A001 - the setting's name
+    return SpeculativeEngine(pair, max_rows=options.rollout_rows, margin_top_k=margin_top_k, compile=compile)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
