@@ -212,7 +212,7 @@ def engine_of(options: PairAndPrompts | EvaluationOptions, pair: ModelPair, marg
     """The engine for a pair as a command's options say."""
     from switchkd.rollout.speculative import SpeculativeEngine
 
-    compile: Any = {"true": True, "false": False}.get(options.compile, options.compile)  # noqa: A001 - the setting's name
+    compile: Any = {"true": True, "false": False}.get(options.compile, options.compile)
     return SpeculativeEngine(pair, max_rows=options.rollout_rows, margin_top_k=margin_top_k, compile=compile)
 
 

@@ -59,6 +59,11 @@ def last_hidden(wrapped: nn.Module, model: nn.Module, input_ids_BT: Tensor, atte
         tap.is_open, tap.hidden_BTH = False, None
 
 
+def put_tap(model: nn.Module) -> None:
+    """Put on the hook that `last_hidden` reads by. A graph that was compiled before it was on would be compiled again."""
+    _Tap.on(backbone(model))
+
+
 class _Tap:
     """A forward hook that stays on its module: putting one on and off at each call would recompile a compiled model each time."""
 
