@@ -9,13 +9,14 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from switchkd.errors import UserError, did_you_mean
+from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold
 from switchkd.rollout.policies import Switch
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed
+from switchkd.settings.unknown import unknown_setting
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,8 @@ def typed_setting(key: str, value: Any, origin: str) -> Any:
     """The value of a setting in the type of its field; raises UserError for an unknown key or a wrong type."""
     if key not in OWN_HINTS and key not in TRAINING_FIELDS:
         check_not_moved(key)
-        raise UserError(
-            f"there is no setting {key!r} ({origin}){did_you_mean(key, [*OWN_HINTS, *TRAINING_FIELDS, 'stages'])}"
-        )
+        own = [*OWN_HINTS, *SWITCH_FIELDS, "stages"]
+        raise unknown_setting(key, origin, [*own, *TRAINING_FIELDS], own)
     return typed(key, value, HINTS[key], origin)
 
 

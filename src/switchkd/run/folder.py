@@ -29,6 +29,7 @@ _CHANGEABLE = [
     "max_steps",
     "num_train_epochs",
     "rollout_rows",
+    "show_rollouts_every",
     "data_dir",
     "report_to",
     "run_name",
