@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import datasets
+import huggingface_hub
+import pytest
+import torch
+
+import switchkd.cli.main as cli
+from runs import switchkd, write_run
+from switchkd.cli.foreseen import foreseen
 from switchkd.errors import UserError, did_you_mean
+from switchkd.methods import inherited
 from switchkd.methods.config import SwitchConfig
+from switchkd.models import hub
 from switchkd.run.file import HINTS, TRAINING_FIELDS, typed_setting
 from switchkd.settings.foreign import FOREIGN
 
@@ -90,3 +106,146 @@ def test_nothing_far_off_is_suggested_and_only_our_own_settings_are_listed() -> 
     assert "adam_beta2" in TRAINING_FIELDS
     assert "adam_beta2" not in listed
     assert "adam_beta2" not in did_you_mean("beta", ["adam_beta2"], ["threshold"])
+
+
+# ------------------------------------------------------------------------------------------------------ run files
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without a network, in which to try again is a failure."""
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    hub._reachable.cache_clear()
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits to try again"))
+    yield
+    hub._reachable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # Each was "this should not happen", a run of 0 steps, or in the words of transformers' code.
+        ({"learning_rate": -1}, "learning_rate is -1.0; it has to be 0 or more"),
+        ({"max_steps": 0}, "max_steps is 0; it has to be at least 1"),
+        ({"max_steps": -5}, "max_steps is -5; it has to be at least 1"),
+        ({"max_steps": None, "num_train_epochs": 0}, "num_train_epochs is 0.0; it has to be above 0"),
+        ({"report_to": "wandb"}, "but the package wandb is not installed; pip install wandb"),
+        ({"report_to": "tensorboard"}, "but the package tensorboard is not installed; pip install tensorboard"),
+        ({"optim": "adamw_8bit"}, "but the package bitsandbytes is not installed; pip install 'switchkd[quant]'"),
+        ({"deepspeed": "x.json"}, "deepspeed is 'x.json', but the package deepspeed is not installed"),
+        ({"push_to_hub": True}, "push_to_hub is true, but the hub cannot be reached"),
+        ({"threshold": 3}, "threshold is 3.0, but the divergence is at most ln 2"),
+        ({"eval_strategy": "epoch"}, "eval_strategy is 'epoch', but there is no eval_data"),
+        ({"dtype": "bf17"}, "choose float32, bfloat16"),
+        ({"student": "nobody/nothing"}, "there is no such local folder, the hub cannot be reached from here (offline)"),
+        ({"train_data": "nobody/nothing"}, "is no file or folder here, the hub cannot be reached from here (offline)"),
+        ({"train_data": "dolly"}, "set --data-dir or SWITCHKD_DATA_DIR"),
+        ({"show_rollouts_every": -1}, "show_rollouts_every is -1; it has to be 0 or more"),
+    ],
+)
+def test_a_setting_that_cannot_work_costs_a_sentence(
+    models: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    said: str,
+    offline: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(inherited, "find_spec", lambda name: None)
+    monkeypatch.delenv("SWITCHKD_DATA_DIR", raising=False)
+    assert switchkd("train", write_run(models, tmp_path, **changes)) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "should not happen" not in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("short", ["bf16", "fp16", "fp32", "bfloat16"])
+def test_types_go_by_their_short_names(short: str) -> None:
+    assert SwitchConfig(output_dir="x", use_cpu=True, dtype=short).dtype == short
+
+
+def test_an_older_name_of_transformers_is_translated_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        config = SwitchConfig(output_dir="x", use_cpu=True, gradient_checkpointing=True)
+    assert config.activation_checkpointing is True
+
+
+def test_a_folder_that_nothing_can_be_written_to(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert switchkd("train", write_run(models, tmp_path, output_dir=str(tmp_path / "file" / "out"))) == 2
+    assert f"nothing can be written to {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- what others raise
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/root/x"), "/root/x cannot be read or written: Permission denied"),
+        (ModuleNotFoundError("No module named 'wandb'", name="wandb"), "a package is missing"),
+        (ImportError("Using this requires `lomo`: pip install lomo-optim"), "a package is missing"),
+        (ConnectionError("no route"), "the hub cannot be reached: no route"),
+        (huggingface_hub.errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached: offline"),
+        (huggingface_hub.errors.LocalTokenNotFoundError("no token"), "the hub refused: no token"),
+        (torch.OutOfMemoryError("2 GiB"), "the device's memory is full (2 GiB)"),
+    ],
+)
+def test_what_is_missing_or_forbidden_is_no_bug(error: Exception, said: str) -> None:
+    assert said in (foreseen(error) or "")
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("x"), ImportError("cannot import", name="switchkd.x"), KeyError("a"), ValueError("b")]
+)
+def test_our_own_faults_stay_faults(error: Exception) -> None:
+    assert foreseen(error) is None
+
+
+def test_the_hub_is_asked_once(offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.offline_at_once()
+    # By now the client knows, and nobody is asked.
+    monkeypatch.setattr(hub, "_reachable", lambda endpoint: pytest.fail("asked again"))
+    assert hub.offline_at_once()
+    assert datasets.config.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(("options", "heard"), [([], 0), (["--debug"], 1)])
+def test_warnings_for_developers_are_for_debug(options: list[str], heard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warns(*_: Any, **__: Any) -> None:
+        warnings.warn_explicit("`x` will be removed", UserWarning, "peft.py", 1, module="peft.tuners")
+
+    monkeypatch.setattr(cli, "app", warns)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        switchkd("methods", *options)
+    assert len(caught) == heard
+
+
+# ------------------------------------------------------------------------------------------------------ rollouts
+
+
+@pytest.mark.parametrize("show", [0, 1])
+def test_the_teachers_share_is_that_of_all_rollouts(
+    models: Path, tmp_path: Path, show: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = ["--student", models / "student", "--teacher", models / "teacher", "--device", "cpu"]
+    prompts = ["--prompt", "one two", "--prompt", "sun and", "--max-new-tokens", "5", "--add-bos", "never"]
+    out = tmp_path / "rollouts.jsonl"
+    assert switchkd("rollout", *pair, *prompts, "--policy", "teacher", "--show", str(show), "--output", out) == 0
+    tokens = sum(len(json.loads(line)["token_ids"]) for line in out.read_text().splitlines())
+    said = capsys.readouterr().out
+    assert f"the teacher wrote 100% of {tokens} tokens" in said
+    assert said.count("ended by") == show

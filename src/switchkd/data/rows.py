@@ -94,9 +94,16 @@ def load_hub_rows(name: str, split: str, data_file: str | None = None) -> list[S
     # Slow to import, and most sources are files.
     import datasets
 
+    from switchkd.models.hub import UNREACHABLE, offline_at_once
+
+    offline = not Path(name).exists() and offline_at_once()
     try:
         dataset = datasets.load_dataset(name, split=split, data_files=data_file)
     except (OSError, ValueError) as error:
+        if offline:
+            raise UserError(
+                f"{name!r} is no file or folder here, {UNREACHABLE}; check the name, or set --data-dir or SWITCHKD_DATA_DIR"
+            ) from error
         not_a_file = f"{name!r} is not a file of a known format ({', '.join(FILE_FORMATS)})"
         raise UserError(f"{not_a_file}, and its split {split!r} cannot be loaded as a data set: {error}") from error
     return _rows_from_objects(dataset, f"{name} {split}, row")

@@ -91,11 +91,13 @@ def legend(*, color: bool) -> Text:
     )
 
 
-def print_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """Print rollouts, the legend and the teacher's share of all tokens; nothing where there are no rollouts."""
+def print_rollouts(
+    rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, console: Console, shown: int | None = None
+) -> None:
+    """Print the first `shown` rollouts (all by default), the legend, and the teacher's share of the tokens of all of them."""
     color = console.color_system is not None
     # soft_wrap: the terminal breaks the lines, so that text copied from it has only the model's own.
-    for rollout in rollouts:
+    for rollout in rollouts[:shown]:
         console.print(rollout_text(rollout, tokenizer, color=color), soft_wrap=True)
     if rollouts:
         tokens = sum(len(rollout.token_ids) for rollout in rollouts)

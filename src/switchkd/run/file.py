@@ -11,6 +11,7 @@ import yaml
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
+from switchkd.methods.inherited import in_plain_words
 from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold
 from switchkd.rollout.policies import Switch
@@ -68,7 +69,7 @@ class RunConfig:
         except UserError:
             raise
         except (ValueError, TypeError) as error:
-            raise UserError(f"the settings of the run do not fit: {error}") from error
+            raise UserError(f"the settings of the run do not fit: {in_plain_words(str(error))}") from error
         if self.device not in ("auto", config.placement.device.type):
             raise UserError(
                 f"device is {self.device!r}, but this run would be on {config.placement.device}; take auto, cpu, or a device "

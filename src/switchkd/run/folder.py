@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,11 @@ def check_output_dir(run: RunConfig, resume: bool) -> None:
     folder = Path(run.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; give a folder")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(
+            f"output_dir is {str(folder)!r}, but nothing can be written to {there}; give another output_dir"
+        )
     saved = folder / RUN_FILE
     if resume:
         if not saved.is_file():

@@ -16,6 +16,7 @@ from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
 from switchkd.methods.describe import describe_objective
 from switchkd.models.chat import set_template
+from switchkd.models.hub import offline_at_once
 from switchkd.models.load import load_pair, load_tokenizer
 from switchkd.models.sources import find_source
 from switchkd.records import Example
@@ -57,6 +58,10 @@ def train_run(run: RunConfig, console: Console, *, resume: bool = False) -> None
         console.print(f"The run in {run.output_dir} is finished; there is nothing to do.", markup=False, soft_wrap=True)
         return
     _check_order(to_do)
+    if any(stage.config.push_to_hub for stage in to_do) and offline_at_once():
+        raise UserError(
+            "push_to_hub is true, but the hub cannot be reached from here; leave it out, and push afterwards"
+        )
     for number, prepared in enumerate(_prepare(to_do)):
         if number:
             # A trainer may be in reference cycles, and its models and optimizer fill the device that this stage needs.
