@@ -7,13 +7,18 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import huggingface_hub
 import pytest
 import torch
+from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 import switchkd.cli.main as cli
 from runs import switchkd, write_run
@@ -22,8 +27,15 @@ from switchkd.errors import UserError, did_you_mean
 from switchkd.methods import inherited
 from switchkd.methods.config import SwitchConfig
 from switchkd.models import hub
+from switchkd.records import Prompt, Rollout
+from switchkd.report.terminal import writer_runs
+from switchkd.run import callbacks
+from switchkd.run.callbacks import ConsoleProgress, read_log
 from switchkd.run.file import HINTS, TRAINING_FIELDS, typed_setting
+from switchkd.run.rollout_view import SHOWN_ROLLOUTS, RolloutView
 from switchkd.settings.foreign import FOREIGN
+from switchkd.training.trainer import SwitchTrainer
+from tiny import tiny_pair, tiny_tokenizer
 
 
 def said_of(key: str, value: object = 1) -> str:
@@ -118,14 +130,15 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def no_network(*_: Any, **__: Any) -> None:
         raise OSError("no network")
 
-    hub._reachable.cache_clear()
+    reachable = hub._reachable
+    reachable.cache_clear()
     monkeypatch.setattr(socket, "create_connection", no_network)
     monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits to try again"))
     yield
-    hub._reachable.cache_clear()
+    reachable.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -249,3 +262,82 @@ def test_the_teachers_share_is_that_of_all_rollouts(
     said = capsys.readouterr().out
     assert f"the teacher wrote 100% of {tokens} tokens" in said
     assert said.count("ended by") == show
+
+
+def test_a_run_shows_and_keeps_a_few_of_its_rollouts_and_draws_nothing_for_it(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = []
+    for every in (0, 3):
+        (tmp_path / str(every)).mkdir()
+        run = write_run(models, tmp_path / str(every), show_rollouts_every=every, gradient_accumulation_steps=2)
+        assert switchkd("train", run) == 0
+        losses.append(
+            [event["loss"] for event in read_log(tmp_path / str(every) / "out" / "log.jsonl") if "loss" in event]
+        )
+    assert losses[0] == losses[1]
+    assert not (tmp_path / "0" / "out" / "rollouts.jsonl").exists()
+    kept = [json.loads(line) for line in (tmp_path / "3" / "out" / "rollouts.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in kept] == [1, 1, 4, 4]
+    # The draws of a step have its number, counted from 0.
+    assert [each["sample_id"] for each in kept] == [0, 0, 3, 3]
+    said = capsys.readouterr().out
+    assert said.count("ended by") == 4
+    assert "written by the teacher" in said
+
+
+def test_rollouts_go_to_tensorboard_where_it_reports(tmp_path: Path) -> None:
+    written: list[tuple[str, str, int]] = []
+    board = TensorBoardCallback.__new__(TensorBoardCallback)
+    board.tb_writer = SimpleNamespace(add_text=lambda *text: written.append(text))
+    nothing = (float("nan"),) * 3
+    by_teacher = (False, True, False)
+    rollout = Rollout(
+        Prompt((5,), 0), (6, 7, 8), by_teacher, nothing, nothing, nothing, nothing, finish_reason="length"
+    )
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(show_rollouts_every=2),
+        newest_rollouts=[rollout] * 3,
+        pair=SimpleNamespace(tokenizer=tiny_tokenizer()),
+        callback_handler=SimpleNamespace(callbacks=[board]),
+    )
+    view = RolloutView(trainer, Console(quiet=True), tmp_path / "rollouts.jsonl", "")
+    for step in (1, 2, 3):
+        view.on_step_end(trainer.args, TrainerState(global_step=step), TrainerControl())
+    assert [step for _, _, step in written] == [1, 3]
+    assert written[0][0] == "rollouts"
+    assert written[0][1].count("«") == SHOWN_ROLLOUTS
+
+
+def test_a_long_step_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock[0])
+    piped = Console(file=StringIO(), width=200)
+    progress = ConsoleProgress(piped)
+    args: Any
+    args, state = SimpleNamespace(gradient_accumulation_steps=4), TrainerState(max_steps=5, global_step=2)
+    progress.on_train_begin(args, state, TrainerControl())
+    for clock[0] in (30.0, 61.0, 90.0):
+        progress.on_rollouts(int(clock[0]), 100)
+    assert piped.file.getvalue() == "step 3: 61 of 100 rolled out\n"
+    shown = ConsoleProgress(Console(file=StringIO(), force_terminal=True))
+    shown.measured = "loss 0.1"
+    shown.on_rollouts(3, 8)
+    assert shown.bar.note == "loss 0.1  3 of 8 rolled out"
+    shown.on_substep_end(args, state, TrainerControl())
+    assert shown.bar.note == "loss 0.1  batch 1 of 4 trained"
+
+
+def test_args_of_transformers_alone_are_refused() -> None:
+    pair = tiny_pair("llama")
+    with pytest.raises(UserError, match="args is a TrainingArguments; pass a SwitchConfig"):
+        SwitchTrainer(pair, args=TrainingArguments(output_dir="x", use_cpu=True))  # type: ignore[arg-type]
+
+
+def test_a_long_text_is_written_as_if_decoded_at_once() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tuple(5 + n % 20 for n in range(150))
+    nothing = (0.0,) * 150
+    by_teacher = tuple(n % 7 < 2 for n in range(150))
+    rollout = Rollout(Prompt((5,), 0), ids, by_teacher, nothing, nothing, nothing, nothing, finish_reason="length")
+    assert "".join(text for text, _ in writer_runs(rollout, tokenizer)) == tokenizer.decode(ids)

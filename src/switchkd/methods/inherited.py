@@ -6,12 +6,11 @@ import math
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import TrainingArguments
 
 from switchkd.errors import UserError
-
-if TYPE_CHECKING:
-    from switchkd.methods.config import SwitchConfig
 
 _AT_LEAST_1 = (
     "max_prompt_tokens",
@@ -54,7 +53,7 @@ _OPTIMIZERS = {
 _INSTALLED_AS = {"optimi": "torch-optimi", "liger_kernel": "liger-kernel", "bitsandbytes": "'switchkd[quant]'"}
 
 
-def check_inherited(args: SwitchConfig) -> None:
+def check_inherited(args: TrainingArguments) -> None:
     """Raise UserError for numbers out of range, and for packages that a setting needs and that are not installed."""
     _check_ranges(args)
     _check_packages(args)
@@ -65,7 +64,7 @@ def check_inherited(args: SwitchConfig) -> None:
         )
 
 
-def renamed(args: SwitchConfig) -> None:
+def renamed(args: TrainingArguments) -> None:
     """Give older names of transformers' settings, which people still write, their newer ones."""
     for older, newer in (
         ("gradient_checkpointing", "activation_checkpointing"),
@@ -82,7 +81,7 @@ def in_plain_words(message: str) -> str:
     return " ".join(re.sub(r"(?<!\w)--(?=\w)", "", plain).split())
 
 
-def _check_ranges(args: SwitchConfig) -> None:
+def _check_ranges(args: TrainingArguments) -> None:
     if args.max_steps == 0 or args.max_steps < -1:
         raise UserError(
             f"max_steps is {args.max_steps}; it has to be at least 1, or left out, where num_train_epochs counts"
@@ -103,7 +102,7 @@ def _check_ranges(args: SwitchConfig) -> None:
             raise UserError(f"{key} is {value}; it has to be between 0 and {2**32 - 1:,}")
 
 
-def _check_packages(args: SwitchConfig) -> None:
+def _check_packages(args: TrainingArguments) -> None:
     reporters: Any = args.report_to
     for name in [reporters] if isinstance(reporters, str) else reporters or ():
         _check_reporter(name)

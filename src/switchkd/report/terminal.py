@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 TEACHER_STYLE = "bold magenta"
 # Without color, marks stand around what the teacher wrote.
 TEACHER_MARKS = ("«", "»")
+_DECODED_AT_ONCE = 32
 
 
 def visible(text: str) -> str:
@@ -48,13 +49,22 @@ def writer_runs(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Iterato
     A token's text is what it adds to the decoded response, so blanks stay. A character of several tokens belongs to the
     token that completes it.
     """
-    shown, run, run_by_teacher = "", "", False
+    # Decoded from `start` on: from the first token each time, a long response would take minutes.
+    start, shown, run, run_by_teacher = 0, "", "", False
+
+    def decoded_until(end: int) -> str:
+        return str(tokenizer.decode(list(rollout.token_ids[start:end]), clean_up_tokenization_spaces=False))
+
     for count, by_teacher in enumerate(rollout.written_by_teacher, start=1):
-        decoded = str(tokenizer.decode(list(rollout.token_ids[:count]), clean_up_tokenization_spaces=False))
+        decoded = decoded_until(count)
         # The replacement character: the next token may complete a character that this one began.
         if decoded.endswith("\ufffd") and count < len(rollout.token_ids):
             continue
         added, shown = decoded[len(shown) :], decoded
+        if count - start >= _DECODED_AT_ONCE:
+            # A few tokens before it, since a tokenizer may write a text's first token in another way.
+            start = count - 4
+            shown = decoded_until(count)
         if by_teacher != run_by_teacher:
             if run:
                 yield run, run_by_teacher

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RUN_FILE, ENVIRONMENT_FILE, LOG_FILE, FINISHED_FILE = "run.yaml", "environment.json", "log.jsonl", "finished.json"
+ROLLOUTS_FILE = "rollouts.jsonl"
 
 # What a run may change when it goes on: how long it is, what is logged, kept and evaluated, and where things are.
 _CHANGEABLE = [

@@ -24,7 +24,8 @@ from switchkd.report.plots import save_curves
 from switchkd.report.terminal import run_table
 from switchkd.run.callbacks import ConsoleProgress, LogFile, StopCleanly, read_log
 from switchkd.run.file import RunConfig, Stage
-from switchkd.run.folder import LOG_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
+from switchkd.run.folder import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
+from switchkd.run.rollout_view import RolloutView
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.dataset import tokenized, warn_of_templates
 from switchkd.training.teachers import SELF
@@ -187,6 +188,8 @@ def _trainer(
         adapted: Any = trainer.pair.student
         adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RolloutView(trainer, console, Path(run.output_dir) / ROLLOUTS_FILE, stage.name))
+    trainer.tell_rollouts(progress.on_rollouts)
     return trainer, stopper, progress
 
 

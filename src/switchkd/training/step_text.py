@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -56,6 +57,10 @@ class StepText:
         self.plan = plan = args.plan
         self.pair = pair
         self.meters = meters
+        # Those of the newest step, without the teacher's states, which are large.
+        self.newest: list[Rollout] = []
+        # Told the rollouts that are finished, and how many there are to be.
+        self.on_progress: Callable[[int, int], None] | None = None
         self.replay = ReplayBuffer(plan.replay_capacity) if plan.replay_capacity and plan.rolls_out else None
         self.share = AdaptiveShare(plan.rollout_share, plan.share_rise) if plan.share_rise else None
         self.calibrated = None
@@ -88,6 +93,7 @@ class StepText:
             if rows:
                 rollouts = self._roll_out([prompts[row] for row in rows], writer, engine, limit)
                 written.update(zip(rows, rollouts, strict=True))
+        self.newest = [replace(written[row], teacher_hidden=None) for row in sorted(written)]
         if self.share:
             self.meters.add("student_share", share, 1)
         if self.replay is not None:
@@ -134,12 +140,15 @@ class StepText:
         started, plan = time.perf_counter(), self.plan
         # Returns and some weights are of what the teacher says of each token, whoever wrote it.
         asks_teacher = (policy.needs_teacher or plan.objective.reads_logp) and not plan.rewrite
+        told = self.on_progress
+        watched: dict[str, Any] = {"on_progress": lambda done: told(done, len(prompts))} if told else {}
         rollouts = engine.generate(
             prompts,
             policy=policy,
             sampling=replace(self.args.sampling, max_new_tokens=limit),
             seed=self.args.seed,
             keep_teacher="hidden" if asks_teacher and plan.objective.divergence else None,
+            **watched,
         )
         if plan.replayed_prefix and plan.replayed_prefix.weight:
             # The states of the prefix are not among them: the teacher reads these texts whole.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from switchkd.errors import UserError
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair, name_of, parameter_count
-from switchkd.records import Example
+from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
@@ -48,7 +48,9 @@ class TrainerOptions(TypedDict, total=False):
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 
 
-def _check_teacher(args: SwitchConfig, model: object, teacher_model: object) -> None:
+def _check_call(args: SwitchConfig, model: object, teacher_model: object) -> None:
+    if not isinstance(args, SwitchConfig):
+        raise UserError(f"args is a {type(args).__name__}; pass a SwitchConfig, which takes the same settings and ours")
     has_teacher = teacher_model is not None or (isinstance(model, ModelPair) and model.teacher is not None)
     if args.plan.needs_teacher and not has_teacher:
         raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
@@ -85,9 +87,9 @@ class SwitchTrainer(Trainer):
         **options: Unpack[TrainerOptions],
     ) -> None:
         args = args or SwitchConfig(output_dir="runs/switchkd")
+        _check_call(args, model, teacher_model)
         self.plan = plan = args.plan
         args.check_evaluation(has_data=eval_dataset is not None)
-        _check_teacher(args, model, teacher_model)
         self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config, args)
         check_one_device(args, pair)
         keep_ends(pair)
@@ -123,6 +125,15 @@ class SwitchTrainer(Trainer):
             self.add_callback(callback)
         self._step_started, self._step_tokens = 0.0, 0
         self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
+
+    @property
+    def newest_rollouts(self) -> list[Rollout]:
+        """The rollouts of this process in the newest step, in the order of its rows, without the teacher's states."""
+        return self._text.newest
+
+    def tell_rollouts(self, told: Callable[[int, int], None]) -> None:
+        """While a step is rolled out, call `told` with the number of finished rollouts and the number there will be."""
+        self._text.on_progress = told
 
     def _check_room(self) -> None:
         """Raise UserError where a model has too few positions for the data or the rollouts."""
