@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 import warnings
@@ -28,7 +29,7 @@ from switchkd.methods import inherited
 from switchkd.methods.config import SwitchConfig
 from switchkd.models import hub
 from switchkd.records import Prompt, Rollout
-from switchkd.report.terminal import writer_runs
+from switchkd.report.terminal import run_table, writer_runs
 from switchkd.run import callbacks
 from switchkd.run.callbacks import ConsoleProgress, read_log
 from switchkd.run.file import HINTS, TRAINING_FIELDS, typed_setting
@@ -341,3 +342,36 @@ def test_a_long_text_is_written_as_if_decoded_at_once() -> None:
     by_teacher = tuple(n % 7 < 2 for n in range(150))
     rollout = Rollout(Prompt((5,), 0), ids, by_teacher, nothing, nothing, nothing, nothing, finish_reason="length")
     assert "".join(text for text, _ in writer_runs(rollout, tokenizer)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("command", "rounds"),
+    [("calibrate", "round 1, threshold 0.3: the teacher wrote"), ("diagnose", "round 3, teacher")],
+)
+def test_rounds_and_shares_are_shown_as_they_come(
+    models: Path, tmp_path: Path, command: str, rounds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = ["--student", models / "student", "--teacher", models / "teacher", "--device", "cpu"]
+    prompts = ["--data", models / "data.jsonl", "--max-new-tokens", "4", "--add-bos", "never"]
+    threshold = ["--threshold", "0.1"] if command == "diagnose" else []
+    assert switchkd(command, *pair, *prompts, *threshold, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert rounds in said
+    assert len(re.findall(r"round \d+, .*: the teacher wrote \d+\.\d%", said)) >= 1
+
+
+def test_the_final_table_has_means_and_the_evaluation_loss(tmp_path: Path) -> None:
+    steps = [
+        {"stage": "", "step": n, "seconds": n, "loss": 1.0 if n <= 20 else 0.5, "teacher_share": 0.2}
+        for n in range(1, 61)
+    ]
+    # A first and a last step that are unlike their neighbors say little.
+    steps[0]["loss"], steps[-1]["loss"] = 3.0, 2.5
+    evaluations = [{"stage": "", "step": n, "seconds": n, "eval_loss": loss} for n, loss in ((30, 0.75), (60, 0.7))]
+    console = Console(file=StringIO(), width=100)
+    console.print(run_table([*steps, *evaluations], tmp_path))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1.1000 → 0.6000" in said
+    assert "0.7500 → 0.7000" in said
+    console.print(run_table(steps, tmp_path))
+    assert console.file.getvalue().count("eval loss") == 1  # type: ignore[attr-defined]
