@@ -30,8 +30,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from switchkd.data.examples import to_examples
-from switchkd.data.rows import row_text
 from switchkd.data.sets import DATA_DIR_VARIABLE, load_set
+from switchkd.data.shapes import row_text
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import parameter_count
 from switchkd.records import Example

@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from switchkd.data.examples import Rendering, prompt_text, to_examples
-from switchkd.data.rows import read_rows, row_text
+from switchkd.data.rows import read_rows
+from switchkd.data.shapes import row_text
 from switchkd.errors import UserError
 from switchkd.models.chat import end_of_turn, leading_ids, set_template, warn_of_other_template
 from switchkd.models.pair import ModelPair
@@ -52,7 +53,7 @@ def byte_tokenizer(template: str | None = TURN, bos: bool = False) -> PreTrained
 
 
 def examples_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[Example]:
-    return to_examples(read_rows([row]), tokenizer, **LIMITS, rendering=Rendering(**options)).examples
+    return list(to_examples(read_rows([row]), tokenizer, **LIMITS, rendering=Rendering(**options)).examples)
 
 
 def user(words: str) -> dict[str, Any]:

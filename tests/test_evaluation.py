@@ -90,6 +90,29 @@ def test_exact_match_but_for_case_punctuation_and_spaces(answer, reference, same
     assert exact_match(answer, [reference]) is same
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [
+        ("-5", "5", False),
+        ("3.5", "35", False),
+        ("x is -5.", "X is \u22125.0", True),
+        ("1,000", "1000.00", True),
+        ("5-3", "5 3", True),
+        (".5", "0.50", True),
+        ("1, 2", "12", False),
+        ("Five!", "five", True),
+        ("a 5", "b 5", False),
+    ],
+)
+def test_numeric_exact_match_goes_by_value(answer, reference, same):
+    assert exact_match(answer, [reference], "numeric") is same
+
+
+def test_the_match_of_an_evaluation_is_that_of_its_settings(tokenizer):
+    with pytest.raises(UserError, match="match is 'number'; choose one of text, numeric"):
+        EvaluationSettings(match="number")
+
+
 def longest_common_subsequence(left, right):
     if not left or not right:
         return 0
@@ -232,7 +255,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer):
     rows = read_rows([{"prompt": "say " * 9, "completion": "one"}, {"prompt": "say two", "completion": "two"}])
     result = evaluated(Parrot(tokenizer), tokenizer, {"x": rows}, seeds=(1,), max_prompt_tokens=8)
     assert [(bad.where, bad.reason) for bad in result.sets["x"].skipped] == [
-        ("row 0", "the prompt has 9 tokens; the limit is 8")
+        ("row 0", "the prompt has 9 tokens; max_prompt_tokens is 8")
     ]
     assert result.sets["x"].overall.rows == 1
     assert result.sets["x"].overall.mean.exact_match == 100

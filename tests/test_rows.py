@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from switchkd.data.examples import to_examples
-from switchkd.data.rows import SourceRow, read_rows, row_text
+from switchkd.data.rows import SourceRow, read_rows
+from switchkd.data.shapes import row_text
 from switchkd.errors import UserError
 
 CHAT_TEMPLATE = (
@@ -86,9 +87,8 @@ def test_a_line_that_is_not_json_is_a_bad_row_with_its_line(tmp_path):
     with pytest.raises(UserError) as caught:
         to_examples(rows, TOKENIZER, **LIMITS)
     message = str(caught.value)
-    assert f"{path}:3: not JSON" in message
-    assert f"{path}:4: str 'text' instead of an object" in message
-    assert f"{path}:5: not JSON" in message
+    assert f"2 rows: not JSON (first: {path}:3)" in message
+    assert f"{path}:4: no object with columns: str 'text'" in message
     assert "3 of 4 rows" in message
 
 
@@ -113,7 +113,7 @@ def test_any_other_name_goes_to_datasets_with_its_split(monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or ROWS)
     rows = read_rows("owner/name", "validation")
-    assert asked == [(("owner/name",), {"split": "validation", "data_files": None})]
+    assert asked == [(("owner/name",), {"split": "validation"})]
     assert rows[1].where == "owner/name validation, row 1"
 
 
@@ -206,12 +206,12 @@ def test_a_row_with_an_answer_in_another_shape_than_its_prompt_column():
         ({"messages": [{"from": "user"}]}, "not a message with role and content"),
         ({"prompt": "a", "completion": CHAT[:1]}, "completion has to be one assistant message"),
         ({"prompt": "a", "completion": [CHAT[1], CHAT[3]]}, "completion has to be one assistant message"),
-        ({"prompt": "a"}, "no response in the columns prompt; accepted are prompt/completion"),
+        ({"prompt": "a"}, "no response in the columns prompt"),
         ({"prompt": "a", "completion": " "}, "no response"),
         ({"instruction": "a", "output": []}, "no response"),
-        ({"question": "a", "answer": "b"}, "no prompt in the columns question, answer; accepted are prompt/completion"),
+        ({"question": "a", "answer": "b"}, "no prompt in the columns question, answer"),
         ({"instruction": "a", "inputs": "b", "output": "c"}, "unknown column 'inputs'; did you mean 'input'?"),
-        ({"prompt": "a" * 401, "completion": "b"}, "the prompt has 401 tokens; the limit is 400"),
+        ({"prompt": "a" * 401, "completion": "b"}, "the prompt has 401 tokens; max_prompt_tokens is 400"),
         ({}, "no prompt in the columns (none)"),
     ],
 )
@@ -234,14 +234,17 @@ def test_a_template_that_refuses_a_chat_makes_a_bad_row():
 # ------ bad rows together
 
 
-def test_all_bad_rows_are_reported_at_once_and_twenty_are_shown():
-    rows = [{"prompt": "a", "completion": "b"}] + [{"prompt": "a" * 500, "completion": "b"}, {"text": "a"}] * 13
+def test_equal_faults_are_one_line_and_twenty_faults_are_shown():
+    rows = [{"prompt": "a", "completion": "b"}] + [{"prompt": "a" * (500 + n), "completion": "b"} for n in range(13)]
+    rows += [{"text": "a"}] * 13 + [{f"column{n}": "a"} for n in range(20)]
     with pytest.raises(UserError) as caught:
         examples_of(*rows)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "26 of 27 rows cannot be used:"
-    assert [line.split(":")[0].strip() for line in lines[1:21]] == [f"row {i}" for i in range(1, 21)]
-    assert lines[21] == "  and 6 more"
+    assert lines[0] == "46 of 47 rows cannot be used:"
+    assert lines[1] == "  13 rows: the prompt has more than max_prompt_tokens (400) (first: row 1)"
+    assert lines[2] == "  13 rows: no prompt in the columns text (first: row 14)"
+    assert lines[3] == "  row 27: no prompt in the columns column0"
+    assert lines[21] == "  and 2 other faults"
     assert lines[22] == "max_prompt_tokens 400 keeps 1 of 14; 512 would keep 14."
     assert "skip_bad_rows" in lines[23]
 
@@ -312,4 +315,4 @@ def test_prompt_and_response_ids_say_what_the_row_says(pairs):
     options = LIMITS | {"max_response_tokens": 100}
     together = to_examples(rows, TOKENIZER, **options).examples
     assert [decoded(example) for example in together] == [(p, c + "<|end|>") for p, c in pairs]
-    assert together == [to_examples([row], TOKENIZER, **options).examples[0] for row in rows]
+    assert list(together) == [to_examples([row], TOKENIZER, **options).examples[0] for row in rows]

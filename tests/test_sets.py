@@ -5,8 +5,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from switchkd.data.rows import read_rows, row_text
+from switchkd.data.rows import read_rows
 from switchkd.data.sets import DATA_DIR_VARIABLE, SETS, load_set, load_world, resolve
+from switchkd.data.shapes import row_text
 from switchkd.data.world import BUCKETS, make_rows, token_count
 from switchkd.errors import UserError
 
@@ -53,10 +54,10 @@ def test_without_a_folder_a_set_comes_from_the_hub(hub_calls):
 
 
 def test_names_become_rows_in_one_place(data_dir, hub_calls, tmp_path):
-    assert resolve("dolly:dev", data_dir=data_dir) == load_set("dolly", "dev", data_dir)
-    assert resolve("dolly", "eval", data_dir=data_dir) == load_set("dolly", "eval", data_dir)
+    assert list(resolve("dolly:dev", data_dir=data_dir)) == list(load_set("dolly", "dev", data_dir))
+    assert list(resolve("dolly", "eval", data_dir=data_dir)) == list(load_set("dolly", "eval", data_dir))
     path = data_dir / "dev_dolly.jsonl"
-    assert resolve(path) == resolve(str(path)) == read_rows(path)
+    assert list(resolve(path)) == list(resolve(str(path))) == list(read_rows(path))
     assert len(resolve(path, limit=1)) == len(resolve("dolly:dev", data_dir=data_dir, limit=1)) == 1
     assert hub_calls == []
     resolve("owner/name:validation")
@@ -73,7 +74,8 @@ def test_names_become_rows_in_one_place(data_dir, hub_calls, tmp_path):
         ("doly", "no data set 'doly'; known are dolly, selfinst, vicuna, sni, unni, world"),
         ("selfinst", "selfinst has no split 'train'; it has eval"),
         ("dolly:test", "dolly has no split 'test'; it has train, dev, eval"),
-        ("dolly:dev:short", "too many colons"),
+        ("dolly:dev:short", "dolly has no configurations"),
+        ("owner/name:a:b:c", "too many colons"),
         ("world:dev", "the world has no split 'dev'; it has train and test"),
         ("world:test:tiny", "the world has no bucket 'tiny'; it has short, medium, long"),
         ("no/such.jsonl", "there is no file"),
@@ -94,9 +96,9 @@ def test_the_world_by_split_and_bucket():
     assert [row.columns for row in rows] == make_rows("test", 12, seed=0, bucket="short")
     low, high = BUCKETS["short"]
     assert all(low <= token_count(row_text(row).references[0]) <= high for row in rows)
-    assert resolve("world", limit=6) == load_world("train", limit=6)
-    assert resolve("world", "eval", limit=6) == load_world("test", limit=6)
-    assert resolve("world", limit=6) != resolve("world", "eval", limit=6)
+    assert list(resolve("world", limit=6)) == list(load_world("train", limit=6))
+    assert list(resolve("world", "eval", limit=6)) == list(load_world("test", limit=6))
+    assert list(resolve("world", limit=6)) != list(resolve("world", "eval", limit=6))
 
 
 # ------ the real files

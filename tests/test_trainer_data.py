@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
-from switchkd.records import Rollout
+from switchkd.records import Example, Rollout
 from switchkd.training.trainer import SwitchTrainer
 from tiny import tiny_pair, tiny_tokenizer
 from trainers import (
@@ -66,8 +67,36 @@ def test_prompts_alone_are_refused_before_any_forward_where_text_is_trained_on(
     assert "no response" in message
 
 
-def test_evaluation_data_needs_responses_whatever_the_method(tmp_path: Path) -> None:
-    assert "no response" in refused(tmp_path, tiny_pair("llama"), EXAMPLES, eval_dataset=PROMPTS_ONLY, method="switch")
+def test_a_set_of_prompts_is_evaluated_on_the_students_own_text(tmp_path: Path) -> None:
+    pair = tiny_pair("llama")
+    trainer = make_trainer(tmp_path, pair, eval_dataset=PROMPTS_ONLY, method="kd")
+    engine = RecordingEngine(trainer)
+    first, again = trainer.evaluate()["eval_loss"], trainer.evaluate()["eval_loss"]
+    assert first == again > 0
+    # The same text as a set with responses has the same loss.
+    written = [Example(rollout.prompt, rollout.token_ids) for rollout in engine.calls[0]]
+    given = make_trainer(tmp_path, pair, eval_dataset=written, method="kd").evaluate()["eval_loss"]
+    assert first == pytest.approx(given, rel=1e-5)
+
+
+def test_evaluation_data_has_responses_in_all_rows_or_in_none_and_without_a_teacher_in_all(tmp_path: Path) -> None:
+    some = [*EXAMPLES[:2], *PROMPTS_ONLY[2:]]
+    assert "6 of 8 examples have no response" in refused(tmp_path, tiny_pair("llama"), EXAMPLES, eval_dataset=some)
+    message = refused(tmp_path, tiny_pair("llama"), EXAMPLES, eval_dataset=PROMPTS_ONLY, method="sft")
+    assert "no row of the evaluation data has a response" in message
+
+
+def test_what_no_set_is_gets_a_sentence(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list(TEXT_ROWS)
+    pair = tiny_pair("llama", tokenizer=tiny_tokenizer())
+    for given, sentence in (
+        (rows.to_iterable_dataset(), "an IterableDataset, whose rows cannot be counted"),
+        (
+            datasets.DatasetDict(train=rows, test=rows),
+            "a DatasetDict of train, test; pass one of them, such as ds['train']",
+        ),
+    ):
+        assert sentence.removeprefix("an ").removeprefix("a ") in refused(tmp_path, pair, given)
 
 
 def test_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def evaluate(options: EvaluationOptions) -> None:
     ngram = options.no_repeat_ngram
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, no_repeat_ngram_size=ngram)
     seeds = _whole_numbers("--seeds", options.seeds)
-    settings = EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options))
+    match: Any = options.match
+    settings = EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options), match)
     names = [name.strip() for name in options.sets.split(",") if name.strip()]
     if not names:
         raise UserError(f"--sets is {options.sets!r}; name at least one set, such as dolly or world")

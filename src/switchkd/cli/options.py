@@ -150,6 +150,7 @@ class EvaluationOptions:
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     no_repeat_ngram: Annotated[int, typer.Option(min=0, help="Forbid repeated n-grams; published tables use 6.")] = 0
+    match: Annotated[str, typer.Option(help="Exact match by text, or numeric: numbers count by their value.")] = "text"
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     add_bos: AddBos = "auto"
     batch_size: Annotated[int, typer.Option(min=1, help="Answers in flight at a time.")] = 32

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from switchkd.data.rows import ACCEPTED_SHAPES, BadRowError, RowText, SourceRow, missing, parse
+from rich.console import Console
+
+from switchkd.data.faults import BadRow, Faults
+from switchkd.data.packed import PackedExamples
+from switchkd.data.rows import SourceRow
+from switchkd.data.shapes import BadRowError, RowText, missing, parse
 from switchkd.errors import UserError
 from switchkd.models.chat import (
     TEMPLATE_ERRORS,
@@ -21,13 +25,15 @@ from switchkd.models.chat import (
     shared_start,
     special_ids,
 )
-from switchkd.records import Example, Prompt
+from switchkd.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BAD_ROWS_SHOWN = 20
-_log = logging.getLogger(__name__)
+# Text in memory at a time: a tokenizer is as fast on this many as on all.
+_ROWS_AT_A_TIME = 2000
+# From some seconds on, people want to see that something happens.
+_MANY_ROWS = 20_000
 AddBos = Literal["auto", "always", "never"]
 TrainTurns = Literal["last", "all"]
 
@@ -62,19 +68,10 @@ class Rendering:
 
 
 @dataclass(frozen=True)
-class BadRow:
-    """A row that was left out, and why."""
-
-    index: int
-    where: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Loaded:
     """The examples of a source, in its order, and the rows that were left out."""
 
-    examples: list[Example]
+    examples: PackedExamples
     skipped: list[BadRow]
 
 
@@ -96,30 +93,60 @@ def to_examples(
     response where `need_response`. Raises one UserError that lists all bad rows, or with `skip_bad_rows` logs and returns
     them. What was ignored or cut is logged. Source: the preprocessing of MiniLLM and DistiLLM, which drop or cut an over-long
     prompt.
+
+    Memory holds the token ids, and some rows at a time. Of a row's copies, the first has the row's index as its prompt's id,
+    and each next one an id that is larger by the number of rows.
     """
     if not need_response:
         rendering = replace(rendering, prompts_alone=True)
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token; set its eos_token, else no response can end")
-    rendered, bad = _render_all(rows, tokenizer, rendering, need_response)
-    examples, lengths, cut = list[Example](), list[int](), list[int]()
-    for row, prompt_ids, response_ids in _tokenize(rendered, tokenizer, rendering):
-        lengths.append(len(prompt_ids))
-        if len(prompt_ids) > max_prompt_tokens:
-            # Of several turns that are too long, the first speaks for the row.
-            if not bad or bad[-1].index != row.index:
-                reason = f"the prompt has {len(prompt_ids)} tokens; the limit is {max_prompt_tokens}"
-                bad.append(BadRow(row.index, row.where, reason))
-        else:
-            cut.append(len(response_ids))
-            examples.append(Example(Prompt(tuple(prompt_ids), row.index), tuple(response_ids[:max_response_tokens])))
-    bad.sort(key=lambda row: row.index)
-    _report(
-        bad, len(rows), len(examples), skip_bad_rows, _kept_by_limits("max_prompt_tokens", max_prompt_tokens, lengths)
-    )
-    _warn_of_unopened_answers(rendered)
-    _warn_of_cuts(max_response_tokens, cut)
-    return Loaded(examples, bad)
+    made = _Making(tokenizer, rendering, Faults(len(rows), max_prompt_tokens, max_response_tokens), need_response)
+    unread = iter(rows)
+    shown = None if len(rows) >= _MANY_ROWS else False
+    with progress_bar(Console(stderr=True), shown) as progress:
+        task = progress.add_task("tokenizing", total=len(rows))
+        while some := list(islice(unread, _ROWS_AT_A_TIME)):
+            made.add([row for row in some if row.copies])
+            progress.advance(task, len(some))
+    made.faults.report(len(made.examples), skip_bad_rows)
+    return Loaded(made.examples, made.faults.bad)
+
+
+@dataclass(frozen=True)
+class _Making:
+    """The examples made so far, and what was wrong."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering
+    faults: Faults
+    need_response: bool
+    examples: PackedExamples = field(default_factory=PackedExamples)
+
+    def add(self, rows: Sequence[SourceRow]) -> None:
+        """Make the examples of some rows."""
+        faults = self.faults
+        for row, prompt_ids, response_ids in _tokenize(self._rendered(rows), self.tokenizer, self.rendering):
+            if faults.fits(row, len(prompt_ids), len(response_ids)):
+                copies = [row.index + copy * faults.rows for copy in range(row.copies)]
+                self.examples.add(copies, prompt_ids, response_ids[: faults.max_response_tokens])
+
+    def _rendered(self, rows: Sequence[SourceRow]) -> list[_Rendered]:
+        rendered = list[_Rendered]()
+        for row in rows:
+            try:
+                text = parse(row)
+                if self.need_response and not text.references:
+                    raise missing("response", row)
+                of_row = list(_rendered(row, text, self.tokenizer, self.rendering))
+            except BadRowError as error:
+                self.faults.add(row, str(error), error.kind)
+                continue
+            self.faults.ignored.update(text.ignored)
+            self.faults.answers += len(of_row)
+            self.faults.unopened.update(each.unopened for each in of_row if each.unopened)
+            rendered += of_row
+        return rendered
 
 
 # ------ text
@@ -143,24 +170,6 @@ def prompt_text(text: RowText, tokenizer: PreTrainedTokenizerBase, rendering: Re
     if isinstance(text.prompt, str):
         return text.prompt
     return _Template(text, tokenizer, rendering)(text.prompt, opens_answer=True)
-
-
-def _render_all(
-    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, rendering: Rendering, need_response: bool
-) -> tuple[list[_Rendered], list[BadRow]]:
-    """The rows as text, and those that cannot be used. Columns that nothing reads are logged."""
-    rendered, bad, ignored = list[_Rendered](), list[BadRow](), Counter[str]()
-    for row in rows:
-        try:
-            text = parse(row)
-            if need_response and not text.references:
-                raise missing("response", row)
-            rendered += _rendered(row, text, tokenizer, rendering)
-            ignored.update(text.ignored)
-        except BadRowError as error:
-            bad.append(BadRow(row.index, row.where, str(error)))
-    _warn_of_ignored_columns(ignored, len(rows))
-    return rendered, bad
 
 
 def _rendered(
@@ -260,59 +269,3 @@ def _up_to_the_words(each: _Rendered) -> _Rendered:
     if not each.said:
         return each
     return each._replace(response=each.response[: each.response.rindex(each.said) + len(each.said)])
-
-
-# ------ what was left out, ignored or cut
-
-
-def _report(bad: list[BadRow], total: int, left: int, skip_bad_rows: bool, limits: str) -> None:
-    if not total:
-        raise UserError(f"the data set has no rows; give one with rows of the shape {ACCEPTED_SHAPES}")
-    shown = "".join(f"\n  {row.where}: {row.reason}" for row in bad[:BAD_ROWS_SHOWN])
-    more = f"\n  and {len(bad) - BAD_ROWS_SHOWN} more" if len(bad) > BAD_ROWS_SHOWN else ""
-    listing = f"{len(bad)} of {total} rows cannot be used:{shown}{more}{limits}"
-    if bad and not skip_bad_rows:
-        ways_out = "Correct them, or leave them out with --skip-bad-rows (skip_bad_rows: true in a run file)."
-        raise UserError(f"{listing}\n{ways_out}")
-    if not left:
-        raise UserError(f"{listing}\nNo row is left; give rows of the shape {ACCEPTED_SHAPES}.")
-    if bad:
-        _log.warning(listing)
-
-
-def _kept_by_limits(setting: str, limit: int, lengths: Sequence[int]) -> str:
-    """A line that says how many of the lengths a limit keeps, and what larger ones would; "" where it keeps all."""
-    kept = sum(length <= limit for length in lengths)
-    if kept == len(lengths):
-        return ""
-    larger = list[tuple[int, int]]()
-    while kept < len(lengths):
-        # The next power of two.
-        limit_there = 1 << (larger[-1][0] if larger else limit).bit_length()
-        kept = sum(length <= limit_there for length in lengths)
-        larger.append((limit_there, kept))
-    would = ", ".join(f"{each:,} would keep {count:,}" for each, count in larger)
-    return f"\n{setting} {limit:,} keeps {sum(length <= limit for length in lengths):,} of {len(lengths):,}; {would}."
-
-
-def _warn_of_cuts(limit: int, lengths: Sequence[int]) -> None:
-    if cut := sum(length > limit for length in lengths):
-        _log.warning(
-            f"{cut:,} of {len(lengths):,} responses ({cut / len(lengths):.0%}) are cut, and end without an end-of-text token."
-            f"{_kept_by_limits('max_new_tokens', limit, lengths)}"
-        )
-
-
-def _warn_of_ignored_columns(ignored: Counter[str], rows: int) -> None:
-    for column, count in ignored.items():
-        _log.warning(f"{count:,} of {rows:,} rows have a column {column!r} that is not read beside their other columns")
-
-
-def _warn_of_unopened_answers(rendered: Sequence[_Rendered]) -> None:
-    unopened = [each.unopened for each in rendered if each.unopened]
-    if unopened:
-        _log.warning(
-            f"{len(unopened):,} of {len(rendered):,} answers do not begin as they are served: the chat template opens an "
-            f"answer with {unopened[0]!r}, and writes theirs without. They are trained as it writes them; "
-            f"chat_template_kwargs, such as {{enable_thinking: false}}, may make the two agree"
-        )

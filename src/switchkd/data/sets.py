@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from switchkd.data.rows import SourceRow, is_data_file, load_hub_rows, read_rows
+from switchkd.data.columns import with_columns
+from switchkd.data.rows import (
+    Rows,
+    SourceRow,
+    is_data_file,
+    load_hub_rows,
+    load_hub_set,
+    read_rows,
+    rows_of_objects,
+)
+from switchkd.data.sources import Source, mixed, sources_of
 from switchkd.data.world import BUCKETS, Split, make_rows
 from switchkd.errors import UserError
 
@@ -68,7 +80,7 @@ WORLD_SEED = 0
 WORLD_ROWS: dict[Split, int] = {"train": 4096, "test": 192}
 
 
-def load_set(name: str, split: str = "eval", data_dir: str | Path | None = None) -> list[SourceRow]:
+def load_set(name: str, split: str = "eval", data_dir: str | Path | None = None) -> Rows:
     """The rows of an instruction set, from a local folder or else from the hub through `datasets`.
 
     The folder is `data_dir`, or else what the variable SWITCHKD_DATA_DIR names. Raises UserError for an unknown name or
@@ -83,10 +95,10 @@ def load_set(name: str, split: str = "eval", data_dir: str | Path | None = None)
     folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if folder:
         return read_rows(Path(folder) / part.local_file)
-    return load_hub_rows(chosen.hub_name, part.hub_slice, part.hub_file)
+    return load_hub_rows(chosen.hub_name, part.hub_slice, data_file=part.hub_file)
 
 
-def load_world(split: str, bucket: str | None = None, limit: int | None = None) -> list[SourceRow]:
+def load_world(split: str, bucket: str | None = None, limit: int | None = None) -> Rows:
     """The first `limit` rows of the embedded world (by default 4,096 to train, 192 to test), always the same.
 
     `split` is "train" or "test" ("eval" means test); `bucket` is a length, "short", "medium" or "long", or None for all
@@ -102,25 +114,61 @@ def load_world(split: str, bucket: str | None = None, limit: int | None = None) 
 
 
 def resolve(
-    source: str | Path, split: str = "train", *, data_dir: str | Path | None = None, limit: int | None = None
-) -> list[SourceRow]:
-    """The rows that a data set's name in a run file or on the command line stands for; with `limit`, the first ones.
+    source: Any,
+    split: str = "train",
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    seed: int = 0,
+    stream_rows: int | None = None,
+) -> Sequence[SourceRow]:
+    """The rows that a data source in a run file or on the command line stands for; with `limit`, the first ones.
 
-    `source` is a file, or NAME or NAME:SPLIT where NAME is an instruction set, a local data set folder or a hub name,
-    or world, world:SPLIT or world:SPLIT:BUCKET. `split` counts where the name says none. Raises UserError for an
-    unknown data set.
+    `source` is a file, NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT where NAME is an instruction set, a local data set folder
+    or a hub name, or world, world:SPLIT or world:SPLIT:BUCKET; a mapping with the keys of `Source`; or a list of these, mixed
+    by weight and `seed`. `split` counts where the source says none. `columns` are those of sources that bring none, named sets
+    aside. Of a streamed set, `limit` or else `stream_rows` rows are read. Raises UserError for an unknown data set.
     """
-    # The path of a file may itself hold colons.
-    name, *rest = [str(source)] if is_data_file(Path(source)) else str(source).split(":")
-    if len(rest) > (2 if name == "world" else 1):
-        raise UserError(f"{str(source)!r} has too many colons; a data set is written NAME or NAME:SPLIT")
-    chosen_split = rest[0] if rest else split
+    sources = sources_of(source)
+    parts: list[tuple[Rows | list[SourceRow], float]] = []
+    for each in sources:
+        if each.streaming:
+            rows = _streamed(each, each.split or split, limit or stream_rows, seed)
+        else:
+            rows = _rows_of(each, split, data_dir, limit)
+        named = each.path in SETS or each.path == "world"
+        parts.append((with_columns(rows, each.columns or (None if named else columns)), each.weight))
+    if len(parts) > 1 or sources[0].weight != 1:
+        return mixed(parts, seed) if limit is None else mixed(parts, seed)[:limit]
+    rows = parts[0][0]
+    return rows if limit is None else rows[:limit]
+
+
+def _rows_of(source: Source, split: str, data_dir: str | Path | None, limit: int | None) -> Rows:
+    name, chosen_split = source.path, source.split or split
     if name == "world":
-        return load_world(chosen_split, rest[1] if len(rest) > 1 else None, limit)
+        return load_world(chosen_split, source.name, limit)
     if name in SETS:
-        return load_set(name, chosen_split, data_dir)[:limit]
+        if source.name:
+            raise UserError(f"{name} has no configurations; write {name} or {name}:SPLIT, and not {source.name!r}")
+        return load_set(name, chosen_split, data_dir)
     # A misspelled set would otherwise be looked up on the hub, and fail there with an error about the network.
     if not is_data_file(Path(name)) and "/" not in name and not Path(name).exists():
         choices = ", ".join([*SETS, "world"])
         raise UserError(f"there is no data set {name!r}; known are {choices}, or give a file or a hub name OWNER/NAME")
-    return read_rows(name, chosen_split)[:limit]
+    if is_data_file(Path(name)) or Path(name).is_file():
+        return read_rows(name)
+    return load_hub_rows(name, chosen_split, name=source.name, revision=source.revision)
+
+
+def _streamed(source: Source, split: str, count: int | None, seed: int) -> Rows:
+    """The first rows of a hub set, or the first that the buffer draws: the same ones under the same seed."""
+    if count is None:
+        raise UserError(
+            f"{source.path} is streamed, but nothing says how far; set max_steps, and stream training data alone"
+        )
+    stream = load_hub_set(source.path, source.name, split=split, streaming=True, revision=source.revision)
+    if source.shuffle_buffer:
+        stream = stream.shuffle(seed=seed, buffer_size=source.shuffle_buffer)
+    return rows_of_objects(list(stream.take(count)), f"{source.path} {split}, streamed row")

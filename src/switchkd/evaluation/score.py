@@ -7,15 +7,17 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rich.table import Table
 
 from switchkd.data.examples import BadRow, Loaded, Rendering, prompt_text, to_examples
-from switchkd.data.rows import SourceRow, row_text
+from switchkd.data.rows import SourceRow
+from switchkd.data.shapes import row_text
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import Answer, generate_answers
 from switchkd.files import now, write_atomically
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 # Those of MiniLLM's evaluation scripts.
 SEEDS = (10, 20, 30, 40, 50)
 RESULT_FILE = "eval.json"
+Match = Literal["text", "numeric"]
+# A sign belongs to a number only where no word or number ends before it: 5-3 has none.
+_NUMBER = re.compile(r"((?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?)", re.ASCII)
 
 
 @cache
@@ -47,9 +52,21 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
     return 100 * max(float(_rouge_scorer().score(reference, answer)["rougeL"].fmeasure) for reference in references)
 
 
-def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Whether the answer is one of the references but for case, punctuation and spaces."""
-    return _normalized(answer) in {_normalized(reference) for reference in references}
+def exact_match(answer: str, references: Sequence[str], match: Match = "text") -> bool:
+    """Whether the answer is one of the references but for case, punctuation and spaces.
+
+    With `match` "numeric", numbers count by their value: -5 is not 5, 3.5 is not 35, and 1,000.0 is 1000.
+    """
+    read = _normalized if match == "text" else _words_and_numbers
+    return read(answer) in [read(reference) for reference in references]
+
+
+def _words_and_numbers(text: str) -> list[str | Decimal]:
+    """The normalized words between the numbers, and the numbers' values."""
+    parts = _NUMBER.split(text.replace("\u2212", "-"))
+    # Of a split by one group, every second part is a number.
+    found = [Decimal(each.replace(",", "")) if place % 2 else _normalized(each) for place, each in enumerate(parts)]
+    return [each for each in found if each != ""]
 
 
 def _normalized(text: str) -> str:
@@ -58,14 +75,17 @@ def _normalized(text: str) -> str:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How answers are drawn, and which prompts are answered, rendered how. Raises UserError where there is no seed."""
+    """How answers are drawn, and which prompts are answered, rendered and matched how. Raises UserError where there is no seed."""
 
     sampling: Sampling = Sampling()
     seeds: tuple[int, ...] = SEEDS
     max_prompt_tokens: int = 256
     rendering: Rendering = Rendering()
+    match: Match = "text"
 
     def __post_init__(self) -> None:
+        if self.match not in get_args(Match):
+            raise UserError(f"match is {self.match!r}; choose one of {', '.join(get_args(Match))}")
         if not self.seeds:
             raise UserError("seeds is empty; give at least one seed")
 
@@ -191,7 +211,7 @@ def evaluate(
             for seed in seeds:
                 count = progress.counter(task)
                 answers += generate_answers(engine, tokenizer, each.examples, settings.sampling, seed, count)
-            scored = _score(answers, sets[name], tokenizer, settings.rendering)
+            scored = _score(answers, sets[name], tokenizer, settings)
             results[name] = _set_result(scored, each)
             if out_folder is not None:
                 _write_answers(scored, name, Path(out_folder))
@@ -202,7 +222,10 @@ def evaluate(
 
 
 def _score(
-    answers: Sequence[Answer], rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
+    answers: Sequence[Answer],
+    rows: Sequence[SourceRow],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationSettings,
 ) -> list[ScoredAnswer]:
     by_index = {row.index: row for row in rows}
     scored = []
@@ -216,11 +239,11 @@ def _score(
                 prompt_id=answer.prompt_id,
                 seed=answer.seed,
                 bucket=row.columns.get("bucket"),
-                prompt=prompt_text(text, tokenizer, rendering),
+                prompt=prompt_text(text, tokenizer, settings.rendering),
                 answer=answer.text,
                 references=text.references,
                 rouge_l=rouge_l(answer.text, text.references),
-                exact_match=exact_match(answer.text, text.references),
+                exact_match=exact_match(answer.text, text.references, settings.match),
                 tokens=answer.tokens,
                 finish_reason=answer.finish_reason,
             )

@@ -28,10 +28,19 @@ class RunConfig:
     """
 
     student: str = field(metadata={"help": "Hub id, folder, .gguf file, package:NAME or world:student."})
-    train_data: str = field(metadata={"help": "A set's name, a file or a hub name, with :SPLIT where needed."})
+    train_data: str | dict[str, Any] | list[Any] = field(
+        metadata={
+            "help": "A set's name, a file or a hub name, with :SPLIT where needed; or {path: ...}, or a list of these."
+        }
+    )
     output_dir: str = field(metadata={"help": "The run's folder; by default runs/ and the run file's name."})
     teacher: str | None = setting(None, "As student; self: the student without its adapter.")
-    eval_data: str | None = setting(None, "As train_data; see eval_strategy and eval_steps.")
+    eval_data: str | dict[str, Any] | list[Any] | None = setting(
+        None, "As train_data; see eval_strategy and eval_steps."
+    )
+    columns: dict[str, str] | None = setting(
+        None, "Our names of columns, each with your data's name for it: {prompt: question}."
+    )
     data_dir: str | None = setting(None, "Folder that holds the instruction sets as files.")
     student_drop_layers: str | None = setting(
         None, "Decoder layers removed from the student at the start, such as '10-19'."

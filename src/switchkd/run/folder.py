@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from switchkd.data.sources import sources_of
 from switchkd.errors import UserError
 from switchkd.files import now, write_atomically
 from switchkd.models.heads import base_of
@@ -90,6 +91,11 @@ def _check_same_run(saved: RunConfig, run: RunConfig) -> None:
     parts += [(f" of stage {number}", dict(old), dict(new)) for number, (old, new) in enumerate(pairs, start=1)]
     for place, old, new in parts:
         for key in dict.fromkeys([*old, *new]):
+            if key == "max_steps" and old.get(key) != new.get(key) and _streams(run.train_data):
+                raise UserError(
+                    f"max_steps{place} is {new.get(key)}, but was {old.get(key)}, and a stream is read as far as max_steps asks: "
+                    f"other steps would get other rows; set it back to resume, or give another output_dir"
+                )
             if key in _CHANGEABLE or key.startswith(_CHANGEABLE_PREFIXES) or old.get(key) == new.get(key):
                 continue
             # Left open, it follows the student, which has not changed.
@@ -102,6 +108,10 @@ def _check_same_run(saved: RunConfig, run: RunConfig) -> None:
                 f"{key}{place} is {new.get(key)!r}, but the run in {run.output_dir} was started with {old.get(key)!r}; set it "
                 f"back to resume, or give another output_dir"
             )
+
+
+def _streams(train_data: Any) -> bool:
+    return any(source.streaming for source in sources_of(train_data))
 
 
 def record_run(run: RunConfig) -> None:

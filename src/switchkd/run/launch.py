@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from switchkd.run.file import RunConfig, Stage
 from switchkd.run.folder import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
 from switchkd.run.rollout_view import RolloutView
 from switchkd.training.checkpoints import last_complete_checkpoint
-from switchkd.training.dataset import tokenized, warn_of_templates
+from switchkd.training.dataset import needs_answers, tokenized, warn_of_templates
 from switchkd.training.teachers import SELF
 from switchkd.training.trainer import SwitchTrainer
 
@@ -38,8 +39,8 @@ class PreparedStage:
 
     stage: Stage
     peft_config: Any
-    train: list[Example]
-    eval: list[Example] | None
+    train: Sequence[Example]
+    eval: Sequence[Example] | None
 
 
 def train_run(run: RunConfig, console: Console, *, resume: bool = False) -> None:
@@ -90,8 +91,9 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
     # Names and files first: a mistyped teacher of the last stage must not wait for the tokenizing of the first.
     for stage in to_do:
         run = stage.run
-        train = resolve(run.train_data, "train", data_dir=run.data_dir)
-        held_out = resolve(run.eval_data, "eval", data_dir=run.data_dir) if run.eval_data else None
+        read = partial(resolve, data_dir=run.data_dir, columns=run.columns, seed=stage.config.seed)
+        train = read(run.train_data, "train", stream_rows=_rows_needed(stage))
+        held_out = read(run.eval_data, "eval") if run.eval_data else None
         if find_source(stage.tokenizer).gguf_file is not None and run.adapter == "keep":
             raise UserError(
                 f"adapter is keep, but nothing loads one onto a .gguf file ({run.student}); set adapter to merge"
@@ -109,9 +111,19 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
         warn_of_templates(train, tokenizer, teacher_tokenizer, stage.config)
         needs_response = stage.config.plan.needs_response
         train_examples = tokenized(train, tokenizer, stage.config, need_response=needs_response)
-        eval_examples = tokenized(held_out, tokenizer, stage.config, need_response=True) if held_out else None
+        eval_examples = None
+        if held_out:
+            answered = needs_answers(held_out, stage.config)
+            eval_examples = tokenized(held_out, tokenizer, stage.config, need_response=answered)
         prepared.append(PreparedStage(stage, peft_config, train_examples, eval_examples))
     return prepared
+
+
+def _rows_needed(stage: Stage) -> int | None:
+    """The rows that the stage's steps ask for; None where it counts epochs."""
+    config = stage.config
+    rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return rows * config.max_steps if config.max_steps > 0 else None
 
 
 def _peft_config(config: RunConfig) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from switchkd.data.examples import to_examples
-from switchkd.data.rows import SourceRow, is_chat, read_rows
+from switchkd.data.packed import PackedExamples, lengths_of
+from switchkd.data.rows import Rows, SourceRow, read_rows
+from switchkd.data.shapes import has_answers, is_chat
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.chat import warn_of_other_template
@@ -18,32 +20,88 @@ from switchkd.models.pair import ModelPair
 from switchkd.records import Example
 
 
-def examples_of(
-    dataset: Any, pair: ModelPair, args: SwitchConfig, *, need_response: bool, warn_of_template: bool = True
-) -> Any:
-    """The examples of a data set: `Example` records, or rows as `read_rows` takes them, tokenized. None stays None.
+def training_examples(dataset: Any, pair: ModelPair, args: SwitchConfig) -> Any:
+    """The examples of a training set: `Example` records, or rows as `read_rows` takes them, tokenized. None stays None.
 
-    A mapping of data sets gives a mapping. Raises UserError for rows that cannot be used, and for a missing response where
-    `need_response`.
+    Raises UserError for rows that cannot be used, for a missing response where the method needs one, and for several sets.
     """
+    if isinstance(dataset, Mapping):
+        names = ", ".join(map(str, dataset))
+        first = next(iter(dataset), "train")
+        raise UserError(
+            f"train_dataset is a {type(dataset).__name__} of {names}; pass one of them, such as ds[{first!r}]"
+        )
+    return _examples_of(dataset, pair, args, need_response=args.plan.needs_response, warn_of_template=True)
+
+
+def evaluation_examples(dataset: Any, pair: ModelPair, args: SwitchConfig) -> Any:
+    """The examples of an evaluation set, or of each in a mapping. None stays None.
+
+    A set without any response is evaluated on the student's own text. Raises UserError for rows that cannot be used.
+    """
+    if isinstance(dataset, Mapping):
+        return {name: evaluation_examples(part, pair, args) for name, part in dataset.items()}
+    dataset = (
+        dataset
+        if dataset is None or isinstance(dataset, PackedExamples) or _has_records(dataset)
+        else _rows_of(dataset)
+    )
+    answered = dataset is not None and needs_answers(dataset, args)
+    return _examples_of(dataset, pair, args, need_response=answered, warn_of_template=False)
+
+
+def needs_answers(dataset: Sequence[SourceRow] | Sequence[Example], args: SwitchConfig) -> bool:
+    """Whether an evaluation set is one with responses: whether any row has one.
+
+    Raises UserError where none has, and the method compares with no teacher on the student's own text.
+    """
+    if isinstance(dataset, PackedExamples) or _has_records(dataset):
+        answered = any(response for _, response in lengths_of(cast(Sequence[Example], dataset)))
+    else:
+        answered = has_answers(cast(Sequence[SourceRow], dataset))
+    if not answered and args.plan.objective.divergence is None:
+        raise UserError(
+            f"no row of the evaluation data has a response, and {args.method_name} compares the student with nothing else; give "
+            f"rows with answers"
+        )
+    return answered
+
+
+def _has_records(dataset: Any) -> bool:
+    return not isinstance(dataset, str | Path | Rows) and len(_sized(dataset)) > 0 and isinstance(dataset[0], Example)
+
+
+def _sized(dataset: Any) -> Any:
+    if hasattr(dataset, "__len__"):
+        return dataset
+    raise UserError(
+        f"the data set is a {type(dataset).__name__}, whose rows cannot be counted; give a datasets.Dataset or a list (of a "
+        f"stream, list(stream.take(1000))), or stream a hub set from a run file"
+    )
+
+
+def _rows_of(dataset: Any) -> Rows:
+    return read_rows(dataset if isinstance(dataset, str | Path) else _sized(dataset))
+
+
+def _examples_of(
+    dataset: Any, pair: ModelPair, args: SwitchConfig, *, need_response: bool, warn_of_template: bool
+) -> Sequence[Example] | None:
     if dataset is None:
         return None
-    if isinstance(dataset, dict):
-        parts = dataset.items()
-        rest = {"need_response": need_response, "warn_of_template": warn_of_template}
-        return {name: examples_of(part, pair, args, **rest) for name, part in parts}
-    if not isinstance(dataset, str | Path) and len(dataset) and isinstance(dataset[0], Example):
-        empty = sum(not example.response_ids for example in dataset)
+    if isinstance(dataset, PackedExamples) or _has_records(dataset):
+        lengths = list(lengths_of(dataset))
+        empty = sum(not response for _, response in lengths)
         if need_response and empty:
-            raise UserError(f"{empty} of {len(dataset)} examples have no response; give their response_ids")
-        if not all(example.prompt.token_ids for example in dataset):
+            raise UserError(f"{empty} of {len(lengths)} examples have no response; give their response_ids")
+        if not all(prompt for prompt, _ in lengths):
             raise UserError(
                 "an example has no prompt, but its first token has to be predicted from something; give prompt tokens"
             )
-        return list(dataset)
+        return dataset if isinstance(dataset, PackedExamples) else list(dataset)
     if pair.tokenizer is None:
         raise UserError("the rows are text, but there is no tokenizer; give processing_class")
-    rows = read_rows(dataset)
+    rows = _rows_of(dataset)
     if warn_of_template:
         warn_of_templates(rows, pair.tokenizer, pair.teacher_tokenizer, args)
     return tokenized(rows, pair.tokenizer, args, need_response=need_response)
@@ -56,13 +114,14 @@ def warn_of_templates(
     args: SwitchConfig,
 ) -> None:
     """Warn, where rows are chats, of a teacher with another template than the tokenizer's."""
-    if teacher_tokenizer is not None and any(map(is_chat, rows)):
+    templates = tokenizer.chat_template and teacher_tokenizer is not None and teacher_tokenizer.chat_template
+    if templates and teacher_tokenizer is not None and any(map(is_chat, rows)):
         warn_of_other_template(tokenizer, teacher_tokenizer, args.rendering.template_kwargs)
 
 
 def tokenized(
     rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, args: SwitchConfig, *, need_response: bool
-) -> list[Example]:
+) -> PackedExamples:
     """The rows as examples within the run's limits; raises UserError that lists the bad ones."""
     return to_examples(
         rows,

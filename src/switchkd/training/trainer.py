@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from switchkd.data.packed import lengths_of
 from switchkd.errors import UserError
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair, name_of, parameter_count
 from switchkd.records import Example, Rollout
-from switchkd.rollout.engine import Engine
+from switchkd.rollout.engine import Engine, KeepTeacher
+from switchkd.rollout.law import Student
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
-from switchkd.training.dataset import examples_of, with_row_numbers, without_repeats
+from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers, without_repeats
 from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
@@ -37,6 +39,9 @@ from switchkd.training.trained_pair import keep_ends, trained_pair
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+# The sample that evaluations draw: no training step and no calibration does.
+_EVALUATION = -(1 << 33)
 
 
 class TrainerOptions(TypedDict, total=False):
@@ -100,8 +105,8 @@ class SwitchTrainer(Trainer):
             model=pair.student,
             args=args,
             data_collator=with_row_numbers,
-            train_dataset=examples_of(train_dataset, pair, args, need_response=plan.needs_response),
-            eval_dataset=examples_of(eval_dataset, pair, args, need_response=True, warn_of_template=False),
+            train_dataset=training_examples(train_dataset, pair, args),
+            eval_dataset=evaluation_examples(eval_dataset, pair, args),
             processing_class=pair.tokenizer,
             **trainer_options,
         )
@@ -137,13 +142,13 @@ class SwitchTrainer(Trainer):
 
     def _check_room(self) -> None:
         """Raise UserError where a model has too few positions for the data or the rollouts."""
-        parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
-        written = self.args.max_new_tokens if self.plan.rolls_out or self.plan.teacher_text else 0
-        lengths = (
-            len(example.prompt.token_ids) + max(len(example.response_ids), written)
-            for example in chain(self.train_dataset or (), *parts)
-        )
-        self.pair.check_room(max(lengths, default=0))
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
+        longest, rolls_out = 0, self.plan.rolls_out or bool(self.plan.teacher_text)
+        for prompt, response in chain.from_iterable(map(lengths_of, [self.train_dataset or (), *held_out])):
+            # A prompt alone is rolled out in an evaluation too.
+            written = self.args.max_new_tokens if rolls_out or not response else 0
+            longest = max(longest, prompt + max(response, written))
+        self.pair.check_room(longest)
         if self.plan.rewrite and len(self.train_dataset or ()):
             longest = max((example.prompt for example in self.train_dataset), key=lambda prompt: len(prompt.token_ids))
             check_rewrite(self.plan.rewrite, longest, self.pair, self.args)
@@ -253,7 +258,8 @@ class SwitchTrainer(Trainer):
     ) -> EvalLoopOutput:
         """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token.
 
-        It is the sum over all their tokens / their number, whatever the batches and processes.
+        It is the sum over all their tokens / their number, whatever the batches and processes. Of a set of prompts alone, the
+        responses are rollouts of the student as it is now, with the same draws in each evaluation.
         """
         self._eval_rows, self._eval_sum, self._eval_tokens = len(dataloader.dataset), 0.0, 0.0
         with self._place.loaded():
@@ -272,11 +278,21 @@ class SwitchTrainer(Trainer):
         """Add the batch's losses and tokens to the evaluation's. None is returned: the loop would take a mean of means."""
         if examples := self._without_repeats(inputs["examples"], self._eval_rows):
             with self.pair.computing(), torch.no_grad():
-                inputs = self._on_device(self._loss.inputs(self._loss.scored(examples)))
+                inputs = self._on_device(self._loss.inputs(self._loss.scored(self._answered(examples))))
                 loss, _ = self._loss(model, inputs, 1)
             self._eval_sum += float(loss)
             self._eval_tokens += inputs["denominator"]
         return None, None, None
+
+    def _answered(self, examples: Sequence[Example]) -> Sequence[Example | Rollout]:
+        """The examples, or where they are prompts alone, what the student writes after them."""
+        if any(example.response_ids for example in examples):
+            return examples
+        keep: KeepTeacher = "hidden" if self.plan.objective.reads_logp else None
+        prompts = [replace(example.prompt, sample_id=_EVALUATION) for example in examples]
+        return self.engine.generate(
+            prompts, policy=Student(), sampling=self.args.sampling, seed=self.args.seed, keep_teacher=keep
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`; True resumes from the last checkpoint that is complete, or raises UserError."""
