@@ -19,7 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 import switchkd.cli.main as cli
 from runs import switchkd, write_run
@@ -28,6 +28,7 @@ from switchkd.errors import UserError, did_you_mean
 from switchkd.methods import inherited
 from switchkd.methods.config import SwitchConfig
 from switchkd.models import hub
+from switchkd.models.pair import rounded
 from switchkd.records import Prompt, Rollout
 from switchkd.report.terminal import run_table, writer_runs
 from switchkd.run import callbacks
@@ -375,3 +376,47 @@ def test_the_final_table_has_means_and_the_evaluation_loss(tmp_path: Path) -> No
     assert "0.7500 → 0.7000" in said
     console.print(run_table(steps, tmp_path))
     assert console.file.getvalue().count("eval loss") == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(8, "8"), (999, "999"), (172_992, "173k"), (999_600, "1M"), (1_240_000, "1.24M"), (7.6e9, "7.6B")],
+)
+def test_counts_are_written_as_people_say_them(count: float, said: str) -> None:
+    assert rounded(count) == said
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+QUESTIONS = [{"question": "one", "answer": "two"}] * 3
+CHAT = [{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}]
+PAIRS = [{"prompt": "one", "completion": "two three", "rejected": "x"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (QUESTIONS, "3 rows: "),
+        (CHAT, "set template_from to teacher or to a template file"),
+        (
+            [{"prompt": "one " * 700, "completion": "two"}] * 3,
+            "3 rows: the prompt has more than max_prompt_tokens (256)",
+        ),
+        (datasets.Dataset.from_list(PAIRS).to_iterable_dataset(), "whose rows cannot be counted"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(PAIRS)), "pass one of them, such as ds['train']"),
+    ],
+    ids=["columns", "template", "length", "stream", "splits"],
+)
+def test_data_that_cannot_be_used_is_explained_once(rows: Any, said: str) -> None:
+    pair = tiny_pair("llama", tokenizer=tiny_tokenizer())
+    with pytest.raises(UserError) as error:
+        SwitchTrainer(pair, args=SwitchConfig(output_dir="x", use_cpu=True, threshold=0.3), train_dataset=rows)
+    assert str(error.value).count(said) == 1
+
+
+def test_columns_and_text_that_are_left_out_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    pair = tiny_pair("llama", tokenizer=tiny_tokenizer())
+    args = SwitchConfig(output_dir="x", use_cpu=True, method="kd", max_new_tokens=1)
+    SwitchTrainer(pair, args=args, train_dataset=PAIRS)
+    assert "rejected" in caplog.text
+    assert "2 of 2 responses (100%) are cut" in caplog.text

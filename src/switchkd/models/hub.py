@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 from functools import cache
@@ -10,7 +11,6 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants
-from huggingface_hub.utils import logging
 
 _SECONDS = 5.0
 UNREACHABLE = "the hub cannot be reached from here (offline), and it is not among what was downloaded before"
@@ -25,7 +25,7 @@ def offline_at_once() -> bool:
         return True
     if _reachable(constants.ENDPOINT):
         return False
-    logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     constants.HF_HUB_OFFLINE = True
     # It keeps a copy of its own, if it has been imported.
     datasets: Any = sys.modules.get("datasets.config")

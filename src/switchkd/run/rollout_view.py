@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from switchkd.report.terminal import print_rollouts, rollout_text
 from switchkd.rollout.jsonl import rollout_record

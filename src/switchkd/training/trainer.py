@@ -19,7 +19,7 @@ from switchkd.data.packed import lengths_of
 from switchkd.errors import UserError
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
-from switchkd.models.pair import ModelPair, name_of, parameter_count
+from switchkd.models.pair import ModelPair, name_of, parameter_count, rounded
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine, KeepTeacher
 from switchkd.rollout.law import Student
@@ -159,12 +159,12 @@ class SwitchTrainer(Trainer):
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(count / rows))
         teacher = self.pair.teacher
-        learns_from = f" from {name_of(teacher)} ({self._teacher_size / 1e6:.3g}M)" if teacher is not None else ""
+        learns_from = f" from {name_of(teacher)} ({rounded(self._teacher_size)})" if teacher is not None else ""
         writes = f"{self.plan.rollout_share:.0%} rolled out" if self.plan.rollout_share else "the data set's text"
         return (
-            f"{args.method_name}: {name_of(self.pair.student)} ({parameter_count(self.pair.student) / 1e6:.3g}M parameters) learns"
+            f"{args.method_name}: {name_of(self.pair.student)} ({rounded(parameter_count(self.pair.student))} parameters) learns"
             f"{learns_from}: {steps:,} steps x {rows} sequences ({writes}) of up to {args.max_new_tokens} response tokens, "
-            f"at most {steps * rows * args.max_new_tokens / 1e6:.3g}M tokens, from {count:,} rows"
+            f"at most {rounded(steps * rows * args.max_new_tokens)} tokens, from {count:,} rows"
         )
 
     def get_batch_samples(
