@@ -115,7 +115,7 @@ def test_broken_json_names_file_and_line(refused: Refused, models: Path, tmp_pat
 @pytest.mark.parametrize(
     ("row", "method", "said"),
     [
-        ({"prompt": "one " * 20, "completion": "two"}, "kd", "more than max_prompt_tokens (16)"),
+        ({"prompt": "one " * 20, "completion": "two"}, "kd", "the prompt has 20 tokens; max_prompt_tokens is 16"),
         ({"prompt": " ", "completion": "two"}, "kd", "empty prompt"),
         ({"prompt": "one"}, "kd", "no response"),
         ({"prompt": "one", "completion": ""}, "sft", "no response"),

@@ -17,6 +17,7 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -38,6 +39,8 @@ from switchkd.run.rollout_view import SHOWN_ROLLOUTS, RolloutView
 from switchkd.settings.foreign import FOREIGN
 from switchkd.training.trainer import SwitchTrainer
 from tiny import tiny_pair, tiny_tokenizer
+
+REFUSED: Any = SimpleNamespace(headers={}, request=None, status_code=403)
 
 
 def said_of(key: str, value: object = 1) -> str:
@@ -229,6 +232,29 @@ def test_our_own_faults_stay_faults(error: Exception) -> None:
     assert foreseen(error) is None
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x"), 2, "/x cannot be read or written: Permission denied"),
+        (
+            HfHubHTTPError("403 Forbidden", response=REFUSED),
+            2,
+            "the hub refused: 403 Forbidden",
+        ),
+        (ZeroDivisionError("x"), 1, "ZeroDivisionError: x; this should not happen"),
+    ],
+)
+def test_the_exit_code_says_whose_fault_it_is(
+    error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    assert switchkd("methods") == code
+    assert said in capsys.readouterr().err
+
+
 def test_the_hub_is_asked_once(offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.offline_at_once()
     # By now the client knows, and nobody is asked.
@@ -328,6 +354,26 @@ def test_a_long_step_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert shown.bar.note == "loss 0.1  3 of 8 rolled out"
     shown.on_substep_end(args, state, TrainerControl())
     assert shown.bar.note == "loss 0.1  batch 1 of 4 trained"
+
+
+def test_a_search_for_the_threshold_tells_of_its_rollouts_too() -> None:
+    pair = tiny_pair("llama", tokenizer=tiny_tokenizer())
+    args = SwitchConfig(
+        output_dir="x",
+        use_cpu=True,
+        threshold={"name": "auto", "teacher_share": 0.5, "prompts": 3},
+        max_steps=1,
+        per_device_train_batch_size=2,
+        max_new_tokens=4,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = SwitchTrainer(pair, args=args, train_dataset=[{"prompt": f"one w{n}"} for n in range(30, 36)])
+    told: list[tuple[int, int]] = []
+    trainer.tell_rollouts(lambda finished, total: told.append((finished, total)))
+    trainer.train()
+    assert told[-1] == (2, 2)
+    assert (3, 3) in told
 
 
 def test_args_of_transformers_alone_are_refused() -> None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import IntEnum
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -15,8 +14,8 @@ from transformers import TrainerState
 from switchkd.distributions.noise import Address, Stream, row_keys, uniform
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
-from switchkd.records import Example, Prompt, Rollout
-from switchkd.rollout.engine import Engine
+from switchkd.records import Example, Prompt, Rollout, Sampling
+from switchkd.rollout.engine import Engine, KeepTeacher, Progress, PromptLike
 from switchkd.rollout.law import Policy, Teacher
 from switchkd.rollout.policies import Switch
 from switchkd.training.adaptive_share import AdaptiveShare
@@ -46,6 +45,27 @@ class _Coin(IntEnum):
     PREFIX = 4
 
 
+class _ToldEngine:
+    """The engine, which tells of each call how many of its rollouts are finished, and how many there are to be."""
+
+    def __init__(self, engine: Engine, told: Callable[[int, int], None]) -> None:
+        self.engine = engine
+        self.told = told
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        policy: Policy,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        keep_teacher: KeepTeacher = None,
+        on_progress: Progress | None = None,
+    ) -> list[Rollout]:
+        total = len(prompts)
+        told = on_progress or (lambda finished: self.told(finished, total))
+        return self.engine.generate(prompts, policy, sampling, seed, keep_teacher, told)
+
+
 class StepText:
     """Makes the training sequences of each step. Every choice is an addressed coin of (seed, row, step).
 
@@ -71,6 +91,7 @@ class StepText:
         self, examples: Sequence[Example], state: TrainerState, engine: Engine, log: Callable[[dict[str, float]], None]
     ) -> list[Example | Rollout]:
         """Each example, or the rollout that takes its place at the step that `state` is at, in their order."""
+        engine = _ToldEngine(engine, self.on_progress) if self.on_progress else engine
         policy = self.calibrated.policy_at(state, engine, log) if self.calibrated else self.plan.policy
         policy = policy.at_step(state.global_step)
         limit = self.plan.longest_rollout(state.global_step, self.args.max_new_tokens)
@@ -140,15 +161,12 @@ class StepText:
         started, plan = time.perf_counter(), self.plan
         # Returns and some weights are of what the teacher says of each token, whoever wrote it.
         asks_teacher = (policy.needs_teacher or plan.objective.reads_logp) and not plan.rewrite
-        told = self.on_progress
-        watched: dict[str, Any] = {"on_progress": lambda done: told(done, len(prompts))} if told else {}
         rollouts = engine.generate(
             prompts,
             policy=policy,
             sampling=replace(self.args.sampling, max_new_tokens=limit),
             seed=self.args.seed,
             keep_teacher="hidden" if asks_teacher and plan.objective.divergence else None,
-            **watched,
         )
         if plan.replayed_prefix and plan.replayed_prefix.weight:
             # The states of the prefix are not among them: the teacher reads these texts whole.
