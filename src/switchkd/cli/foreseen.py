@@ -33,7 +33,9 @@ def foreseen(error: BaseException) -> str | None:
 
 def _is_of_network(error: BaseException) -> bool:
     by_client = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests")
-    return isinstance(error, (ConnectionError, TimeoutError)) or (by_client and not hasattr(error, "response"))
+    # A broken pipe is a reader that has left, such as head.
+    lost = isinstance(error, (ConnectionError, TimeoutError)) and not isinstance(error, BrokenPipeError)
+    return lost or (by_client and not hasattr(error, "response"))
 
 
 def _is_foreign(error: ImportError) -> bool:
