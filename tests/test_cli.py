@@ -12,26 +12,96 @@ import pytest
 import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
 
 from runs import switchkd, write_rows, write_run
+from switchkd import __version__
+from switchkd.cli.main import app
+from switchkd.methods.plan import AutoThreshold
 from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout
 from switchkd.report.terminal import print_rollouts, rollout_text, visible, writer_runs
 from switchkd.rollout.policies import POLICIES
 from switchkd.run.callbacks import read_log
+from switchkd.run.file import HINTS
+from switchkd.run.recipes import recipes
 from switchkd.settings.components import settings_of
+
+COMMANDS = get_command(app).commands
 
 
 def test_help_needs_nothing_heavy() -> None:
     code = (
         "import sys, switchkd.cli.main as cli\n"
-        "try: cli.main(['--help'])\n"
-        "except SystemExit as exit_: assert exit_.code == 0, exit_.code\n"
+        "for command in sys.argv[1:]:\n"
+        "    try: cli.main([*command.split(), '--help'])\n"
+        "    except SystemExit as exit_: assert exit_.code == 0, exit_.code\n"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    program = [sys.executable, "-c", code, "", *COMMANDS]
+    result = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.splitlines()[-1] == "[]"
     assert "rollout" in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_help_page_says_what_options_take_and_ends_with_a_call_that_parses(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert switchkd(name, "--help") == 0
+    shown = capsys.readouterr().out
+    (usage,) = [line for line in shown.splitlines() if f"Usage: switchkd {name}" in line]
+    # Neither braces nor doubled brackets, nor typer's types of what takes no value, nor text that is cut off.
+    assert "{" not in usage
+    assert "[[" not in usage
+    assert not [odd for odd in ("<bool>", "range>", "…") if odd in shown]
+    call = shown.rpartition("Example")[2]
+    command, *arguments = call.split()[1:]
+    assert command == name
+    if ">" in arguments:
+        arguments = arguments[: arguments.index(">")]
+    COMMANDS[name].make_context(name, arguments)
+
+
+def test_the_options_of_a_command_are_called_as_in_a_run_file() -> None:
+    names = {option.name for command in COMMANDS.values() for option in command.params}
+    # What a command alone has: what it reads or writes, and how much of it.
+    own = {
+        *("run_file", "assignments", "resume", "output", "show", "steps", "name", "markdown", "help", "sets", "seeds"),
+        *("model", "prompt", "data", "limit", "no_repeat_ngram", "match", "force"),
+    }
+    assert names - own - {"teacher_share"} <= HINTS.keys()
+    assert "teacher_share" in settings_of(AutoThreshold)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (("calibrate", "--share", "0.3"), "--share is now --teacher-share"),
+        (("eval", "runs/x", "--sets", "world", "--batch-size=4"), "--batch-size is now --rollout-rows"),
+        (("rollout", "--teacher-top-k", "3"), "--teacher-top-k is now --keep-top-k"),
+    ],
+)
+def test_an_old_name_of_an_option_gets_the_new_one(
+    call: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert switchkd(*call) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    program = [sys.executable, "-m", "switchkd", "--version"]
+    result = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout == f"switchkd {__version__}\n"
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert switchkd("recipes") == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in recipes())
+    assert switchkd("recipes", "paper/gpt2") == 0
+    assert capsys.readouterr().out == recipes()["paper/gpt2"].read_text()
 
 
 def test_methods_lists_all_and_shows_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,12 +226,18 @@ def test_greedy_interleaving_with_the_best_token_alone_is_the_teachers_text(mode
     assert any(records[0]["written_by_teacher"])
 
 
-def test_the_help_of_policy_names_every_policy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_policy_names_every_policy_and_the_settings_every_setting(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert switchkd("rollout", "--help") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in POLICIES)
+    assert "switchkd settings policy" in " ".join(shown.replace("│", "").split())
+    assert switchkd("settings", "policy") == 0
+    shown = capsys.readouterr().out
+    assert all(f"policy: {name}" in shown for name in POLICIES)
     settings = {key for policy in POLICIES.values() for key in settings_of(policy)}
-    assert all(f"--{key.replace('_', '-')}" in shown for key in settings)
+    assert all(f"policy.{key}" in shown for key in settings)
 
 
 def test_a_student_alone_rolls_out_a_set_and_what_is_no_number_is_null(models: Path, tmp_path: Path) -> None:
@@ -179,7 +255,7 @@ def test_calibrate_says_what_to_put_in_the_run_file(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pair = ("--student", models / "student", "--teacher", models / "teacher", "--data", models / "data.jsonl")
-    options = ("--share", "0.4", "--decay", "linear", "--decay-rate", "0.02", "--max-new-tokens", "40")
+    options = ("--teacher-share", "0.4", "--decay", "linear", "--decay-rate", "0.02", "--max-new-tokens", "40")
     assert switchkd("calibrate", *pair, *options, "--output", tmp_path / "out") == 0
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "calibration.json").read_text())
@@ -198,10 +274,10 @@ def test_diagnose_shows_three_texts(models: Path, tmp_path: Path, capsys: pytest
     assert list(texts) == ["student", "switch", "teacher"]
     assert texts["switch"]["policy"]["threshold"] == 0.2
     assert all(name in shown for name in texts)
-    assert switchkd("diagnose", *pair, *short, "--threshold", "0.2", "--share", "0.3") == 2
+    assert switchkd("diagnose", *pair, *short, "--threshold", "0.2", "--teacher-share", "0.3") == 2
     assert "give one of them" in capsys.readouterr().err
     # The share is looked for where no threshold is given; one token more or less of a dozen is 8 %.
-    assert switchkd("diagnose", *pair, *short, "--share", "0.5") == 0
+    assert switchkd("diagnose", *pair, *short, "--teacher-share", "0.5") == 0
     texts = json.loads((tmp_path / "diagnosis.json").read_text())["texts"]
     assert texts["switch"]["teacher_share"] == pytest.approx(0.5, abs=0.1)
 

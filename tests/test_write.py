@@ -17,7 +17,7 @@ from reference.policies import law_of, teacher_part, trust_region
 from switchkd.records import Sampling
 from switchkd.rollout.blends import Interleave, Mix, TrustRegionBlend
 from switchkd.rollout.law import Blend, Decision, Policy, Student, Teacher
-from switchkd.rollout.log import observe
+from switchkd.rollout.log import compare, observe
 from switchkd.rollout.policies import Switch
 from switchkd.rollout.write import Written, write
 
@@ -29,9 +29,11 @@ def written(policy: Policy, student: list[float], teacher: list[float], count: i
     """What the policy writes at `count` addresses where the models have these distributions, in float32."""
     student_logp, teacher_logp = (torch.tensor([p]).log() for p in (student, teacher))
     draft, everyones = drafted(student_logp.expand(count, -1), addresses(count)), teacher_logp.expand(count, -1)
-    coin = observe(policy, draft, everyones, [], Sampling()).coin
+    coin = observe(policy, draft, compare(draft, everyones), [], Sampling()).coin
     # A law depends on the distributions alone, which are the same everywhere.
-    decision = policy.decide(observe(policy, draft.rows(slice(1)), teacher_logp, [], Sampling()))
+    decision = policy.decide(
+        observe(policy, draft.rows(slice(1)), compare(draft.rows(slice(1)), teacher_logp), [], Sampling())
+    )
     assert decision.blend is not None
     mass = decision.blend.teacher_mass
     blend = Blend(decision.blend.logp.expand(count, -1), None if mass is None else mass.expand(count))
@@ -123,7 +125,7 @@ def test_no_rounding_makes_a_part_that_is_no_probability(policy: Policy) -> None
     """Tokens that one of the two all but excludes have a part of 0 or 1, which rounds to either side."""
     student_logp, teacher_logp = random_logps(10_000, 9, torch.float32)
     draft = drafted(student_logp, addresses(10_000))
-    positions = observe(policy, draft, teacher_logp, [], Sampling())
+    positions = observe(policy, draft, compare(draft, teacher_logp), [], Sampling())
     decision = policy.decide(positions)
     found = write(decision, draft, teacher_logp, positions.coin, greedy=False)
     assert float(found.teacher_part.min()) >= 0
@@ -143,7 +145,7 @@ def test_a_law_that_is_one_models_has_its_numbers(policy: Policy, greedy: bool) 
     student_logp, teacher_logp = random_logps(400, 9, torch.float64)
     teacher_logp = torch.log_softmax(student_logp + 0.1 * teacher_logp, dim=-1)
     draft = drafted(student_logp, addresses(400), greedy)
-    positions = observe(policy, draft, teacher_logp, [], Sampling(temperature=0.0 if greedy else 1.0))
+    positions = observe(policy, draft, compare(draft, teacher_logp), [], Sampling(temperature=0.0 if greedy else 1.0))
     decision = policy.decide(positions)
     found = write(decision, draft, teacher_logp, positions.coin, greedy=greedy)
     assert torch.equal(found.by_teacher, decision.by_teacher)
@@ -182,7 +184,7 @@ def test_greedy_takes_the_likeliest_token_of_the_law(policy: Policy) -> None:
     student_logp, teacher_logp = random_logps(324, 9, torch.float64)
     teacher_logp = torch.log_softmax(0.5 * (student_logp + teacher_logp), dim=-1)
     draft = drafted(student_logp, addresses(324), greedy=True)
-    positions = observe(policy, draft, teacher_logp, [], Sampling(temperature=0))
+    positions = observe(policy, draft, compare(draft, teacher_logp), [], Sampling(temperature=0))
     found = write(policy.decide(positions), draft, teacher_logp, positions.coin, greedy=True)
     assert torch.equal(found.replaced, found.token != draft.proposal)
     wrote: set[bool] = set()

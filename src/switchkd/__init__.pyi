@@ -1,5 +1,6 @@
 from .analysis.calibration import Calibration as Calibration
 from .analysis.calibration import calibrate as calibrate
+from .analysis.diagnosis import diagnose as diagnose
 from .distributions.divergences import AdaptiveKL as AdaptiveKL
 from .distributions.divergences import AlphaBeta as AlphaBeta
 from .distributions.divergences import Divergence as Divergence
@@ -9,8 +10,11 @@ from .distributions.divergences import ReverseKL as ReverseKL
 from .distributions.divergences import SkewedForwardKL as SkewedForwardKL
 from .distributions.divergences import SkewedReverseKL as SkewedReverseKL
 from .distributions.divergences import SymmetricKL as SymmetricKL
+from .distributions.divergences import TopForwardKL as TopForwardKL
 from .distributions.divergences import TotalVariation as TotalVariation
 from .errors import UserError as UserError
+from .evaluation.score import evaluate as evaluate
+from .loss.objective import distillation_loss as distillation_loss
 from .loss.release import Release as Release
 from .loss.targets import Extrapolated as Extrapolated
 from .loss.targets import Proximal as Proximal
@@ -50,6 +54,7 @@ from .rollout.policies import Late as Late
 from .rollout.policies import Switch as Switch
 from .rollout.reference import ReferenceEngine as ReferenceEngine
 from .rollout.speculative import SpeculativeEngine as SpeculativeEngine
+from .run.launch import train_run as train_run
 from .training.trainer import SwitchTrainer as SwitchTrainer
 
 __version__: str

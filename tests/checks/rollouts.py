@@ -15,7 +15,7 @@ from switchkd.models.pair import ModelPair
 from switchkd.records import Rollout, Sampling
 from switchkd.rollout.blends import Interleave, TrustRegionBlend, trust_region_blend
 from switchkd.rollout.law import Policy, Positions
-from switchkd.rollout.log import RolloutLog, observe
+from switchkd.rollout.log import RolloutLog, compare, observe
 
 TIE = 1e-5  # Below this margin, float32 kernels that choose by shape may decide either way.
 
@@ -94,7 +94,7 @@ def tie_margin(
     log = RolloutLog(rollout.prompt)
     log.divergence += rollout.divergence[:position]
     log.written_by_teacher += rollout.written_by_teacher[:position]
-    positions = observe(policy, draft, teacher_logp, [log], sampling)
+    positions = observe(policy, draft, compare(draft, teacher_logp), [log], sampling)
     decision = policy.decide(positions)
     gap = float((positions.divergence - decision.threshold).abs())
     margins.append(math.inf if math.isnan(gap) else gap)

@@ -9,12 +9,23 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from switchkd.rollout import law
+
 
 class NoFloat64(TorchFunctionMode):
     """Refuses float64 on "the device" as MPS does. The CPU plays both parts; a tensor on the host carries a mark.
 
     On the host is what `cpu()` returns, what is made without a device, and what follows from these alone.
     """
+
+    def __enter__(self) -> NoFloat64:
+        self._known, law.WITH_FLOAT64 = law.WITH_FLOAT64, ()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        law.WITH_FLOAT64 = self._known
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")

@@ -14,16 +14,14 @@ from rich.text import Text
 
 from switchkd import __version__
 from switchkd.cli.foreseen import foreseen
+from switchkd.cli.help import OUTPUT, POLICY, Command, Commands, example, option
 from switchkd.cli.measure import calibrate, diagnose
 from switchkd.cli.options import (
     POLICY_OPTIONS,
-    DataDir,
     EvaluationOptions,
     PairAndPrompts,
-    PolicyCommand,
     RunDevice,
     Set,
-    SkipBadRows,
     new_console,
     placed,
     policy_named,
@@ -31,15 +29,17 @@ from switchkd.cli.options import (
     rendered,
     with_options,
 )
+from switchkd.cli.start import init, methods, recipes, settings
 from switchkd.errors import Stopped, UserError
 
 USER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"
+TRAIN, MEASURE, LISTS = "Train", "Measure", "Look up"
 
 app = typer.Typer(
     help="Distil language models with the teacher in the loop of the student's own generation.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=Commands,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -97,21 +97,28 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool, option(None, "", "Show the version.", "--version", callback=_show_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks; may stand anywhere.")] = False,
+    debug: Annotated[bool, option(None, "", "Show tracebacks; may stand anywhere.", DEBUG)] = False,
 ) -> None:
     pass
 
 
-@app.command()
+app.command(
+    cls=Command, rich_help_panel=TRAIN, epilog=example("init world:student world:teacher world:train -o run.yaml")
+)(init)
+
+
+@app.command(cls=Command, rich_help_panel=TRAIN, epilog=example("train run.yaml --set max_steps=100"))
 def train(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run: models, data and settings.")],
+    run_file: Annotated[
+        Path, typer.Argument(metavar="RUN.yaml", help="The run: models, data and settings; or recipe:NAME.")
+    ],
     assignments: Set = [],  # noqa: B006 - typer makes a new one for each call
-    data_dir: DataDir = None,
-    skip_bad_rows: SkipBadRows = False,
+    data_dir: Annotated[Path | None, option(None, "FOLDER", "As data_dir in the run file.")] = None,
+    skip_bad_rows: Annotated[bool, option(None, "", "As skip_bad_rows in the run file.", "--skip-bad-rows")] = False,
     device: RunDevice = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+    resume: Annotated[bool, option(None, "", "Go on from the last complete checkpoint.", "--resume")] = False,
 ) -> None:
     """Train a student as a run file says. Ctrl-C finishes the step, saves and stops."""
     from switchkd.run.file import read_run
@@ -125,7 +132,9 @@ def train(
     train_run(run, new_console(), resume=resume)
 
 
-@app.command("eval")
+@app.command(
+    "eval", cls=Command, rich_help_panel=MEASURE, epilog=example("eval runs/run --sets dolly,vicuna --seeds 10,20")
+)
 @with_options
 def evaluate(options: EvaluationOptions) -> None:
     """Score a student's answers: ROUGE-L and exact match, mean and deviation over seeds."""
@@ -155,7 +164,7 @@ def evaluate(options: EvaluationOptions) -> None:
     pair.check_room(options.max_prompt_tokens + options.max_new_tokens)
     console = new_console()
     evaluation = score(
-        SpeculativeEngine(pair, max_rows=options.batch_size),
+        SpeculativeEngine(pair, max_rows=options.rollout_rows),
         pair.tokenizer,
         rows,
         model_name=model,
@@ -178,22 +187,30 @@ def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
         raise UserError(f"{option} is {text!r}; give whole numbers with commas between, such as 10,20,30") from None
 
 
-@app.command(cls=PolicyCommand, context_settings=POLICY_OPTIONS)
+@app.command(
+    cls=Command,
+    context_settings=POLICY_OPTIONS,
+    rich_help_panel=MEASURE,
+    epilog=example("rollout --student world:student --teacher world:teacher --data world:test --limit 2"),
+)
 @with_options
 def rollout(
     options: PairAndPrompts,
     context: typer.Context,
     policy: Annotated[
         str,
-        typer.Option(
-            help="Who writes: student, teacher, switch, adaswitch, interleave, mix (at random), early, late, module:NAME, "
-            "or a mapping as in a run file."
+        option(
+            POLICY,
+            "NAME",
+            "Who writes: student, teacher, switch, adaswitch, interleave, mix (at random), early, late, "
+            "trust_region_blend, module:NAME, or a mapping as in a run file. Its settings are options too, such as "
+            "--threshold 0.3: switchkd settings policy lists them.",
         ),
     ] = "switch",
-    output: Annotated[Path, typer.Option(help="The file of rollouts, one JSON object a line.")] = Path(
+    output: Annotated[Path, option(OUTPUT, "FILE", "The file of rollouts, one JSON object a line.")] = Path(
         "rollouts.jsonl"
     ),
-    show: Annotated[int, typer.Option(min=0, help="Show the text of the first rollouts, this many.")] = 10,
+    show: Annotated[int, option(OUTPUT, "N", "Show the text of the first rollouts, this many.", min=0)] = 10,
 ) -> None:
     """Roll out prompts without training: who wrote which token, as JSON lines and in color."""
     from switchkd.report.terminal import print_rollouts
@@ -209,38 +226,37 @@ def rollout(
     assert pair.tokenizer is not None
     console = new_console()
     with console.status("rolling out ..."):
-        rollouts = SpeculativeEngine(pair).generate(prompts, writer, sampling, seed=options.seed)
+        rollouts = SpeculativeEngine(pair, max_rows=options.rollout_rows).generate(
+            prompts, writer, sampling, seed=options.seed
+        )
     write_rollouts(rollouts, pair.tokenizer, output)
     print_rollouts(rollouts, pair.tokenizer, console, shown=show)
     console.print(Text(f"{len(rollouts)} rollouts are in {output}"), soft_wrap=True)
 
 
-for measure in (calibrate, diagnose):
-    app.command(cls=PolicyCommand, context_settings=POLICY_OPTIONS)(measure)
+_world = "--student world:student --teacher world:teacher --data world:train"
+for measure, shown in (
+    (calibrate, f"calibrate {_world} --teacher-share 0.2"),
+    (diagnose, f"diagnose {_world} --limit 16"),
+):
+    app.command(cls=Command, context_settings=POLICY_OPTIONS, rich_help_panel=MEASURE, epilog=example(shown))(measure)
 
 
-@app.command()
-def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one in full.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print all of them as docs/methods.md has it.")] = False,
-) -> None:
-    """List the methods, or show one: its settings, its source and where it departs from it."""
-    from switchkd.methods.table import METHOD, METHODS
-    from switchkd.report.methods_page import method_details, methods_page, methods_table
-
-    if markdown:
-        typer.echo(methods_page(METHODS), nl=False)
-    else:
-        new_console().print(methods_table(METHODS) if name is None else method_details(name, METHOD.find(name)))
+for look_up, shown in (
+    (methods, "methods adaswitch"),
+    (settings, "settings policy"),
+    (recipes, "recipes paper/gpt2 > run.yaml"),
+):
+    app.command(cls=Command, rich_help_panel=LISTS, epilog=example(shown))(look_up)
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=TRAIN, epilog=example("demo --steps 20"))
 def demo(
     output: Annotated[
-        Path, typer.Option(help="The run's folder; the run of an earlier demo there is replaced.")
+        Path, option(None, "FOLDER", "The run's folder; the run of an earlier demo there is replaced.")
     ] = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
+    steps: Annotated[int | None, option(None, "N", "Training steps.", min=1)] = None,
+    seed: Annotated[int | None, option(None, "N", "Seed of the run.")] = None,
     device: RunDevice = None,
 ) -> None:
     """Distil the embedded student with SWITCH, in minutes on two CPU cores, and compare before with after."""

@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
+from switchkd.cli.help import OUTPUT, POLICY, option
 from switchkd.cli.options import (
     MeasuredPair,
     new_console,
@@ -40,12 +41,15 @@ if TYPE_CHECKING:
 def calibrate(
     options: MeasuredPair,
     context: typer.Context,
-    share: Annotated[
-        float, typer.Option(help="The share of tokens that the teacher is to write, 0 to 1.")
+    teacher_share: Annotated[
+        float, option(POLICY, "SHARE", "The share of tokens that the teacher is to write, 0 to 1.")
     ] = DEFAULT_SHARE,
-    output: Annotated[Path, typer.Option(help="Folder for calibration.json and .png.")] = Path("calibration"),
+    output: Annotated[Path, option(OUTPUT, "FOLDER", "Folder for calibration.json and .png.")] = Path("calibration"),
 ) -> None:
-    """Find the SWITCH threshold at which the teacher writes a given share of the tokens; --decay and its rate shape it."""
+    """Find the SWITCH threshold at which the teacher writes a given share of the tokens.
+
+    --decay, --decay-rate and --final-fraction shape how it falls (switchkd settings policy).
+    """
     from switchkd.analysis.calibration import calibrate as solve
     from switchkd.report.plots import save_calibration
     from switchkd.report.terminal import calibration_table
@@ -57,7 +61,7 @@ def calibrate(
     sampling = options.sampling
     console = new_console()
     with _engine_at_work(options, console) as (_, engine, prompts):
-        found = solve(engine, prompts, sampling, teacher_share=share, policy=shape, seed=options.seed)
+        found = solve(engine, prompts, sampling, teacher_share=teacher_share, policy=shape, seed=options.seed)
     console.print(calibration_table(found))
     place = output / "calibration.json"
     _write(place, {**found.as_json(), "max_new_tokens": options.max_new_tokens, "seed": options.seed})
@@ -108,15 +112,20 @@ def _settings_of(found: Calibration, options: MeasuredPair) -> dict[str, Any]:
 def diagnose(
     options: MeasuredPair,
     context: typer.Context,
-    share: Annotated[
+    teacher_share: Annotated[
         float | None,
-        typer.Option(
-            help=f"Without --threshold, find the threshold for this teacher share; by default {DEFAULT_SHARE}."
+        option(
+            POLICY,
+            "SHARE",
+            f"Without --threshold, find the threshold for this teacher share; by default {DEFAULT_SHARE}.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for diagnosis.json and .png.")] = Path("diagnosis"),
+    output: Annotated[Path, option(OUTPUT, "FOLDER", "Folder for diagnosis.json and .png.")] = Path("diagnosis"),
 ) -> None:
-    """Measure whether the teacher misguides: what it makes of text by the student, by SWITCH and by itself."""
+    """Measure whether the teacher misguides: what it makes of text by the student, by SWITCH and by itself.
+
+    SWITCH's settings are options as well, such as --threshold 0.3 (switchkd settings policy).
+    """
     from switchkd.analysis.calibration import calibrate as solve
     from switchkd.analysis.diagnosis import diagnose as measure
     from switchkd.report.plots import save_diagnosis
@@ -124,14 +133,14 @@ def diagnose(
 
     quiet_transformers()
     finds_threshold = "threshold" not in policy_settings(context, "switch")
-    if not finds_threshold and share is not None:
-        raise UserError("--threshold and --share are two ways to say the same thing; give one of them")
+    if not finds_threshold and teacher_share is not None:
+        raise UserError("--threshold and --teacher-share are two ways to say the same thing; give one of them")
     switch: Any = policy_named("switch", context)
     sampling = options.sampling
     console = new_console()
     with _engine_at_work(options, console) as (pair, engine, prompts):
         if finds_threshold:
-            wanted = DEFAULT_SHARE if share is None else share
+            wanted = DEFAULT_SHARE if teacher_share is None else teacher_share
             switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=options.seed).policy
         texts = measure(pair, prompts, sampling, switch=switch, seed=options.seed, engine=engine)
     console.print(diagnosis_table(texts))
@@ -158,7 +167,7 @@ def _engine_at_work(options: MeasuredPair, console: Console) -> Iterator[tuple[M
 
     pair, prompts = options.load()
     with console.status(f"rolling out {len(prompts)} prompts, several times ...") as status:
-        engine = SpeculativeEngine(pair, margin_top_k=MARGIN_TOP_K)
+        engine = SpeculativeEngine(pair, margin_top_k=MARGIN_TOP_K, max_rows=options.rollout_rows)
         yield pair, WatchedEngine(engine, console, status), prompts
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from typer.core import TyperCommand
 
+from switchkd.cli.help import DEVICE, MODELS, OUTPUT, PROMPTS, SAMPLING, option
 from switchkd.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,29 +24,37 @@ if TYPE_CHECKING:
     from switchkd.rollout.law import Policy
 
 Set = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the run file's; repeatable.")
+    list[str],
+    option(None, "KEY=VALUE", "Put a value over the run file's, such as policy.keep_top_k=10; repeatable.", "--set"),
 ]
 DataDir = Annotated[
-    Path | None, typer.Option(help="Folder of the instruction sets; else SWITCHKD_DATA_DIR or the hub.")
+    Path | None, option(PROMPTS, "FOLDER", "Folder of the instruction sets; else SWITCHKD_DATA_DIR or the hub.")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: the first there of cuda, mps, cpu.")]
-RunDevice = Annotated[str | None, typer.Option("--device", help="As device in the run file: auto, cpu, cuda, mps.")]
-Precision = Annotated[str, typer.Option(help="float32, bf16 (autocast), or auto: bf16 on CUDA, else float32.")]
-Dtype = Annotated[str | None, typer.Option(help="Type of the student's weights: float32, bfloat16, ...; else float32.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")]
-MaxPromptTokens = Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Nucleus; 1 keeps every token.")]
+Device = Annotated[str, option(DEVICE, "NAME", "cpu, cuda, cuda:1, mps; auto: the first there of cuda, mps, cpu.")]
+RunDevice = Annotated[
+    str | None, option(None, "NAME", "As device in the run file: auto, cpu, cuda or mps.", "--device")
+]
+Precision = Annotated[str, option(DEVICE, "NAME", "float32, bf16 (autocast), or auto: bf16 on CUDA, else float32.")]
+Dtype = Annotated[
+    str | None, option(DEVICE, "NAME", "Type of the student's weights: float32, bfloat16, ...; else float32.")
+]
+TrustRemoteCode = Annotated[bool, option(MODELS, "", "Run code that comes with a model.", "--trust-remote-code")]
+MaxPromptTokens = Annotated[int, option(PROMPTS, "N", "Longest prompt, in tokens.", min=1)]
+MaxNewTokens = Annotated[int, option(SAMPLING, "N", "Longest response, in tokens.", min=1)]
+Temperature = Annotated[float, option(SAMPLING, "X", "Sampling temperature; 0 is greedy.", min=0)]
+TopP = Annotated[float, option(SAMPLING, "X", "Nucleus; 1 keeps every token.")]
+RolloutRows = Annotated[int, option(DEVICE, "N", "Texts in flight at a time; bounds memory, changes no token.", min=1)]
 SkipBadRows = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used; else refuse them.")
+    bool, option(PROMPTS, "", "Leave out rows that cannot be used; else refuse them.", "--skip-bad-rows")
 ]
-TemplateFrom = Annotated[str, typer.Option(help="Chat template: student (the model's own), teacher, or a file.")]
-ChatTemplateKwargs = Annotated[str, typer.Option(help="Keywords of the chat template: '{enable_thinking: false}'.")]
+TemplateFrom = Annotated[str, option(PROMPTS, "NAME", "Chat template: student (the model's own), teacher, or a file.")]
+ChatTemplateKwargs = Annotated[
+    str, option(PROMPTS, "MAPPING", "Keywords of the chat template: '{enable_thinking: false}'.")
+]
 AddBos = Annotated[
-    str, typer.Option(help="Begin-of-text before plain prompts: auto (as the tokenizer), always, never.")
+    str, option(PROMPTS, "WORD", "Begin-of-text before plain prompts: auto (as the tokenizer), always, never.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first rows of each set.")]
+Limit = Annotated[int | None, option(PROMPTS, "N", "Take only the first rows of each set.", min=1)]
 
 
 def new_console() -> Console:
@@ -67,10 +75,12 @@ def quiet_transformers() -> None:
 class PairAndPrompts:
     """The options that several commands share: a pair, its prompts, and how responses are drawn; see `with_options`."""
 
-    student: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, package:NAME or world:student.")]
-    teacher: Annotated[str | None, typer.Option(help="As --student; --policy student needs none.")] = None
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt as it is; repeatable.")] = None
-    data: Annotated[str | None, typer.Option(help="Prompts of a set: NAME, NAME:SPLIT, a file or a hub name.")] = None
+    student: Annotated[str, option(MODELS, "MODEL", "Hub id, folder, .gguf file, package:NAME or world:student.")]
+    teacher: Annotated[str | None, option(MODELS, "MODEL", "As --student; --policy student needs none.")] = None
+    prompt: Annotated[list[str] | None, option(PROMPTS, "TEXT", "A prompt as it is; repeatable.")] = None
+    data: Annotated[
+        str | None, option(PROMPTS, "DATA", "Prompts of a set: NAME, NAME:SPLIT, a file or a hub name.")
+    ] = None
     limit: Limit = None
     data_dir: DataDir = None
     # In --help a command's own options stand here.
@@ -79,8 +89,8 @@ class PairAndPrompts:
     max_new_tokens: MaxNewTokens = 256
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
-    top_k: Annotated[int, typer.Option(min=0, help="Tokens kept; 0 keeps every token.")] = 0
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0
+    top_k: Annotated[int, option(SAMPLING, "N", "Tokens kept; 0 keeps every token.", min=0)] = 0
+    seed: Annotated[int, option(SAMPLING, "N", "Seed of the draws.")] = 0
     template_from: TemplateFrom = "student"
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     add_bos: AddBos = "auto"
@@ -88,6 +98,7 @@ class PairAndPrompts:
     device: Device = "auto"
     precision: Precision = "auto"
     dtype: Dtype = None
+    rollout_rows: RolloutRows = 64
     trust_remote_code: TrustRemoteCode = False
 
     @property
@@ -131,7 +142,7 @@ class PairAndPrompts:
 class MeasuredPair(PairAndPrompts):
     """As `PairAndPrompts`, for the commands that measure: these need the teacher."""
 
-    teacher: Annotated[str, typer.Option(help="As --student.")] = field()
+    teacher: Annotated[str, option(MODELS, "MODEL", "As --student.")] = field()
     # A whole data set would take hours, and the numbers settle long before.
     limit: Limit = 64
 
@@ -141,21 +152,27 @@ class EvaluationOptions:
     """The options of `switchkd eval`; see `with_options`."""
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, a model folder, a hub id, ...")]
-    sets: Annotated[str, typer.Option(help="Sets, comma-separated: dolly,selfinst,vicuna,sni,unni, world, a file, ...")]
+    sets: Annotated[
+        str, option(PROMPTS, "DATA,...", "Sets: dolly, selfinst, vicuna, sni, unni, world, a file or a hub name.")
+    ]
     data_dir: DataDir = None
-    seeds: Annotated[str, typer.Option(help="Seeds of the sampling, comma-separated.")] = "10,20,30,40,50"
+    seeds: Annotated[str, option(SAMPLING, "N,...", "Seeds of the sampling.")] = "10,20,30,40,50"
     limit: Limit = None
     max_prompt_tokens: MaxPromptTokens = 256
     max_new_tokens: MaxNewTokens = 256
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
-    no_repeat_ngram: Annotated[int, typer.Option(min=0, help="Forbid repeated n-grams; published tables use 6.")] = 0
-    match: Annotated[str, typer.Option(help="Exact match by text, or numeric: numbers count by their value.")] = "text"
+    no_repeat_ngram: Annotated[
+        int, option(SAMPLING, "N", "Forbid repeated n-grams; published tables use 6.", min=0)
+    ] = 0
+    match: Annotated[str, option(OUTPUT, "WORD", "Exact match by text, or numeric: numbers count by their value.")] = (
+        "text"
+    )
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     add_bos: AddBos = "auto"
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers in flight at a time.")] = 32
+    rollout_rows: RolloutRows = 32
     output: Annotated[
-        Path | None, typer.Option(help="Folder for eval.json and the answers; by default MODEL/eval.")
+        Path | None, option(OUTPUT, "FOLDER", "Folder for eval.json and the answers; by default MODEL/eval.")
     ] = None
     device: Device = "auto"
     precision: Precision = "auto"
@@ -212,39 +229,19 @@ def policy_settings(context: typer.Context, policy: str) -> dict[str, Any]:
     from switchkd.rollout.policies import POLICIES
     from switchkd.settings.components import settings_of
 
-    words = [part for word in context.args for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    words = [part for each in context.args for part in (each.split("=", 1) if each.startswith("--") else [each])]
     known = {key for each in POLICIES.values() for key in settings_of(each)}
     settings = {}
-    for option, text in zip(words[::2], [*words[1::2], None], strict=False):
-        key = option.removeprefix("--").replace("-", "_")
-        if not option.startswith("--") or (policy in POLICIES and key not in known):
+    for word, text in zip(words[::2], [*words[1::2], None], strict=False):
+        key = word.removeprefix("--").replace("-", "_")
+        if not word.startswith("--") or (policy in POLICIES and key not in known):
             options = [name for each in context.command.params for name in each.opts]
             every = [*options, *(f"--{name.replace('_', '-')}" for name in known)]
-            raise UserError(f"there is no option {option!r}{did_you_mean(option, every)}")
+            raise UserError(f"there is no option {word!r}{did_you_mean(word, every)}")
         if text is None:
-            raise UserError(f"option {option} needs a value")
+            raise UserError(f"option {word} needs a value")
         settings[key] = yaml.safe_load(text)
     return settings
-
-
-class PolicyCommand(TyperCommand):
-    """A command whose help ends with the settings of every policy, read from their dataclasses when it is asked for."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """As in typer, with the settings of the policies at the end."""
-        self.epilog = _policy_help()
-        super().format_help(ctx, formatter)
-
-
-def _policy_help() -> str:
-    from switchkd.rollout.policies import POLICIES
-    from switchkd.settings.components import settings_of
-
-    lines = ["Settings of the policies, as options:"]
-    for name, policy in POLICIES.items():
-        for key, each in settings_of(policy).items():
-            lines.append(f"{name}: --{key.replace('_', '-')}  {each.metadata['help']}")
-    return "\n\n".join(lines)
 
 
 def policy_named(name: str, context: typer.Context) -> Policy:

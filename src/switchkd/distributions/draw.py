@@ -55,17 +55,21 @@ def written_tokens(draft: Draft, law_logp: Tensor, elsewhere: Tensor, *, greedy:
     A row of a block (B, K) ends where a proposal is first replaced. Past that place tokens are undefined: what was drafted
     there continued another prefix.
     """
-    token = draft.proposal.clone()
     if greedy:
-        token[elsewhere] = law_logp[elsewhere].argmax(dim=-1)
+        token = torch.where(elsewhere, law_logp.argmax(dim=-1), draft.proposal)
         return token, token != draft.proposal
     replaced = elsewhere & ~_keeps_proposal(draft, law_logp)
     if replaced.ndim > 1:
         # The first one ends its row's block, so the others would be drawn for nothing.
         replaced &= replaced.cumsum(dim=1) == 1
-    if bool(replaced.any()):
-        address = draft.address.at(replaced)
-        token[replaced] = _excess_draw(draft.student_logp[replaced], law_logp[replaced], address)
+    one_each = replaced if replaced.ndim == 1 else replaced.any(dim=1)
+    # A graph draws for every row, since its shapes are fixed. Without one the host is asked which rows need it.
+    in_graph = torch.compiler.is_compiling()
+    row_N = torch.arange(len(one_each), device=one_each.device) if in_graph else one_each.nonzero()[:, 0]
+    token = draft.proposal.clone()
+    at = (row_N,) if replaced.ndim == 1 else (row_N, replaced.int().argmax(dim=1)[row_N])
+    drawn_N = _excess_draw(draft.student_logp[at], law_logp[at], draft.address.at(at))
+    token[at] = torch.where(replaced[at], drawn_N, token[at])
     return token, replaced
 
 

@@ -35,7 +35,7 @@ class Address:
     key: Tensor
     position: Tensor
 
-    def at(self, index: Tensor | slice | tuple[slice | int, ...]) -> Address:
+    def at(self, index: Tensor | slice | tuple[Tensor | slice | int, ...]) -> Address:
         """The addresses that a mask or an index selects."""
         return Address(self.key[index], self.position[index])
 

@@ -143,7 +143,7 @@ def warn_of_other_template(
     """Warn where student and teacher would render one conversation differently, and show it."""
     if not tokenizer.chat_template or not teacher_tokenizer.chat_template:
         return
-    if (difference := _difference(tokenizer, teacher_tokenizer, template_kwargs)) is None:
+    if (difference := template_difference(tokenizer, teacher_tokenizer, template_kwargs)) is None:
         return
     ours, theirs = difference
     logging.getLogger(__name__).warning(
@@ -152,7 +152,7 @@ def warn_of_other_template(
     )
 
 
-def _difference(
+def template_difference(
     tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
 ) -> tuple[str, str] | None:
     """Where the renderings of a probe begin to differ, some forty characters of each; None where they do not."""

@@ -10,6 +10,9 @@ _ON_CPU = 1 << 24
 _UNTOLD = 1 << 26
 # To compare two distributions takes about ten float32 tensors of their size. The other half of the memory stays free.
 _BYTES_A_NUMBER = 2 * 10 * 4
+# 1 MB in float32, of which the dozen passes over it find most in the cache: at 131,072 ids noise costs two thirds of what it does
+# whole, and a divergence less than half.
+_IN_CACHE = 1 << 18
 
 
 def numbers_at_once(device: torch.device) -> int:
@@ -21,3 +24,14 @@ def numbers_at_once(device: torch.device) -> int:
     # What torch has reserved and does not use counts as taken for the driver.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(_ON_CPU, (torch.cuda.mem_get_info(device)[0] + unused) // _BYTES_A_NUMBER)
+
+
+def numbers_in_cache(device: torch.device) -> int:
+    """The numbers of each tensor in a computation that goes over them many times. It bounds no memory and changes no token."""
+    return _IN_CACHE if device.type == "cpu" else numbers_at_once(device)
+
+
+def pieces(rows: int, numbers_a_row: int, at_once: int) -> list[slice]:
+    """The rows in pieces of at most that many numbers, but of at least one row."""
+    size = max(1, at_once // numbers_a_row)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -21,10 +21,13 @@ class BlockChooser:
     With acceptance a (the share of proposals that stand, given that all before them did), a block of k keeps
     1 + a + ... + a^(k-1) tokens per row, and costs k drafts and one verification. A verification is modeled as a base cost
     plus a cost per token. Timing changes only the block size, never a token.
+
+    With `few_sizes`, for each costs a graph, they are powers of two or the fixed one, and may exceed the room that is left.
     """
 
-    def __init__(self, block_size: int | str, max_new_tokens: int) -> None:
+    def __init__(self, block_size: int | str, max_new_tokens: int, *, few_sizes: bool = False) -> None:
         self.fixed = block_size if isinstance(block_size, int) else None
+        self.few_sizes = few_sizes
         self.largest = min(self.fixed or _LARGEST, max_new_tokens)
         self._draft_seconds: float | None = None
         self._verify_seconds: dict[int, float] = {}
@@ -32,7 +35,8 @@ class BlockChooser:
         self._fell = 0.0
 
     def choose(self, room: int) -> int:
-        """The size of the next block, at most `room`."""
+        """The size of the next block, at most `room` but with `few_sizes`."""
+        room = self.largest if self.few_sizes else room
         if self.fixed is not None:
             return min(self.fixed, room)
         # Base cost and cost per token can be told apart only after two sizes.
@@ -41,7 +45,8 @@ class BlockChooser:
                 return size
         # A block of one does not measure acceptance, so "auto" would never leave it.
         largest = min(room, self.largest)
-        return max(range(min(2, largest), largest + 1), key=self._kept_per_second)
+        sizes = [size for size in range(min(2, largest), largest + 1) if not self.few_sizes or size.bit_count() == 1]
+        return max(sizes, key=self._kept_per_second)
 
     def learn(
         self, size: int, rows: int, written: int, stopped: int, draft_seconds: float, verify_seconds: float

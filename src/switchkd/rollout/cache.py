@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,18 +28,24 @@ from switchkd.models.pair import position_limit
 _PREFILL_TOKENS = 8192
 
 
+class _Place(NamedTuple):
+    """Where a forward writes, rows (A, 1) and slots (A, T), and how many slots it reads."""
+
+    row_A1: Tensor
+    slot_AT: Tensor
+    width: int
+
+
 @dataclass
 class _Shared:
-    """What the layers of a cache share: its size, and where the coming forward writes and reads.
+    """What the layers of a cache share: its size, and the place of the forward that runs.
 
     It knows neither cache nor layers. In a reference cycle the tensors would live on until a full garbage collection.
     """
 
     rows: int
     slots: int
-    row_A1: Tensor
-    slot_AT: Tensor
-    width: int = 0
+    place: _Place | None = None
 
 
 class _RaggedLayer(CacheLayerMixin):
@@ -70,16 +76,18 @@ class _RaggedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        row_A1, slot_AT, width = self.shared.row_A1, self.shared.slot_AT, self.shared.width
+        assert self.shared.place is not None
+        row_A1, slot_AT, width = self.shared.place
+        used = row_A1.shape[0]
         self.keys[row_A1, :, slot_AT] = key_states.transpose(1, 2).to(self.keys.dtype)
         self.values[row_A1, :, slot_AT] = value_states.transpose(1, 2).to(self.values.dtype)
-        return self.keys[: len(row_A1), :, :width], self.values[: len(row_A1), :, :width]
+        return self.keys[:used, :, :width], self.values[:used, :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.shared.width, 0
+        return self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
-        return self.shared.width
+        return 0 if self.shared.place is None else self.shared.place.width
 
     def get_max_length(self) -> int:
         return self.shared.slots
@@ -92,8 +100,7 @@ class RaggedCache(Cache):
     """
 
     def __init__(self, rows: int, slots: int) -> None:
-        nowhere = torch.empty(0, 1, dtype=torch.long)
-        self.shared = _Shared(rows, slots, nowhere, nowhere)
+        self.shared = _Shared(rows, slots)
         # Layers are made as the model asks for them; any callable that makes one will do.
         super().__init__(layer_class_to_replicate=cast(type[CacheLayerMixin], partial(_RaggedLayer, self.shared)))
 
@@ -103,16 +110,23 @@ class RaggedCache(Cache):
             layer.is_initialized = False
         return self
 
-    def copy_prefix(self, source: RaggedCache, source_row: int, row: int, length: int) -> None:
-        """Copy the first `length` positions of a row of another cache, or of this one, into a row of this one."""
+    def copy_prefixes(self, source: RaggedCache, moves: Sequence[tuple[int, int]], length: int) -> None:
+        """Copy the first `length` positions of rows of another cache, or of this one: (their row, our row) for each of `moves`.
+
+        All rows are read before the first is written.
+        """
         while len(self.layers) < len(source.layers):
             self.layers.append(_RaggedLayer(self.shared))
         layers = zip(cast(list[_RaggedLayer], self.layers), cast(list[_RaggedLayer], source.layers), strict=True)
+        place_M2 = torch.tensor(moves)
         for ours, theirs in layers:
             if not ours.is_initialized:
                 ours.lazy_initialization(theirs.keys, theirs.values)
-            ours.keys[row, :, :length] = theirs.keys[source_row, :, :length]
-            ours.values[row, :, :length] = theirs.values[source_row, :, :length]
+            # Copied once for all layers, but where they lie on several devices.
+            place_M2 = place_M2.to(ours.keys.device)
+            theirs_M, ours_M = place_M2.unbind(dim=1)
+            ours.keys[ours_M, :, :length] = theirs.keys[theirs_M, :, :length]
+            ours.values[ours_M, :, :length] = theirs.values[theirs_M, :, :length]
 
 
 class CachedModel:
@@ -127,7 +141,6 @@ class CachedModel:
         self.backbone = backbone(model)
         enough = kept is not None and kept.shared.rows >= rows and kept.shared.slots >= slots
         self.cache = kept.restarted() if kept is not None and enough else RaggedCache(rows, slots)
-        self.forwards = 0
         config = base_of(model).config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         self.window: int | None = getattr(config, "sliding_window", None)
@@ -138,34 +151,54 @@ class CachedModel:
         self.eager = config._attn_implementation == "eager"
         self.limit = position_limit(model)
 
-    def read(self, ids_AT: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Hidden states (A, T, H) after each of the new tokens, row r's first one at position `lengths[r]`."""
-        device = self.model.device
+    def read(self, ids_AT: Tensor, start_A: Tensor, width: int) -> Tensor:
+        """Hidden states (A, T, H) after each of the new tokens, row r's first one at position `start_A[r]`.
+
+        `width` is the number of slots read: at least the last new position plus one. Nothing here waits for the device.
+        """
         used, new = ids_AT.shape
-        start_A1 = torch.tensor(lengths, device=device)[:, None]
-        slot_AT = start_A1 + torch.arange(new, device=device)
-        shared, width = self.cache.shared, max(lengths) + new
-        shared.row_A1, shared.slot_AT, shared.width = torch.arange(used, device=device)[:, None], slot_AT, width
-        self.forwards += 1
+        slot_AT = start_A[:, None] + torch.arange(new, device=start_A.device)
+        shared = self.cache.shared
+        shared.place = _Place(torch.arange(used, device=start_A.device)[:, None], slot_AT, width)
         # Drafts may overshoot the last position a model knows. They are thrown away, but must not fail.
         positions = slot_AT if self.limit is None else slot_AT.clamp(max=self.limit - 1)
         output = self.backbone(
-            input_ids=ids_AT.to(device),
+            input_ids=ids_AT,
             attention_mask=self._mask(slot_AT, width),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
         )
+        # What a graph leaves behind on an object stays alive with it.
+        shared.place = None
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def prefill(self, texts: Sequence[Sequence[int]], pad_id: int) -> None:
-        """Read texts into the first rows, all from position 0, a piece at a time; memory is bounded whatever their length."""
-        width = max(map(len, texts))
-        ids_AT = torch.tensor([[*text, *[pad_id] * (width - len(text))] for text in texts])
+    def prefill(self, texts: Sequence[Sequence[int]], pad_id: int) -> int:
+        """Read texts into the first rows, all from position 0, a piece at a time; memory is bounded whatever their length.
+
+        Returns the number of forwards.
+        """
+        width, device = max(map(len, texts)), self.model.device
+        ids_AT = torch.tensor([[*text, *[pad_id] * (width - len(text))] for text in texts], device=device)
         size = max(1, _PREFILL_TOKENS // len(texts))
-        for start in range(0, width, size):
-            self.read(ids_AT[:, start : start + size], [start] * len(texts))
+        starts = range(0, width, size)
+        for start in starts:
+            piece_AT = ids_AT[:, start : start + size]
+            start_A = torch.full((len(texts),), start, device=device)
+            self.read(piece_AT, start_A, start + piece_AT.shape[1])
+        return len(starts)
+
+    def prepare_for_graphs(self) -> None:
+        """Allocate what the model's layers keep, for a graph must not, and promise that it stays where it is."""
+        layers = cast(list[_RaggedLayer], self.cache.layers)
+        if not layers or not all(layer.is_initialized for layer in layers):
+            # Nothing has been read yet, so this token is overwritten before a row attends to it.
+            nothing = torch.zeros(1, dtype=torch.long, device=self.model.device)
+            self.read(nothing[:, None], nothing, 1)
+        for layer in layers if self.model.device.type == "cuda" else ():
+            torch._dynamo.mark_static_address(layer.keys)
+            torch._dynamo.mark_static_address(layer.values)
 
     def _mask(self, slot_AT: Tensor, width: int) -> Tensor | dict[str, Tensor]:
         """Which slots each new token attends to, (A, 1, T, S), in the form that the model's attention takes."""
@@ -222,9 +255,10 @@ def cache_mismatch(cached: CachedModel) -> str | None:
         plain = cached.backbone(input_ids=ids, use_cache=False).last_hidden_state
         try:
             # A wrong token at position 2 of row 0 is overwritten, while row 1 is one position ahead.
-            cached.read(ids[:, :2], [0, 0])
-            cached.read(torch.stack([(ids[0, 2:3] + 1) % vocabulary, ids[1, 2:3]]), [2, 2])
-            ragged = cached.read(torch.stack([ids[0, 2:4], ids[1, 3:5]]), [2, 3])
+            places = torch.tensor([[0, 0], [2, 2], [2, 3]], device=model.device)
+            cached.read(ids[:, :2], places[0], 2)
+            cached.read(torch.stack([(ids[0, 2:3] + 1) % vocabulary, ids[1, 2:3]]), places[1], 3)
+            ragged = cached.read(torch.stack([ids[0, 2:4], ids[1, 3:5]]), places[2], 5)
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
             return f"its forward does not take our cache and mask ({type(error).__name__}: {error})"
     expected = torch.stack([plain[0, 2:4], plain[1, 3:5]])

@@ -14,6 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+# The kinds of device that have float64; the others ask the CPU.
+WITH_FLOAT64 = ("cpu", "cuda")
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """The values in float64, where they are if that device has the type, or else on the CPU."""
+    return (values if values.device.type in WITH_FLOAT64 else values.cpu()).double()
+
 
 @dataclass(frozen=True)
 class Positions:

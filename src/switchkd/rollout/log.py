@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,10 +82,23 @@ class RolloutLog:
         )
 
 
+class Compared(NamedTuple):
+    """At a draft: the teacher's log-probabilities (..., V), the divergence (...) of the two models in nats, and the coins (...)."""
+
+    teacher_logp: Tensor
+    divergence: Tensor
+    coin: Tensor
+
+
+def compare(draft: Draft, teacher_logp: Tensor) -> Compared:
+    """What every rollout records of a draft (...), whatever the policy."""
+    return Compared(teacher_logp, _DIVERGENCE(draft.student_logp, teacher_logp), uniform(draft.address, Stream.COIN))
+
+
 def observe(
-    policy: Policy, draft: Draft, teacher_logp: Tensor, logs: Sequence[RolloutLog], sampling: Sampling
+    policy: Policy, draft: Draft, compared: Compared, logs: Sequence[RolloutLog], sampling: Sampling
 ) -> Positions:
-    """What the policy sees of a draft (...), one position or a block of them per row of `logs`, with `teacher_logp` (..., V)."""
+    """What the policy sees of a draft (...), one position or a block of them per row of `logs`."""
     past_divergence = past_by_teacher = None
     if policy.needs_history:
         # float64 holds the record's numbers exactly, so a block sees its past as single steps saw it. Not every device has it.
@@ -94,10 +108,10 @@ def observe(
         past_by_teacher = pad_sequence(writers, batch_first=True, padding_value=False, padding_side="left")
     return Positions(
         position=draft.address.position,
-        divergence=_DIVERGENCE(draft.student_logp, teacher_logp),
+        divergence=compared.divergence,
         student_logp=draft.student_logp,
-        teacher_logp=teacher_logp,
-        coin=uniform(draft.address, Stream.COIN),
+        teacher_logp=compared.teacher_logp,
+        coin=compared.coin,
         max_new_tokens=sampling.max_new_tokens,
         greedy=sampling.greedy,
         past_divergence=past_divergence,

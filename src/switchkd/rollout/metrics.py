@@ -6,19 +6,37 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 
 @dataclass
 class RolloutMetrics:
-    """What one `generate` call did: tokens, forwards, and seconds by part."""
+    """What one `generate` call did: tokens, forwards, and seconds by part.
+
+    On CUDA work only begins inside `timing`, so events on the device time it, and `settle` adds up what they say.
+    """
 
     tokens: int = 0
     drafted: int = 0
-    student_forwards: int = 0
-    teacher_forwards: int = 0
+    forwards: dict[str, int] = field(default_factory=lambda: {"student": 0, "teacher": 0})
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("student", "teacher", "policy", "cache"), 0.0)
     )
+
+    on_cuda: bool = False
+    _events: list[tuple[str, Any, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def student_forwards(self) -> int:
+        """Forwards of the student, prefills included."""
+        return self.forwards["student"]
+
+    @property
+    def teacher_forwards(self) -> int:
+        """Forwards of the teacher, prefills included."""
+        return self.forwards["teacher"]
 
     @property
     def acceptance(self) -> float:
@@ -28,6 +46,21 @@ class RolloutMetrics:
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
         """Add the seconds spent inside to `part`."""
+        if self.on_cuda:
+            begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun.record()
+            yield
+            ended.record()
+            self._events.append((part, begun, ended))
+            return
         started = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - started
+
+    def settle(self) -> None:
+        """Take in what the events say; it waits for the last of them."""
+        if self._events:
+            self._events[-1][2].synchronize()
+        for part, begun, ended in self._events:
+            self.seconds[part] += begun.elapsed_time(ended) / 1e3
+        self._events.clear()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from switchkd.errors import UserError
 from switchkd.rollout.blends import Interleave, Mix, SharedWriting, TrustRegionBlend
-from switchkd.rollout.law import Decision, Policy, Positions, Student, Teacher, without_threshold
+from switchkd.rollout.law import Decision, Policy, Positions, Student, Teacher, in_float64, without_threshold
 from switchkd.settings.components import Registry, setting
 from switchkd.settings.paper import PAPER_FINAL_FRACTION
 
@@ -117,8 +117,8 @@ class Switch(Policy):
         return DECAYS[self.decay].rate_for(fraction, max(1, max_new_tokens - 1))
 
     def thresholds(self, position: Tensor, max_new_tokens: int) -> Tensor:
-        """The threshold in nats at each position, float64 on the CPU, the shape of `position`."""
-        return self.threshold * DECAYS[self.decay].curve(position.cpu().double(), self.rate(max_new_tokens))
+        """The threshold in nats at each position, float64, the shape of `position`; on its device, or the CPU (`in_float64`)."""
+        return self.threshold * DECAYS[self.decay].curve(in_float64(position), self.rate(max_new_tokens))
 
     def decide(self, positions: Positions) -> Decision:
         """The teacher where the divergence exceeds the threshold."""

@@ -21,7 +21,7 @@ from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
 from switchkd.rollout.law import Policy
-from switchkd.rollout.log import RolloutLog, observe
+from switchkd.rollout.log import RolloutLog, compare, observe
 from switchkd.rollout.write import teacher_margin, write
 
 
@@ -154,7 +154,7 @@ class ReferenceEngine:
             check_numbers(student_at, None)
             unknown, nothing = torch.full_like(student_at, math.nan), torch.zeros_like(student_at)
             return [draft.proposal, nothing.bool(), unknown, unknown, student_at, unknown, student_at, nothing]
-        positions = observe(policy, draft, teacher_logp, logs, sampling)
+        positions = observe(policy, draft, compare(draft, teacher_logp), logs, sampling)
         decision = policy.decide(positions)
         written = write(decision, draft, teacher_logp, positions.coin, greedy=sampling.greedy)
         check_numbers(written.student_logp, positions.divergence)

@@ -10,30 +10,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
-from typing import NamedTuple
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from switchkd.distributions.draw import Draft, proposal_noise, student_proposal
-from switchkd.distributions.noise import Address, row_keys
-from switchkd.distributions.shaping import ban_repeated_ngrams, shaped_logp
+from switchkd.distributions.noise import row_keys
 from switchkd.errors import UserError
 from switchkd.models.heads import evaluating
-from switchkd.models.memory import numbers_at_once
 from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Rollout, Sampling
+from switchkd.rollout.block import (
+    Recorded,
+    State,
+    read_back,
+)
 from switchkd.rollout.blocks import BlockChooser, check_block_size
 from switchkd.rollout.cache import CachedModel, RaggedCache, cache_mismatch, taking_masks, why_not_ragged
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
+from switchkd.rollout.graphs import Compile, Graphs, bucket, check_compile, compiles, many_graphs
 from switchkd.rollout.law import Policy
-from switchkd.rollout.log import RolloutLog, observe
+from switchkd.rollout.log import RolloutLog
 from switchkd.rollout.metrics import RolloutMetrics
 from switchkd.rollout.reference import ReferenceEngine
-from switchkd.rollout.write import teacher_margin, write
+from switchkd.rollout.writer import BlockWriter
 
 
 class SpeculativeEngine:
@@ -42,6 +43,10 @@ class SpeculativeEngine:
     At most `max_rows` rows are in flight. A finished row leaves at once and a waiting prompt takes its place, so one long row
     does not hold up the others. Memory is bounded whatever the number of prompts: each model's cache holds `max_rows` rows
     of the longest prompt + `max_new_tokens` + one block, and is kept for the next call. Neither setting changes a token.
+
+    `compile` makes graphs of the student's step, the teacher's forward, its comparison and the draw: true, false, or "auto", true
+    on CUDA. The first block of a new shape then compiles, for seconds to minutes. Rows, caches and widths are padded to powers of
+    two. The policy itself runs outside the graphs, and so does, with a warning, whatever torch cannot compile.
 
     `hidden_device` is where kept hidden states go; None leaves them on the teacher's device. With `margin_top_k` each token's
     `teacher_margin` over so many candidates is recorded where a teacher runs. Models whose caches cannot take a
@@ -56,8 +61,10 @@ class SpeculativeEngine:
         max_rows: int = 64,
         hidden_device: torch.device | str | None = None,
         margin_top_k: int = 0,
+        compile: Compile = "auto",
     ) -> None:
         check_block_size(block_size)
+        check_compile(compile)
         if max_rows < 1:
             raise UserError(f"max_rows is {max_rows}; at least one row has to be in flight")
         check_models(pair)
@@ -70,6 +77,9 @@ class SpeculativeEngine:
         # By role; clear it to free their memory. A call takes them out and puts them back: one that fails may leave NaN, which no
         # mask hides.
         self.caches: dict[str, RaggedCache] = {}
+        self.graphs = Graphs(pair) if compiles(compile, pair.student.device) else None
+        # The shapes of blocks whose graphs are made.
+        self.warm: set[tuple[int, int, int]] = set()
         self._fallback: ReferenceEngine | None = None
         students, teachers = ("student", pair.student, pair.student_head), ("teacher", pair.teacher, pair.teacher_head)
         for role, model, head in (students, teachers):
@@ -87,7 +97,8 @@ class SpeculativeEngine:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         student, teacher = self.pair.student, self.pair.teacher
-        with evaluating(student, teacher), self.pair.computing(), taking_masks(student, teacher):
+        graphs = nullcontext() if self.graphs is None else many_graphs()
+        with evaluating(student, teacher), self.pair.computing(), taking_masks(student, teacher), graphs:
             yield
 
     def generate(
@@ -103,7 +114,7 @@ class SpeculativeEngine:
         if self._fallback is not None:
             return self._fallback.generate(prompts, policy, sampling, seed, keep_teacher, on_progress)
         records = checked_prompts(self.pair, prompts, policy, sampling, keep_teacher)
-        self.metrics = RolloutMetrics()
+        self.metrics = RolloutMetrics(on_cuda=self.pair.student.device.type == "cuda")
         if not records:
             return []
         with self._computing():
@@ -125,21 +136,6 @@ class _Row:
         self.pending = prompt.token_ids[-1]
 
 
-class _Verdict(NamedTuple):
-    """A decided block, all (A, K): where it must end, and what a rollout records of each token, as `RolloutLog.extend` takes it."""
-
-    ends_block: Tensor
-    token: Tensor
-    by_teacher: Tensor
-    divergence: Tensor
-    threshold: Tensor
-    student_logp: Tensor
-    teacher_logp: Tensor
-    law_logp: Tensor
-    teacher_part: Tensor
-    margin: Tensor
-
-
 class _Run:
     """One `generate` call."""
 
@@ -155,13 +151,12 @@ class _Run:
     ) -> None:
         pair = engine.pair
         self.pair = pair
-        self.policy = policy
         self.sampling = sampling
         self.keep_teacher = keep_teacher
         self.on_progress = on_progress
         self.metrics = engine.metrics
         self.device = pair.student.device
-        self.hidden_device, self.margin_top_k = engine.hidden_device, engine.margin_top_k
+        self.hidden_device = engine.hidden_device
         keys = row_keys(seed, prompts).tolist()
         # Longest first, so that the call does not end with one long row; equal prompts together, to share their prefill.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), prompts[i].token_ids, i))
@@ -170,15 +165,26 @@ class _Run:
         self.results: list[Rollout | None] = [None] * len(prompts)
         self.max_rows = min(engine.max_rows, len(prompts))
         # An n-gram ban looks at the tokens written so far, so it needs them one by one.
-        self.chooser = BlockChooser(1 if sampling.no_repeat_ngram_size else engine.block_size, sampling.max_new_tokens)
+        self.graphs = None if sampling.no_repeat_ngram_size else engine.graphs
+        self.chooser = BlockChooser(
+            1 if sampling.no_repeat_ngram_size else engine.block_size,
+            sampling.max_new_tokens,
+            few_sizes=self.graphs is not None,
+        )
         slots = len(prompts[order[0]].token_ids) + sampling.max_new_tokens + self.chooser.largest
-        size, kept = (self.max_rows, slots), engine.caches
-        self.student = CachedModel(pair.student, pair.student_head, *size, kept.pop("student", None))
-        self.models, self.teacher = {"student": self.student}, None
+        # Rows that a forward computes at least: a graph has a fixed number of them, and computes those that hold nothing too.
+        self.padded_rows = 0
+        if self.graphs:
+            slots, self.padded_rows = bucket(slots), 1 << (self.max_rows - 1).bit_length()
+        size, kept = (max(self.max_rows, self.padded_rows), slots), engine.caches
+        self.models = {"student": CachedModel(pair.student, pair.student_head, *size, kept.pop("student", None))}
         if pair.teacher is not None and pair.teacher_head is not None and (policy.needs_teacher or keep_teacher):
-            self.teacher = CachedModel(pair.teacher, pair.teacher_head, *size, kept.pop("teacher", None))
-            self.models["teacher"] = self.teacher
-        self.eos = torch.tensor(pair.eos_ids, dtype=torch.long, device=self.device)
+            self.models["teacher"] = CachedModel(pair.teacher, pair.teacher_head, *size, kept.pop("teacher", None))
+        self.writer = BlockWriter(
+            self.models, policy, sampling, self.graphs, self.metrics, engine.margin_top_k, pair.vocabulary_size
+        )
+        self.warm = engine.warm
+        self.eos_ids = torch.tensor(pair.eos_ids, dtype=torch.long)
 
     def rollouts(self) -> list[Rollout]:
         """Run until no row is left, and return the rollouts in the order of the prompts."""
@@ -186,24 +192,21 @@ class _Run:
             self._admit()
             size = self.chooser.choose(max(self._room(row) for row in self.rows))
             before = dict(self.metrics.seconds)
-            draft = self._draft(size)
-            hidden = None
-            if self.teacher is None:
-                verdict = self._as_drafted(draft)
-            else:
-                hidden = self._teacher_hidden(self.teacher, draft)
-                verdict = self._decide(self.teacher, draft, hidden)
+            longest = max(row.length for row in self.rows)
+            verdict, hidden = self.writer.block(size, self._state(), longest, [row.log for row in self.rows])
             with self.metrics.timing("policy"):
-                written, stopped = self._accept(verdict, hidden)
+                written, stopped = self._accept(read_back(verdict, self.eos_ids), hidden)
+            self.metrics.settle()
             self.metrics.drafted += size * len(self.rows)
             self.metrics.tokens += written
             spent = {part: self.metrics.seconds[part] - before[part] for part in before}
-            self.chooser.learn(
-                size, len(self.rows), written, stopped, spent["student"], spent["teacher"] + spent["policy"]
-            )
+            # The first block of a shape compiles its graphs, and says nothing about the next.
+            shape = (size, self.writer.width(longest + size), self.padded_rows)
+            if not self.graphs or shape in self.warm:
+                verifying = spent["teacher"] + spent["policy"]
+                self.chooser.learn(size, len(self.rows), written, stopped, spent["student"], verifying)
+            self.warm.add(shape)
             self._release()
-        self.metrics.student_forwards = self.student.forwards
-        self.metrics.teacher_forwards = self.teacher.forwards if self.teacher else 0
         return [rollout for rollout in self.results if rollout is not None]
 
     def _room(self, row: _Row) -> int:
@@ -219,124 +222,77 @@ class _Run:
         if not self.waiting or (self.rows and free < max(1, self.max_rows // 8)):
             return
         arriving = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+        # The prompts to read come first and each once, so that a new cache is read into, and copied into only for the others.
+        readers = {row.prompt_ids: row for row in reversed(arriving) if row.length}
+        arriving.sort(key=lambda row: readers.get(row.prompt_ids) is not row)
         for role, model in self.models.items():
             self._prefill(role, model, arriving)
+            if self.graphs and not self.rows:
+                model.prepare_for_graphs()
         self.rows += arriving
 
     def _prefill(self, role: str, model: CachedModel, arriving: list[_Row]) -> None:
         """Give each row all of its prompt but the last token, from a row in flight with that prompt or read once for all."""
-        sources = {row.prompt_ids: (model.cache, place) for place, row in enumerate(self.rows)}
-        unread = list(dict.fromkeys(row.prompt_ids for row in arriving if row.length and row.prompt_ids not in sources))
+        first = len(self.rows)
+        places = {row.prompt_ids: place for place, row in enumerate(self.rows)}
+        unread = list(dict.fromkeys(row.prompt_ids for row in arriving if row.length and row.prompt_ids not in places))
+        texts, read = [prompt[:-1] for prompt in unread], dict(zip(unread, range(len(unread)), strict=True))
+        source = model
         if unread:
             with self.metrics.timing(role):
-                fresh = CachedModel(model.model, model.head, len(unread), max(map(len, unread)) - 1)
-                fresh.prefill([prompt[:-1] for prompt in unread], self.pair.pad_id)
-                model.forwards += fresh.forwards
-            sources |= {prompt: (fresh.cache, place) for place, prompt in enumerate(unread)}
+                if self.rows:
+                    source = CachedModel(model.model, model.head, len(texts), max(map(len, texts)))
+                self.metrics.forwards[role] += source.prefill(texts, self.pair.pad_id)
         with self.metrics.timing("cache"):
-            for place, row in enumerate(arriving, start=len(self.rows)):
-                if row.length:
-                    source, source_row = sources[row.prompt_ids]
-                    model.cache.copy_prefix(source, source_row, place, row.length)
+            for cache, found in ((source.cache, read), (model.cache, places)):
+                rows = [(place, row) for place, row in enumerate(arriving, first) if row.prompt_ids in found]
+                moves = [(found[row.prompt_ids], place) for place, row in rows]
+                self._copy(model, cache, moves, [row.length for _, row in rows])
+
+    def _copy(self, model: CachedModel, source: RaggedCache, moves: list[tuple[int, int]], lengths: list[int]) -> None:
+        """Copy rows into a model's cache; one that is in its place already stays."""
+        moves = [move for move in moves if source is not model.cache or move[0] != move[1]]
+        if moves:
+            model.cache.copy_prefixes(source, moves, max(lengths))
 
     def _release(self) -> None:
-        """Hand in finished rows. The last row moves into each freed place, since a forward reads the first rows of a cache."""
+        """Hand in finished rows. The last rows move into the freed places, since a forward reads the first rows of a cache."""
+        placed = list(enumerate(self.rows))
+        for place, row in reversed(list(placed)):
+            if self._room(row) and row.pending not in self.pair.eos_ids:
+                continue
+            self.results[row.index] = row.log.rollout(self.pair.eos_ids, self.hidden_device)
+            last = placed.pop()
+            if last[1] is not row:
+                placed[place] = last
+        moves = [(old, new) for new, (old, _) in enumerate(placed)]
+        self.rows = [row for _, row in placed]
         with self.metrics.timing("cache"):
-            for place in reversed(range(len(self.rows))):
-                row = self.rows[place]
-                if self._room(row) and row.pending not in self.pair.eos_ids:
-                    continue
-                self.results[row.index] = row.log.rollout(self.pair.eos_ids, self.hidden_device)
-                last = self.rows.pop()
-                if last is row:
-                    continue
-                self.rows[place] = last
-                for model in self.models.values():
-                    model.cache.copy_prefix(model.cache, len(self.rows), place, last.length)
+            for model in self.models.values():
+                self._copy(model, model.cache, moves, [row.length for row in self.rows])
         if self.on_progress:
             self.on_progress(len(self.results) - len(self.rows) - len(self.waiting))
 
     # ------ a block of tokens
 
-    @cached_property
-    def _numbers_at_once(self) -> int:
-        return numbers_at_once(self.device)
+    def _state(self) -> State:
+        """Where the rows stand, on the device in one copy. Rows that hold nothing begin at nothing."""
+        rows = [(row.key, len(row.log.token_ids), row.length, row.pending) for row in self.rows]
+        rows += [(0, 0, 0, 0)] * (self.padded_rows - len(rows))
+        return State(*torch.tensor(list(zip(*rows, strict=True)), device=self.device).unbind(dim=0))
 
-    def _draft(self, size: int) -> Draft:
-        """The student's proposals for the next `size` positions of every row."""
-        key = torch.tensor([row.key for row in self.rows], device=self.device)
-        position = torch.tensor([len(row.log.token_ids) for row in self.rows], device=self.device)
-        lengths = [row.length for row in self.rows]
-        token = torch.tensor([row.pending for row in self.rows], device=self.device)
-        block = torch.arange(size, device=self.device)
-        address = Address(key[:, None].expand(-1, size), position[:, None] + block)
-        greedy, vocabulary = self.sampling.greedy, self.pair.vocabulary_size
-        noise: Sequence[Tensor | None] = [None] * size
-        if not greedy and address.position.numel() * vocabulary <= self._numbers_at_once:
-            # Noise depends on no token, and it is cheaper to make the whole block's at once where there is room for it.
-            with self.metrics.timing("student"):
-                noise = proposal_noise(address, vocabulary).unbind(dim=1)
-        proposals, logps = [], []
-        for step in range(size):
-            with self.metrics.timing("student"):
-                hidden = self.student.read(token[:, None], [length + step for length in lengths])
-                logits = self.student.head(hidden[:, -1])
-                if ngram_size := self.sampling.no_repeat_ngram_size:
-                    logits = ban_repeated_ngrams(logits, [row.log.text for row in self.rows], ngram_size)
-                logps.append(shaped_logp(logits, self.sampling))
-                token = student_proposal(logps[-1], address.at((slice(None), step)), greedy=greedy, noise=noise[step])
-                proposals.append(token)
-        return Draft(torch.stack(proposals, dim=1), torch.stack(logps, dim=1), address)
-
-    def _as_drafted(self, draft: Draft) -> _Verdict:
-        """The verdict of a student that writes alone: its proposals, as they are."""
-        by_teacher = torch.zeros_like(draft.proposal, dtype=torch.bool)
-        unknown = torch.full(draft.proposal.shape, torch.nan, device=self.device)
-        student_logp = draft.student_logp.gather(-1, draft.proposal[..., None])[..., 0]
-        ends = torch.isin(draft.proposal, self.eos)
-        nothing = torch.zeros_like(student_logp)
-        return _Verdict(
-            ends, draft.proposal, by_teacher, unknown, unknown, student_logp, unknown, student_logp, nothing, unknown
-        )
-
-    def _teacher_hidden(self, teacher: CachedModel, draft: Draft) -> Tensor:
-        """The teacher's hidden states (A, K, H) that predict the block's tokens, in one forward."""
-        with self.metrics.timing("teacher"):
-            pending = torch.tensor([[row.pending] for row in self.rows], device=self.device)
-            block = torch.cat([pending, draft.proposal[:, :-1]], dim=1)
-            return teacher.read(block, [row.length for row in self.rows])
-
-    def _decide(self, teacher: CachedModel, draft: Draft, hidden: Tensor) -> _Verdict:
-        """The policy's verdict on the whole block, in groups of rows where the vocabulary is large."""
-        size = max(1, self._numbers_at_once // draft.student_logp[0].numel())
-        groups = [slice(start, start + size) for start in range(0, len(self.rows), size)]
-        verdicts = [self._decide_group(teacher, draft.rows(group), hidden[group], self.rows[group]) for group in groups]
-        return verdicts[0] if len(verdicts) == 1 else _Verdict(*map(torch.cat, zip(*verdicts, strict=True)))
-
-    def _decide_group(self, teacher: CachedModel, draft: Draft, hidden: Tensor, rows: list[_Row]) -> _Verdict:
-        with self.metrics.timing("teacher"):
-            teacher_logp = shaped_logp(teacher.head(hidden), self.sampling).to(self.device)
-        with self.metrics.timing("policy"):
-            positions = observe(self.policy, draft, teacher_logp, [row.log for row in rows], self.sampling)
-            decision = self.policy.decide(positions)
-            written = write(decision, draft, teacher_logp, positions.coin, greedy=self.sampling.greedy)
-            ends, margin = written.replaced | torch.isin(written.token, self.eos), torch.zeros_like(written.token)
-            if self.margin_top_k:
-                margin = teacher_margin(draft.student_logp, teacher_logp, self.margin_top_k)
-            decided = (written.token, written.by_teacher, positions.divergence, decision.threshold)
-            return _Verdict(ends, *decided, *written[3:], margin)
-
-    def _accept(self, verdict: _Verdict, hidden: Tensor | None) -> tuple[int, int]:
+    def _accept(self, block: Recorded, hidden: Tensor | None) -> tuple[int, int]:
         """Write each row's block up to and including the position that ends it.
 
         Returns the number of tokens written, and of rows that stopped before the last token they had room for.
         """
-        check_numbers(verdict.student_logp, verdict.divergence if self.teacher else None)
-        ends, *recorded = verdict if self.margin_top_k and self.teacher else verdict[:-1]
-        size = ends.shape[1]
+        rows, size = len(self.rows), block.ends.shape[1]
+        divergence, student_logp = block.columns[2][:rows], block.columns[4][:rows]
+        check_numbers(student_logp, divergence if "teacher" in self.models else None)
+        ends = block.ends[:rows]
         upto = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, size).tolist()
-        # They become Python's numbers on the CPU, which hold those of any type exactly.
-        columns = [each.tolist() for each in recorded]
+        # They become Python's numbers, which hold those of any type exactly.
+        columns = [each[:rows].tolist() for each in block.columns]
         written = stopped = 0
         for place, row in enumerate(self.rows):
             count = min(upto[place], self._room(row))

@@ -15,6 +15,7 @@ from switchkd.methods.inherited import in_plain_words
 from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold
 from switchkd.rollout.policies import Switch
+from switchkd.run.recipes import RECIPE, recipe_file
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed
 from switchkd.settings.unknown import unknown_setting
@@ -56,7 +57,10 @@ class RunConfig:
         "merge", "Whether the adapter is merged into the model that the run leaves, or kept beside its base model."
     )
     training: Mapping[str, Any] = field(default_factory=dict)
-    stages: tuple[Mapping[str, Any], ...] = ()
+    stages: tuple[Mapping[str, Any], ...] = setting(
+        (),
+        "A list with a mapping of changes for each stage; each starts from the student that the one before it leaves.",
+    )
 
     def effective_settings(self) -> dict[str, Any]:
         """All values that act, flat, without the stages, in the order of the run file; defaults of None are left out."""
@@ -169,7 +173,12 @@ TRAINING_FIELDS: dict[str, Field[Any]] = {
     name: each for name, each in settings_of(SwitchConfig).items() if name not in OWN_HINTS
 }
 SWITCH_FIELDS = tuple(name for name in vars(SwitchConfig)["__annotations__"] if name in TRAINING_FIELDS)
-HINTS: dict[str, Any] = {**get_type_hints(SwitchConfig), **OWN_HINTS}
+# What a run file may hold beyond the settings of transformers.
+OUR_FIELDS: dict[str, Field[Any]] = {
+    **{name: each for name, each in settings_of(RunConfig).items() if name != "training"},
+    **{name: TRAINING_FIELDS[name] for name in SWITCH_FIELDS},
+}
+HINTS: dict[str, Any] = {**get_type_hints(SwitchConfig), **OWN_HINTS, "stages": list[dict[str, Any]]}
 # Settings with settings of their own: a name stands for a mapping that holds only it.
 _NESTED = ("policy", "threshold", "weight", *COMPONENTS)
 
@@ -191,12 +200,12 @@ def typed_setting(key: str, value: Any, origin: str) -> Any:
 
 
 def read_run(path: str | Path, assignments: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file describes, with `key=value` assignments put over it.
+    """The run that a YAML file describes, with `key=value` assignments put over it; recipe:NAME is one of ours.
 
     A dotted key reaches inside: stages.0.max_steps=3, policy.keep_top_k=10. Raises UserError for a file that is missing or not
     YAML, an unknown key (naming the nearest), a wrong type (naming key, value and type), and a missing key that is required.
     """
-    path = Path(path)
+    path = recipe_file(str(path)) if str(path).startswith(RECIPE) else Path(path)
     values = read_mapping(path)
     for assignment in assignments:
         _assign(values, assignment)

@@ -85,3 +85,8 @@ def _expected(hint: Any) -> str:
     if _is_enum(arm):
         return f"one of {', '.join(str(member.value) for member in arm)}"
     return _KINDS.get(get_origin(arm) or arm, "left out")
+
+
+def type_in_words(hint: Any) -> str:
+    """What a value of the type has to be, such as "a whole number" or "one of student, teacher"."""
+    return _expected(hint)

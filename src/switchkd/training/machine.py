@@ -39,7 +39,7 @@ def check_one_device(args: TrainingArguments, pair: ModelPair) -> None:
         return
     raise UserError(
         f"one process sees {args.n_gpu} GPUs, but each GPU needs a process of its own; start the run with torchrun "
-        f"--nproc-per-node {args.n_gpu} -m switchkd.cli.main train ... (or accelerate launch), or show it one GPU: "
+        f"--nproc-per-node {args.n_gpu} -m switchkd train ... (or accelerate launch), or show it one GPU: "
         f"CUDA_VISIBLE_DEVICES=0"
     )
 

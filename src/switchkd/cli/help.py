@@ -1,0 +1,71 @@
+"""How help pages look: options in panels, each with what it takes, an example at the end, and the new names of old options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from switchkd.errors import UserError
+
+MODELS, PROMPTS, POLICY, SAMPLING, OUTPUT, DEVICE = (
+    "Models",
+    "Prompts",
+    "Policy",
+    "Sampling",
+    "Output",
+    "Device and precision",
+)
+_HELP = "Help"
+# An option is called as its key in a run file.
+RENAMED = {"--share": "--teacher-share", "--batch-size": "--rollout-rows", "--teacher-top-k": "--keep-top-k"}
+
+
+def option(panel: str | None, takes: str, sentence: str, *names: str, **more: Any) -> Any:
+    """An option in a panel of the help page, with a word for what it takes; "" for a flag, which takes nothing."""
+    return typer.Option(*names, metavar=takes, help=sentence, rich_help_panel=panel, **more)
+
+
+def example(arguments: str) -> str:
+    """The end of a help page: one call of the command."""
+    return f"[bold]Example[/bold]   switchkd {arguments}"
+
+
+def _without_types_of_flags(params: list[Any]) -> list[Any]:
+    """The parameters as the help page shows them; --help has a panel of its own where the others have theirs."""
+    in_panels = any(getattr(each, "rich_help_panel", None) for each in params)
+    for each in params:
+        if getattr(each, "is_flag", False):
+            # typer writes <bool> beside what takes no value.
+            each.metavar = ""
+        if each.name == "help" and in_panels:
+            each.rich_help_panel = _HELP
+    return params
+
+
+class Command(TyperCommand):
+    """A command with the help page that is described here. Raises UserError for an option that has another name now."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """As in typer, without a type beside flags."""
+        return _without_types_of_flags(super().get_params(ctx))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """As in typer, without braces around what is required."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As in typer, but an old name is refused with the new one."""
+        for name in (word.partition("=")[0] for word in args):
+            if name in RENAMED:
+                raise UserError(f"{name} is now {RENAMED[name]}; write that")
+        return super().parse_args(ctx, args)
+
+
+class Commands(TyperGroup):
+    """The group of all commands, with the help page of `Command`."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """As in typer, without a type beside flags."""
+        return _without_types_of_flags(super().get_params(ctx))

@@ -1,0 +1,146 @@
+"""The draft loop as graphs of the device: which functions are compiled, when, and what happens where they cannot be.
+
+A graph has fixed shapes, so rows are padded to a fixed number and widths come in buckets. Weights change in place from step to
+step, and the graph reads them where they are; those of a frozen teacher on a CPU are packed into the graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from switchkd.errors import UserError
+from switchkd.models.pair import ModelPair
+from switchkd.rollout.block import scored, student_step, teacher_states, written
+
+Compile = bool | Literal["auto"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_NARROWEST = 64
+# Widths by doubling, times block sizes, times models of one process; torch stops at 8.
+_MOST_GRAPHS = 256
+_states = itertools.count()
+
+
+def check_compile(compile: Compile) -> None:
+    """Raise UserError for anything but true, false and auto."""
+    if compile not in (True, False, "auto"):
+        raise UserError(f"compile is {compile!r}; give true, false or auto (true on CUDA)")
+
+
+def compiles(compile: Compile, device: torch.device) -> bool:
+    """Whether the draft loop is compiled. "auto" goes by the kind of device alone, so that equal runs stay equal."""
+    return device.type == "cuda" if compile == "auto" else bool(compile)
+
+
+def bucket(least: int) -> int:
+    """The smallest power of two that is at least `least`, and at least 64."""
+    return max(_NARROWEST, 1 << (least - 1).bit_length())
+
+
+@contextmanager
+def many_graphs() -> Iterator[None]:
+    """Room for a graph of every shape; torch's own limit would stop at a few."""
+    with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, accumulated_recompile_limit=4 * _MOST_GRAPHS):
+        yield
+
+
+class Graph(Generic[_P, _R]):
+    """A function of tensors, compiled for each new shape at its first call; run as it is, after a warning, where that fails.
+
+    `packs_weights` compiles a frozen model's weights into the graph, in the order that a CPU multiplies fastest.
+    """
+
+    def __init__(self, function: Callable[_P, _R], device: torch.device, *, packs_weights: bool = False) -> None:
+        self.function = function
+        self.on_cuda = device.type == "cuda"
+        self.packs_weights = packs_weights
+        self.compiled: Callable[_P, _R] | None = torch.compile(
+            function, fullgraph=True, dynamic=False, mode="reduce-overhead" if self.on_cuda else None
+        )
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """What the function returns."""
+        if self.compiled is None:
+            return self.function(*args, **kwargs)
+        try:
+            return self._run(self.compiled, *args, **kwargs)
+        except _cannot_compile() as error:
+            self.compiled = None
+            # The first line may only name the backend.
+            reason = " ".join(str(error).strip().split("\n")[:2])
+            warnings.warn(
+                f"rollouts run {self.function.__name__} uncompiled, since torch cannot compile it here ({reason}); "
+                f"set compile: false, or on a CPU install a C++ compiler",
+                stacklevel=2,
+            )
+            return self.function(*args, **kwargs)
+
+    def _run(self, compiled: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if self.packs_weights:
+            from torch._inductor import config
+
+            with config.patch(freezing=True):
+                return compiled(*args, **kwargs)
+        if not self.on_cuda:
+            return compiled(*args, **kwargs)
+        torch.compiler.cudagraph_mark_step_begin()
+        # A CUDA graph writes its results to the same memory each time.
+        return cast(_R, tree_map_only(torch.Tensor, torch.clone, compiled(*args, **kwargs)))
+
+
+@cache
+def _cannot_compile() -> tuple[type[Exception], ...]:
+    # Imported where it is needed: it takes a second.
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return (TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler)
+
+
+class _Weights:
+    """Numbers the states that a model's weights have been in: packed ones are compiled again when theirs have changed.
+
+    No two models share a number. A graph takes it for an argument, and so is made for one state of one model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._seen: tuple[Any, ...] | None = None
+        self._number = 0
+
+    def number(self) -> int:
+        """The number of the state they are in now."""
+        seen = tuple((each.data_ptr(), each._version) for each in self.model.parameters())
+        if seen != self._seen:
+            self._seen, self._number = seen, next(_states)
+        return self._number
+
+
+class Graphs:
+    """The graphs of a pair, kept from call to call."""
+
+    def __init__(self, pair: ModelPair) -> None:
+        device, trained = pair.student.device, {each.data_ptr() for each in pair.student.parameters()}
+        # A teacher that is its own student, without an adapter or with another, has weights that train.
+        packs = device.type == "cpu" and pair.teacher is not None
+        packs = packs and not any(each.data_ptr() in trained for each in cast(nn.Module, pair.teacher).parameters())
+        self._weights = _Weights(cast(nn.Module, pair.teacher)) if packs else None
+        self.student_step = Graph(student_step, device)
+        self.teacher_states = Graph(teacher_states, device, packs_weights=packs)
+        self.scored = Graph(scored, device, packs_weights=packs)
+        self.written = Graph(written, device)
+
+    def weights(self) -> int:
+        """The number of the state of the teacher's packed weights; 0 where graphs read them where they are."""
+        return 0 if self._weights is None else self._weights.number()
