@@ -91,7 +91,7 @@ def test_a_file_that_holds_no_settings(refused: Refused, tmp_path: Path, text: s
         ({"student_drop_layers": "7"}, "'7'"),
         ({"peft": {"rank": 8}}, "rank"),
         ({"stages": [{"max_steps": 1}, {"method": "gkd", "teacher": "./none"}]}, "'./none'"),
-        ({"stages": [{"max_steps": 1}, {"max_prompt_tokens": 2}]}, "the limit is 2"),
+        ({"stages": [{"max_steps": 1}, {"max_prompt_tokens": 2}]}, "the prompt has more than max_prompt_tokens (2)"),
         ({"max_new_tokens": 600}, "512 positions"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -115,7 +115,7 @@ def test_broken_json_names_file_and_line(refused: Refused, models: Path, tmp_pat
 @pytest.mark.parametrize(
     ("row", "method", "said"),
     [
-        ({"prompt": "one " * 20, "completion": "two"}, "kd", "the prompt has 20 tokens; the limit is 16"),
+        ({"prompt": "one " * 20, "completion": "two"}, "kd", "the prompt has 20 tokens; max_prompt_tokens is 16"),
         ({"prompt": " ", "completion": "two"}, "kd", "empty prompt"),
         ({"prompt": "one"}, "kd", "no response"),
         ({"prompt": "one", "completion": ""}, "sft", "no response"),

@@ -12,7 +12,7 @@ from torch import nn
 from switchkd.errors import UserError
 from switchkd.models.heads import backbone
 from switchkd.models.load import load_model, load_pair
-from switchkd.models.pair import ModelPair, parameter_count
+from switchkd.models.pair import ModelPair, parameter_count, rounded
 from switchkd.records import Sampling
 from switchkd.rollout.law import Teacher
 from switchkd.rollout.policies import Switch
@@ -105,7 +105,7 @@ def test_a_student_learns_from_it_nearly_as_from_the_plain_one(
     losses = []
     for pair in (plain, packed(plain, quantization)):
         trainer = make_trainer(tmp_path, pair, method=method, threshold=0.3, logging_steps=1)
-        assert f" ({parameter_count(plain.teacher) / 1e6:.3g}M): 3 steps" in trainer.describe()
+        assert f" ({rounded(parameter_count(plain.teacher))}): 3 steps" in trainer.describe()
         trainer.train()
         losses.append([line["loss"] for line in history(trainer) if "loss" in line])
     assert len(losses[1]) == 3

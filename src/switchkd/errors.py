@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+
+# Below this, the nearest string is hardly ever the nearest meaning.
+_LIKENESS = 0.75
 
 
 class UserError(ValueError):
@@ -14,8 +17,8 @@ class Stopped(Exception):  # noqa: N818 - not an error
     """A run was stopped by Ctrl-C: says where, what is kept and how to go on; the command line exits with code 130."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence that names the known word nearest to a mistyped one."""
+def did_you_mean(word: str, known: Iterable[str], listed: Collection[str] | None = None) -> str:
+    """The end of a sentence that names the known word nearest to a mistyped one, or else the `listed` ones (all known)."""
     choices = list(known)
-    nearest = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose one of {', '.join(sorted(choices)[:40])}, ..."
+    nearest = difflib.get_close_matches(word, choices, n=1, cutoff=_LIKENESS)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose one of {', '.join(sorted(listed or choices))}"

@@ -31,7 +31,7 @@ from switchkd.errors import UserError
 from switchkd.loss.chunked import chunked_sum
 from switchkd.models import heads
 from switchkd.models.heads import Head
-from switchkd.models.pair import ModelPair, parameter_count
+from switchkd.models.pair import ModelPair, parameter_count, rounded
 from switchkd.records import Example, Prompt, Rollout, Sampling
 from switchkd.rollout.law import Student
 from switchkd.rollout.reference import ReferenceEngine
@@ -252,7 +252,7 @@ def test_a_run_says_the_size_of_a_teacher_that_is_the_student(tmp_path: Path) ->
     size = parameter_count(student)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
     trainer = make_trainer(tmp_path, ModelPair(student), teacher_model="self", peft_config=config)
-    assert f"({size / 1e6:.3g}M): " in trainer.describe()
+    assert f"({rounded(size)}): " in trainer.describe()
 
 
 # ------------------------------------------------------------------------------------------------------------ precision

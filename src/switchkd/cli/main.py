@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from switchkd import __version__
+from switchkd.cli.foreseen import foreseen
 from switchkd.cli.help import OUTPUT, POLICY, Command, Commands, example, option
 from switchkd.cli.measure import calibrate, diagnose
 from switchkd.cli.options import (
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0, 2 where the person made a mistake, 130 after Ctrl-C, 1 for whatever else went wrong."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in given
+    if not debug:
+        _silence_developers_warnings()
     try:
         # --debug may stand anywhere: it is what people add to the end of a command that failed.
         app([argument for argument in given if argument != DEBUG], prog_name="switchkd")
@@ -64,9 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # A traceback helps a developer alone, and a developer asks for it.
         if debug:
             raise
+        if sentence := foreseen(error):
+            _say(sentence)
+            sys.exit(USER_ERROR)
         _say(f"{type(error).__name__}: {error}; this should not happen: run again with {DEBUG} to see where")
         sys.exit(OTHER_ERROR)
     sys.exit(0)
+
+
+def _silence_developers_warnings() -> None:
+    """Keep from the reader what other packages tell those who program with them."""
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(peft|transformers|accelerate|torch|bitsandbytes)\b"
+    )
 
 
 def _say(sentence: str) -> None:
@@ -211,7 +227,7 @@ def rollout(
     with console.status("rolling out ..."):
         rollouts = engine_of(options, pair).generate(prompts, writer, sampling, seed=options.seed)
     write_rollouts(rollouts, pair.tokenizer, output)
-    print_rollouts(rollouts[:show], pair.tokenizer, console)
+    print_rollouts(rollouts, pair.tokenizer, console, shown=show)
     console.print(Text(f"{len(rollouts)} rollouts are in {output}"), soft_wrap=True)
 
 

@@ -32,8 +32,9 @@ from switchkd.settings.paper import DEFAULT_SHARE
 
 if TYPE_CHECKING:
     from switchkd.analysis.calibration import Calibration
+    from switchkd.models.pair import ModelPair
     from switchkd.records import Prompt
-    from switchkd.rollout.speculative import SpeculativeEngine
+    from switchkd.report.rounds import WatchedEngine
 
 
 @with_options
@@ -59,7 +60,7 @@ def calibrate(
     shape: Any = policy_named("switch", context)
     sampling = options.sampling
     console = new_console()
-    with _engine_at_work(options, console) as (engine, prompts):
+    with _engine_at_work(options, console) as (_, engine, prompts):
         found = solve(engine, prompts, sampling, teacher_share=teacher_share, policy=shape, seed=options.seed)
     console.print(calibration_table(found))
     place = output / "calibration.json"
@@ -137,11 +138,11 @@ def diagnose(
     switch: Any = policy_named("switch", context)
     sampling = options.sampling
     console = new_console()
-    with _engine_at_work(options, console) as (engine, prompts):
+    with _engine_at_work(options, console) as (pair, engine, prompts):
         if finds_threshold:
             wanted = DEFAULT_SHARE if teacher_share is None else teacher_share
             switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=options.seed).policy
-        texts = measure(engine.pair, prompts, sampling, switch=switch, seed=options.seed, engine=engine)
+        texts = measure(pair, prompts, sampling, switch=switch, seed=options.seed, engine=engine)
     console.print(diagnosis_table(texts))
     console.print(prefix_table(texts))
     place = output / "diagnosis.json"
@@ -158,14 +159,16 @@ def diagnose(
 
 
 @contextmanager
-def _engine_at_work(options: MeasuredPair, console: Console) -> Iterator[tuple[SpeculativeEngine, list[Prompt]]]:
-    """The pair's engine and the prompts, with a line that says so while they are at work."""
+def _engine_at_work(options: MeasuredPair, console: Console) -> Iterator[tuple[ModelPair, WatchedEngine, list[Prompt]]]:
+    """The pair, its engine and the prompts, with a line for each round while they are at work."""
     from switchkd.analysis.cures import MARGIN_TOP_K
+    from switchkd.report.rounds import WatchedEngine
     from switchkd.rollout.speculative import SpeculativeEngine
 
     pair, prompts = options.load()
-    with console.status(f"rolling out {len(prompts)} prompts, several times ..."):
-        yield SpeculativeEngine(pair, margin_top_k=MARGIN_TOP_K, max_rows=options.rollout_rows), prompts
+    with console.status(f"rolling out {len(prompts)} prompts, several times ...") as status:
+        engine = SpeculativeEngine(pair, margin_top_k=MARGIN_TOP_K, max_rows=options.rollout_rows)
+        yield pair, WatchedEngine(engine, console, status), prompts
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:

@@ -104,10 +104,17 @@ def load_hub_set(path: str, name: str | None, *, split: str, **options: Any) -> 
     # Slow to import, and most sources are files.
     import datasets
 
+    from switchkd.models.hub import UNREACHABLE, offline_at_once
+
+    offline = not Path(path).exists() and offline_at_once()
     given = {key: value for key, value in options.items() if value is not None}
     try:
         return datasets.load_dataset(path, *([] if name is None else [name]), split=split, **given)
     except (OSError, ValueError) as error:
+        if offline:
+            raise UserError(
+                f"{path!r} is no file or folder here, {UNREACHABLE}; check the name, or set --data-dir or SWITCHKD_DATA_DIR"
+            ) from error
         not_a_file = f"{path!r} is not a file of a known format ({', '.join(FILE_FORMATS)})"
         which = f"its split {split!r}" + (f" of the configuration {name!r}" if name else "")
         raise UserError(f"{not_a_file}, and {which} cannot be loaded as a data set: {error}") from error

@@ -18,6 +18,7 @@ from switchkd.loss.objective import CrossEntropyOn, Objective
 from switchkd.loss.targets import Target
 from switchkd.loss.weight import Weight
 from switchkd.loss.weights import WEIGHT
+from switchkd.methods.inherited import check_inherited, renamed
 from switchkd.methods.parts import (
     AUTO,
     COMPONENTS,
@@ -39,6 +40,7 @@ from switchkd.rollout.blocks import check_block_size
 from switchkd.rollout.law import Policy
 from switchkd.rollout.policies import POLICY, DecayName, Switch
 from switchkd.settings.components import setting
+from switchkd.settings.unknown import foreign_named, unknown_setting
 
 Offload = Literal["none", "cpu", "disk"]
 
@@ -144,6 +146,7 @@ class SwitchConfig(TrainingArguments):
     measure_every: int = setting(
         10, "Steps between measurements of both models' entropies and their agreement; 0 is never."
     )
+    show_rollouts_every: int = setting(100, "Steps between rollouts shown and kept in rollouts.jsonl; 0 is never.")
     teacher_offload: Offload = setting(
         "none", "Where the teacher's weights are between rollouts: none (they stay), cpu or disk."
     )
@@ -181,9 +184,11 @@ class SwitchConfig(TrainingArguments):
     placement: Placement = field(init=False, repr=False, compare=False)
 
     def __new__(cls, *_: Any, **given: Any) -> SwitchConfig:
-        """Name the new place of a setting that has moved, where the constructor would only not know it."""
+        """Say what a setting that has moved, or that is another tool's, is here: the constructor would only not know it."""
         for key in given:
             check_not_moved(key)
+            if key not in cls.__dataclass_fields__ and foreign_named(key):
+                raise unknown_setting(key, "in SwitchConfig", (), ())
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -194,6 +199,7 @@ class SwitchConfig(TrainingArguments):
         # accelerate wraps the student's forward by these; everything else follows the placement, and the two have to agree.
         self.bf16 = self.placement.autocast_dtype is not None
         self.use_cpu = self.placement.device.type == "cpu"
+        renamed(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
 
     def check_evaluation(self, *, has_data: bool) -> None:
@@ -225,8 +231,6 @@ class SwitchConfig(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with components as the mappings that describe them."""
         return {key: described(value) for key, value in super().to_dict().items()}  # type: ignore[no-untyped-call]
-
-    # ------------------------------------------------------------------------------------------------------- the plan
 
     def _make_plan(self) -> Plan:
         row = METHOD.make(self.method or SwitchConfig.method or "")
@@ -297,8 +301,6 @@ class SwitchConfig(TrainingArguments):
             teacher_model_init_kwargs=self.teacher_model_init_kwargs,
         )
 
-    # ----------------------------------------------------------------------------------------------------- the checks
-
     def _check_read(self, row: Method, method: Method) -> None:
         """Raise UserError for a setting that nothing would read."""
         if self.student_share is not None and not (row.student_share or row.share_rise):
@@ -343,8 +345,4 @@ class SwitchConfig(TrainingArguments):
             raise UserError(
                 f"{reader} needs text drawn from the models' own distributions; set temperature and top_p to 1 and top_k to 0"
             )
-        if not (self.learning_rate is None or 0 <= self.learning_rate < math.inf):
-            raise UserError(f"learning_rate is {self.learning_rate}; it has to be 0 or more, or left out")
-        for key in ("max_prompt_tokens", "rollout_rows", "per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} is {getattr(self, key)}; it has to be at least 1")
+        check_inherited(self)

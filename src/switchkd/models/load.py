@@ -23,6 +23,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from switchkd.errors import UserError
+from switchkd.models.hub import UNREACHABLE, offline_at_once
 from switchkd.models.layers import remove_layers
 from switchkd.models.pair import ModelPair, check_tokenizers_agree, id_count
 from switchkd.models.placement import Placement, PlacementSettings, WeightDtype, init_options, placement_of, torch_dtype
@@ -169,13 +170,16 @@ def load_tokenizer(
 
 @contextmanager
 def _explained(what: str, name: str, source: Source) -> Iterator[None]:
+    offline = source.on_hub and offline_at_once()
     try:
         yield
     except UserError:
         # One of ours says what to do already; as a ValueError it would be caught below.
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
-        if source.on_hub and isinstance(error, OSError) and not Path(name).exists():
+        if offline and isinstance(error, OSError):
+            reason = f"there is no such local folder, {UNREACHABLE}; check the name and the connection"
+        elif source.on_hub and isinstance(error, OSError) and not Path(name).exists():
             reason = "it is neither a local folder nor reachable on the hub; check the name and the connection"
         else:
             # transformers adds many lines of advice; the cause comes first.

@@ -138,6 +138,15 @@ def eos_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         yield from named if isinstance(named, list | tuple) else () if named is None else (named,)
 
 
+def rounded(count: float) -> str:
+    """A count as people say it, to three figures: 8, 173k, 1.24M, 7.62B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999,500 is 1M to three figures.
+        if count >= 0.9995 * size:
+            return f"{float(f'{count / size:.3g}'):g}{letter}"
+    return f"{count:.0f}"
+
+
 def parameter_count(model: nn.Module) -> int:
     """The number of parameters. A tied weight counts once, a packed one as the numbers it stands for."""
     # bitsandbytes keeps two 4-bit numbers in a byte, and their shape beside them.

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 TEACHER_STYLE = "bold magenta"
 # Without color, marks stand around what the teacher wrote.
 TEACHER_MARKS = ("«", "»")
+_DECODED_AT_ONCE = 32
+# A single step is a few sequences: its loss says little.
+_STEPS_OF_A_MEAN = 20
 
 
 def visible(text: str) -> str:
@@ -48,13 +51,22 @@ def writer_runs(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Iterato
     A token's text is what it adds to the decoded response, so blanks stay. A character of several tokens belongs to the
     token that completes it.
     """
-    shown, run, run_by_teacher = "", "", False
+    # Decoded from `start` on: from the first token each time, a long response would take minutes.
+    start, shown, run, run_by_teacher = 0, "", "", False
+
+    def decoded_until(end: int) -> str:
+        return str(tokenizer.decode(list(rollout.token_ids[start:end]), clean_up_tokenization_spaces=False))
+
     for count, by_teacher in enumerate(rollout.written_by_teacher, start=1):
-        decoded = str(tokenizer.decode(list(rollout.token_ids[:count]), clean_up_tokenization_spaces=False))
+        decoded = decoded_until(count)
         # The replacement character: the next token may complete a character that this one began.
         if decoded.endswith("\ufffd") and count < len(rollout.token_ids):
             continue
         added, shown = decoded[len(shown) :], decoded
+        if count - start >= _DECODED_AT_ONCE:
+            # A few tokens before it, since a tokenizer may write a text's first token in another way.
+            start = count - 4
+            shown = decoded_until(count)
         if by_teacher != run_by_teacher:
             if run:
                 yield run, run_by_teacher
@@ -91,11 +103,13 @@ def legend(*, color: bool) -> Text:
     )
 
 
-def print_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """Print rollouts, the legend and the teacher's share of all tokens; nothing where there are no rollouts."""
+def print_rollouts(
+    rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, console: Console, shown: int | None = None
+) -> None:
+    """Print the first `shown` rollouts (all by default), the legend, and the teacher's share of the tokens of all of them."""
     color = console.color_system is not None
     # soft_wrap: the terminal breaks the lines, so that text copied from it has only the model's own.
-    for rollout in rollouts:
+    for rollout in rollouts[:shown]:
         console.print(rollout_text(rollout, tokenizer, color=color), soft_wrap=True)
     if rollouts:
         tokens = sum(len(rollout.token_ids) for rollout in rollouts)
@@ -104,20 +118,30 @@ def print_rollouts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBa
 
 
 def run_table(events: Sequence[Mapping[str, Any]], model_folder: Path) -> Table:
-    """A line for each stage of a run: its steps, measures at the first and last logged one, mean speeds, and its time."""
-    table = Table(box=box.SIMPLE, caption=Text(f"the model is in {model_folder}"), caption_justify="left")
-    for heading in ("stage", "steps", "loss", "teacher\nshare", "rollout\ntok/s", "train\ntok/s", "time"):
+    """A line for each stage of a run: its steps, measures at its beginning and its end, mean speeds, and its time.
+
+    Beginning and end are means over logged steps, as the caption says; the evaluation losses are the first and the last one.
+    """
+    caption = (
+        f"loss and teacher share: means over the first and the last logged steps, {_STEPS_OF_A_MEAN} or half of all\n"
+        f"the model is in {model_folder}"
+    )
+    table = Table(box=box.SIMPLE, caption=Text(caption), caption_justify="left")
+    evaluated = any("eval_loss" in event for event in events)
+    headings = ("stage", "steps", "loss", *(["eval loss"] if evaluated else []), "teacher\nshare")
+    for heading in (*headings, "rollout\ntok/s", "train\ntok/s", "time"):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     for stage in dict.fromkeys(event["stage"] for event in events):
         logged = [event for event in events if event["stage"] == stage]
         steps = [event for event in logged if "loss" in event]
         if steps:
-            first, last = steps[0], steps[-1]
+            evaluations = _change([event["eval_loss"] for event in logged if "eval_loss" in event], "{:.4f}", 1)
             table.add_row(
                 Text(stage or "train"),
-                str(last["step"]),
-                _change(first, last, "loss", "{:.4f}"),
-                _change(first, last, "teacher_share", "{:.0%}"),
+                str(steps[-1]["step"]),
+                _change([step["loss"] for step in steps], "{:.4f}"),
+                *([evaluations] if evaluated else []),
+                _change([step["teacher_share"] for step in steps if "teacher_share" in step], "{:.0%}"),
                 _mean(steps, "rollout_tokens_per_second"),
                 _mean(steps, "train_tokens_per_second"),
                 duration(logged[-1]["seconds"]),
@@ -125,10 +149,13 @@ def run_table(events: Sequence[Mapping[str, Any]], model_folder: Path) -> Table:
     return table
 
 
-def _change(first: Mapping[str, Any], last: Mapping[str, Any], key: str, form: str) -> str:
-    if key not in first or key not in last:
+def _change(values: Sequence[float], form: str, most: int = _STEPS_OF_A_MEAN) -> str:
+    """The mean of the first values → that of the last ones: `most` of them, or half."""
+    if not values:
         return "-"
-    return f"{form.format(first[key])} → {form.format(last[key])}"
+    count = max(1, min(most, len(values) // 2))
+    first, last = sum(values[:count]) / count, sum(values[-count:]) / count
+    return f"{form.format(first)} → {form.format(last)}"
 
 
 def _mean(steps: Sequence[Mapping[str, Any]], key: str) -> str:

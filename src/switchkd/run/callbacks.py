@@ -34,6 +34,10 @@ SHOWN = {
 }
 
 
+# Elsewhere than on a terminal, a step that takes longer says how far it is.
+_SECONDS_BETWEEN_LINES = 60.0
+
+
 def measures(logs: Mapping[str, Any]) -> str:
     """The measures of one log event, in one line."""
     return "  ".join(form.format(float(logs[key])) for key, form in SHOWN.items() if key in logs)
@@ -46,7 +50,9 @@ class ConsoleProgress(TrainerCallback):
         self.console = console
         self.bar = progress_bar(console)
         self.task = TaskID(0)
-        self.started_at = 0.0
+        self.measured = ""
+        self.substeps = 0
+        self.started_at = self.told_at = 0.0
         self.first_step = 0
 
     def on_train_begin(
@@ -61,6 +67,8 @@ class ConsoleProgress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar; after the first step say how long the whole will take."""
+        self.substeps = 0
+        self.bar.note = self.measured
         self.bar.update(self.task, completed=state.global_step)
         # A resumed run starts at another step than 0.
         if state.global_step != self.first_step + 1 or not state.is_world_process_zero:
@@ -71,6 +79,27 @@ class ConsoleProgress(TrainerCallback):
             f"The first step took {duration(step_seconds)}: about {duration(step_seconds * steps)} for {steps:,} steps."
         )
 
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show how far the step's training is."""
+        self.substeps += 1
+        self._tell(f"batch {self.substeps} of {args.gradient_accumulation_steps} trained")
+
+    def on_rollouts(self, finished: int, total: int) -> None:
+        """Show how far the step's rollouts are."""
+        self._tell(f"{finished} of {total} rolled out")
+
+    def _tell(self, part: str) -> None:
+        """Show a part of a step: below the bar, or, where there is none, once a minute as a line."""
+        if self.console.is_terminal:
+            self.bar.note = f"{self.measured}  {part}".strip()
+        now = time.perf_counter()
+        since = now - max(self.told_at, self.started_at)
+        if not self.console.is_terminal and since > _SECONDS_BETWEEN_LINES and PartialState().is_main_process:
+            self.told_at = now
+            self._print(f"step {int(self.bar.tasks[self.task].completed) + 1}: {part}")
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the measures of a log event."""
         logs: Mapping[str, Any] = kwargs["logs"]
@@ -79,7 +108,7 @@ class ConsoleProgress(TrainerCallback):
             return
         # On a terminal each loss takes the place of the last; rarer events stay, as lines above the bar.
         if self.console.is_terminal and "loss" in logs:
-            self.bar.note = line
+            self.bar.note = self.measured = line
             return
         if "threshold" in logs:
             self._print(f"{state.global_step}/{state.max_steps}  {line}")

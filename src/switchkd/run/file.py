@@ -9,14 +9,16 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from switchkd.errors import UserError, did_you_mean
+from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
+from switchkd.methods.inherited import in_plain_words
 from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold
 from switchkd.rollout.policies import Switch
 from switchkd.run.recipes import RECIPE, recipe_file
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed
+from switchkd.settings.unknown import unknown_setting
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class RunConfig:
         except UserError:
             raise
         except (ValueError, TypeError) as error:
-            raise UserError(f"the settings of the run do not fit: {error}") from error
+            raise UserError(f"the settings of the run do not fit: {in_plain_words(str(error))}") from error
         if self.device not in ("auto", config.placement.device.type):
             raise UserError(
                 f"device is {self.device!r}, but this run would be on {config.placement.device}; take auto, cpu, or a device "
@@ -192,9 +194,8 @@ def typed_setting(key: str, value: Any, origin: str) -> Any:
     """The value of a setting in the type of its field; raises UserError for an unknown key or a wrong type."""
     if key not in OWN_HINTS and key not in TRAINING_FIELDS:
         check_not_moved(key)
-        raise UserError(
-            f"there is no setting {key!r} ({origin}){did_you_mean(key, [*OWN_HINTS, *TRAINING_FIELDS, 'stages'])}"
-        )
+        own = [*OWN_HINTS, *SWITCH_FIELDS, "stages"]
+        raise unknown_setting(key, origin, [*own, *TRAINING_FIELDS], own)
     return typed(key, value, HINTS[key], origin)
 
 

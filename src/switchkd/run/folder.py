@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RUN_FILE, ENVIRONMENT_FILE, LOG_FILE, FINISHED_FILE = "run.yaml", "environment.json", "log.jsonl", "finished.json"
+ROLLOUTS_FILE = "rollouts.jsonl"
 
 # What a run may change when it goes on: how long it is, what is logged, kept and evaluated, and where things are.
 _CHANGEABLE = [
     "max_steps",
     "num_train_epochs",
     "rollout_rows",
+    "show_rollouts_every",
     "data_dir",
     "report_to",
     "run_name",
@@ -43,6 +46,11 @@ def check_output_dir(run: RunConfig, resume: bool) -> None:
     folder = Path(run.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; give a folder")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(
+            f"output_dir is {str(folder)!r}, but nothing can be written to {there}; give another output_dir"
+        )
     saved = folder / RUN_FILE
     if resume:
         if not saved.is_file():

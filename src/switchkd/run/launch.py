@@ -17,6 +17,7 @@ from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, UserError
 from switchkd.methods.describe import describe_objective
 from switchkd.models.chat import set_template
+from switchkd.models.hub import offline_at_once
 from switchkd.models.load import load_pair, load_tokenizer
 from switchkd.models.sources import find_source
 from switchkd.records import Example
@@ -24,7 +25,8 @@ from switchkd.report.plots import save_curves
 from switchkd.report.terminal import run_table
 from switchkd.run.callbacks import ConsoleProgress, LogFile, StopCleanly, read_log
 from switchkd.run.file import RunConfig, Stage
-from switchkd.run.folder import LOG_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
+from switchkd.run.folder import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
+from switchkd.run.rollout_view import RolloutView
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.dataset import needs_answers, tokenized, warn_of_templates
 from switchkd.training.teachers import SELF
@@ -58,6 +60,10 @@ def train_run(run: RunConfig, console: Console, *, resume: bool = False) -> None
         console.print(f"The run in {run.output_dir} is finished; there is nothing to do.", markup=False, soft_wrap=True)
         return
     _check_order(to_do)
+    if any(stage.config.push_to_hub for stage in to_do) and offline_at_once():
+        raise UserError(
+            "push_to_hub is true, but the hub cannot be reached from here; leave it out, and push afterwards"
+        )
     for number, prepared in enumerate(_prepare(to_do)):
         if number:
             # A trainer may be in reference cycles, and its models and optimizer fill the device that this stage needs.
@@ -194,6 +200,8 @@ def _trainer(
         adapted: Any = trainer.pair.student
         adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RolloutView(trainer, console, Path(run.output_dir) / ROLLOUTS_FILE, stage.name))
+    trainer.tell_rollouts(progress.on_rollouts)
     return trainer, stopper, progress
 
 

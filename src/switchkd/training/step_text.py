@@ -14,8 +14,8 @@ from transformers import TrainerState
 from switchkd.distributions.noise import Address, Stream, row_keys, uniform
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
-from switchkd.records import Example, Prompt, Rollout
-from switchkd.rollout.engine import Engine
+from switchkd.records import Example, Prompt, Rollout, Sampling
+from switchkd.rollout.engine import Engine, KeepTeacher, Progress, PromptLike
 from switchkd.rollout.law import Policy, Teacher
 from switchkd.rollout.policies import Switch
 from switchkd.training.adaptive_share import AdaptiveShare
@@ -45,6 +45,27 @@ class _Coin(IntEnum):
     PREFIX = 4
 
 
+class _ToldEngine:
+    """The engine, which tells of each call how many of its rollouts are finished, and how many there are to be."""
+
+    def __init__(self, engine: Engine, told: Callable[[int, int], None]) -> None:
+        self.engine = engine
+        self.told = told
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        policy: Policy,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        keep_teacher: KeepTeacher = None,
+        on_progress: Progress | None = None,
+    ) -> list[Rollout]:
+        total = len(prompts)
+        told = on_progress or (lambda finished: self.told(finished, total))
+        return self.engine.generate(prompts, policy, sampling, seed, keep_teacher, told)
+
+
 class StepText:
     """Makes the training sequences of each step. Every choice is an addressed coin of (seed, row, step).
 
@@ -56,6 +77,10 @@ class StepText:
         self.plan = plan = args.plan
         self.pair = pair
         self.meters = meters
+        # Those of the newest step, without the teacher's states, which are large.
+        self.newest: list[Rollout] = []
+        # Told the rollouts that are finished, and how many there are to be.
+        self.on_progress: Callable[[int, int], None] | None = None
         self.replay = ReplayBuffer(plan.replay_capacity) if plan.replay_capacity and plan.rolls_out else None
         self.share = AdaptiveShare(plan.rollout_share, plan.share_rise) if plan.share_rise else None
         self.calibrated = None
@@ -66,6 +91,7 @@ class StepText:
         self, examples: Sequence[Example], state: TrainerState, engine: Engine, log: Callable[[dict[str, float]], None]
     ) -> list[Example | Rollout]:
         """Each example, or the rollout that takes its place at the step that `state` is at, in their order."""
+        engine = _ToldEngine(engine, self.on_progress) if self.on_progress else engine
         policy = self.calibrated.policy_at(state, engine, log) if self.calibrated else self.plan.policy
         policy = policy.at_step(state.global_step)
         limit = self.plan.longest_rollout(state.global_step, self.args.max_new_tokens)
@@ -88,6 +114,7 @@ class StepText:
             if rows:
                 rollouts = self._roll_out([prompts[row] for row in rows], writer, engine, limit)
                 written.update(zip(rows, rollouts, strict=True))
+        self.newest = [replace(written[row], teacher_hidden=None) for row in sorted(written)]
         if self.share:
             self.meters.add("student_share", share, 1)
         if self.replay is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from switchkd.data.packed import lengths_of
 from switchkd.errors import UserError
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
-from switchkd.models.pair import ModelPair, name_of, parameter_count
+from switchkd.models.pair import ModelPair, name_of, parameter_count, rounded
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine, KeepTeacher
 from switchkd.rollout.law import Student
@@ -53,7 +53,9 @@ class TrainerOptions(TypedDict, total=False):
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 
 
-def _check_teacher(args: SwitchConfig, model: object, teacher_model: object) -> None:
+def _check_call(args: SwitchConfig, model: object, teacher_model: object) -> None:
+    if not isinstance(args, SwitchConfig):
+        raise UserError(f"args is a {type(args).__name__}; pass a SwitchConfig, which takes the same settings and ours")
     has_teacher = teacher_model is not None or (isinstance(model, ModelPair) and model.teacher is not None)
     if args.plan.needs_teacher and not has_teacher:
         raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
@@ -90,9 +92,9 @@ class SwitchTrainer(Trainer):
         **options: Unpack[TrainerOptions],
     ) -> None:
         args = args or SwitchConfig(output_dir="runs/switchkd")
+        _check_call(args, model, teacher_model)
         self.plan = plan = args.plan
         args.check_evaluation(has_data=eval_dataset is not None)
-        _check_teacher(args, model, teacher_model)
         self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config, args)
         check_one_device(args, pair)
         keep_ends(pair)
@@ -129,6 +131,15 @@ class SwitchTrainer(Trainer):
         self._step_started, self._step_tokens = 0.0, 0
         self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
 
+    @property
+    def newest_rollouts(self) -> list[Rollout]:
+        """The rollouts of this process in the newest step, in the order of its rows, without the teacher's states."""
+        return self._text.newest
+
+    def tell_rollouts(self, told: Callable[[int, int], None]) -> None:
+        """While a step is rolled out, call `told` with the number of finished rollouts and the number there will be."""
+        self._text.on_progress = told
+
     def _check_room(self) -> None:
         """Raise UserError where a model has too few positions for the data or the rollouts."""
         held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
@@ -148,12 +159,12 @@ class SwitchTrainer(Trainer):
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(count / rows))
         teacher = self.pair.teacher
-        learns_from = f" from {name_of(teacher)} ({self._teacher_size / 1e6:.3g}M)" if teacher is not None else ""
+        learns_from = f" from {name_of(teacher)} ({rounded(self._teacher_size)})" if teacher is not None else ""
         writes = f"{self.plan.rollout_share:.0%} rolled out" if self.plan.rollout_share else "the data set's text"
         return (
-            f"{args.method_name}: {name_of(self.pair.student)} ({parameter_count(self.pair.student) / 1e6:.3g}M parameters) learns"
+            f"{args.method_name}: {name_of(self.pair.student)} ({rounded(parameter_count(self.pair.student))} parameters) learns"
             f"{learns_from}: {steps:,} steps x {rows} sequences ({writes}) of up to {args.max_new_tokens} response tokens, "
-            f"at most {steps * rows * args.max_new_tokens / 1e6:.3g}M tokens, from {count:,} rows"
+            f"at most {rounded(steps * rows * args.max_new_tokens)} tokens, from {count:,} rows"
         )
 
     def get_batch_samples(
