@@ -18,6 +18,7 @@ from rich.text import Text
 from switchkd.cli.help import OUTPUT, POLICY, option
 from switchkd.cli.options import (
     MeasuredPair,
+    engine_of,
     new_console,
     policy_named,
     policy_settings,
@@ -163,11 +164,10 @@ def _engine_at_work(options: MeasuredPair, console: Console) -> Iterator[tuple[M
     """The pair, its engine and the prompts, with a line for each round while they are at work."""
     from switchkd.analysis.cures import MARGIN_TOP_K
     from switchkd.report.rounds import WatchedEngine
-    from switchkd.rollout.speculative import SpeculativeEngine
 
     pair, prompts = options.load()
     with console.status(f"rolling out {len(prompts)} prompts, several times ...") as status:
-        engine = SpeculativeEngine(pair, margin_top_k=MARGIN_TOP_K, max_rows=options.rollout_rows)
+        engine = engine_of(options, pair, MARGIN_TOP_K)
         yield pair, WatchedEngine(engine, console, status), prompts
 
 

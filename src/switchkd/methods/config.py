@@ -37,6 +37,7 @@ from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
 from switchkd.models.placement import Placement, placement_of, precision_named
 from switchkd.records import Sampling
 from switchkd.rollout.blocks import check_block_size
+from switchkd.rollout.graphs import Compile
 from switchkd.rollout.law import Policy
 from switchkd.rollout.policies import POLICY, DecayName, Switch
 from switchkd.settings.components import setting
@@ -143,6 +144,7 @@ class SwitchConfig(TrainingArguments):
     block_size: int | str = setting(
         4, "Tokens drafted before the teacher is asked; auto is chosen by speed. Changes no token."
     )
+    compile: Compile = setting("auto", "Whether rollouts run as graphs of the device: true, false, auto (on CUDA).")
     measure_every: int = setting(
         10, "Steps between measurements of both models' entropies and their agreement; 0 is never."
     )

@@ -43,7 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Device, precision and memory": (
         "device", "precision", "bf16", "dtype", "teacher_dtype", "attn_implementation", "rollout_rows", "block_size",
-        "teacher_offload",
+        "compile", "teacher_offload",
     ),
 }  # fmt: skip
 LAST_GROUP = "Training and logs"

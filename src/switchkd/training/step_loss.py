@@ -18,7 +18,7 @@ from switchkd.loss.policy_gradient import importance_and_returns
 from switchkd.loss.signals import DenseTeacher
 from switchkd.loss.weight import product_of
 from switchkd.methods.plan import Plan
-from switchkd.models.heads import backbone, last_hidden
+from switchkd.models.heads import backbone, last_hidden, put_tap
 from switchkd.models.pair import ModelPair
 from switchkd.records import Batch, Example, Rollout
 from switchkd.training.start_model import StartModel
@@ -32,6 +32,7 @@ class StepLoss:
 
     def __init__(self, pair: ModelPair, plan: Plan, *, rows: int) -> None:
         self.pair = pair
+        put_tap(pair.student)
         self.rows = rows
         self.objective = plan.objective
         self.replayed_prefix = plan.replayed_prefix

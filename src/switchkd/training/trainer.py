@@ -53,6 +53,14 @@ class TrainerOptions(TypedDict, total=False):
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 
 
+def _engine(pair: ModelPair, args: SwitchConfig) -> SpeculativeEngine:
+    """The engine that a run writes its text with."""
+    margin = args.plan.objective.margin_top_k
+    return SpeculativeEngine(
+        pair, args.block_size, max_rows=args.rollout_rows, margin_top_k=margin, compile=args.compile
+    )
+
+
 def _check_call(args: SwitchConfig, model: object, teacher_model: object) -> None:
     if not isinstance(args, SwitchConfig):
         raise UserError(f"args is a {type(args).__name__}; pass a SwitchConfig, which takes the same settings and ours")
@@ -120,9 +128,7 @@ class SwitchTrainer(Trainer):
         self._teacher_size = teacher_size(pair)
         self._place = TeacherPlace(pair.teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
         with self._place.loaded():
-            self.engine = engine or SpeculativeEngine(
-                pair, args.block_size, max_rows=args.rollout_rows, margin_top_k=plan.objective.margin_top_k
-            )
+            self.engine = engine or _engine(pair, args)
             self._loss = StepLoss(pair, plan, rows=args.train_batch_size)
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
         self._text = StepText(args, pair, self._meters, self.train_dataset or ())
