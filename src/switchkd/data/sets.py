@@ -133,16 +133,17 @@ def resolve(
     sources = sources_of(source)
     parts: list[tuple[Rows | list[SourceRow], float]] = []
     for each in sources:
-        if each.streaming:
-            rows = _streamed(each, each.split or split, limit or stream_rows, seed)
-        else:
-            rows = _rows_of(each, split, data_dir, limit)
+        rows: Rows | list[SourceRow] = (
+            _streamed(each, each.split or split, limit or stream_rows, seed)
+            if each.streaming
+            else _rows_of(each, split, data_dir, limit)
+        )
         named = each.path in SETS or each.path == "world"
         parts.append((with_columns(rows, each.columns or (None if named else columns)), each.weight))
     if len(parts) > 1 or sources[0].weight != 1:
         return mixed(parts, seed) if limit is None else mixed(parts, seed)[:limit]
-    rows = parts[0][0]
-    return rows if limit is None else rows[:limit]
+    only = parts[0][0]
+    return only if limit is None else only[:limit]
 
 
 def _rows_of(source: Source, split: str, data_dir: str | Path | None, limit: int | None) -> Rows:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rich.table import Table
 
-from switchkd.data.examples import BadRow, Loaded, Rendering, prompt_text, to_examples
+from switchkd.data.examples import Loaded, Rendering, prompt_text, to_examples
+from switchkd.data.faults import BadRow
 from switchkd.data.rows import SourceRow
 from switchkd.data.shapes import row_text
 from switchkd.errors import UserError
