@@ -133,7 +133,7 @@ def resolve(
     sources = sources_of(source)
     parts: list[tuple[Rows | list[SourceRow], float]] = []
     for each in sources:
-        rows: Rows | list[SourceRow] = (
+        rows = (
             _streamed(each, each.split or split, limit or stream_rows, seed)
             if each.streaming
             else _rows_of(each, split, data_dir, limit)
