@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-# Two threads a process is the fastest that small models get on two cores, and makes runs comparable.
+# Two threads a process is the fastest that small models get on two cores, and makes runs comparable. The suite takes two
+# processes of one thread instead.
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
@@ -12,7 +13,7 @@ demo: $(READY)  ## distil the embedded student with SWITCH: minutes on two CPU c
 	$(BIN)/switchkd demo
 
 test: $(READY)  ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 slow: $(READY)  ## the tests that take minutes
 	$(BIN)/pytest -m slow

@@ -151,9 +151,9 @@ def test_no_noise_is_made_for_tokens_that_are_kept_or_thrown_away(monkeypatch: p
     draft = drafted(student_logp, block_address(6, 5))
     monkeypatch.setattr(draw, "gumbel", counting)
     assert torch.equal(law_token(draft, student_logp), draft.proposal)
-    assert made == []
+    assert sum(made) == 0
     token = law_token(draft, teacher_logp)
-    assert made == [int((token != draft.proposal).any(dim=1).sum())] == [6]
+    assert sum(made) == int((token != draft.proposal).any(dim=1).sum()) == 6
 
 
 def test_a_row_is_drawn_the_same_alone_and_beside_others() -> None:
