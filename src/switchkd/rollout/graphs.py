@@ -21,7 +21,7 @@ from switchkd.errors import UserError
 from switchkd.models.pair import ModelPair
 from switchkd.rollout.block import scored, student_step, teacher_states, written
 
-Compile = bool | Literal["auto"]
+Compile = Literal["auto", True, False]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

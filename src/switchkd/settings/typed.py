@@ -81,7 +81,9 @@ def _expected(hint: Any) -> str:
         return " or ".join(dict.fromkeys(map(_expected, arms))) or "left out"
     (arm,) = arms
     if get_origin(arm) is Literal:
-        return f"one of {', '.join(map(str, get_args(arm)))}"
+        # As YAML writes true and false.
+        words = (str(each).lower() if isinstance(each, bool) else str(each) for each in get_args(arm))
+        return f"one of {', '.join(words)}"
     if _is_enum(arm):
         return f"one of {', '.join(str(member.value) for member in arm)}"
     return _KINDS.get(get_origin(arm) or arm, "left out")
