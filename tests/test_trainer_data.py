@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from switchkd.errors import UserError
+from switchkd.evaluation.measures import AnswerScore, exact_match, rouge_l
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Rollout
@@ -77,6 +78,58 @@ def test_a_set_of_prompts_is_evaluated_on_the_students_own_text(tmp_path: Path) 
     written = [Example(rollout.prompt, rollout.token_ids) for rollout in engine.calls[0]]
     given = make_trainer(tmp_path, pair, eval_dataset=written, method="kd").evaluate()["eval_loss"]
     assert first == pytest.approx(given, rel=1e-5)
+
+
+def test_answers_are_scored_by_our_measures_and_by_a_function_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "grading.py").write_text(
+        "def words(prompt, answer, references):\n    return len(prompt) + 100 * len(answer) + len(references) / 8\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    pair = tiny_pair("llama", tokenizer=tiny_tokenizer())
+    rows = [{"instruction": "one", "output": ["sun", "rain"]}, {"instruction": "two", "output": ["red"]}]
+    scores = ["rouge_l", "numeric_match", "grading:words"]
+    trainer = make_trainer(tmp_path, pair, eval_dataset=rows, method="kd", eval_scores=scores, max_prompt_tokens=80)
+    engine = RecordingEngine(trainer)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0
+    expected = dict.fromkeys(("rouge_l", "numeric_match", "words"), 0.0)
+    for rollout in (rollout for call in engine.calls for rollout in call):
+        ends = rollout.finish_reason == "end_of_text"
+        answer = pair.tokenizer.decode(rollout.token_ids[:-1] if ends else rollout.token_ids)
+        references = rows[rollout.prompt.prompt_id]["output"]
+        expected["rouge_l"] += rouge_l(answer, references) / 2
+        expected["numeric_match"] += 50 * exact_match(answer, references, "numeric")
+        prompt = pair.tokenizer.decode(rollout.prompt.token_ids)
+        expected["words"] += (len(prompt) + 100 * len(answer) + len(references) / 8) / 2
+    # The same sums in another order: rounding of float64.
+    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-12)
+    # The loss is that on the data set's responses, as without scores.
+    alone = make_trainer(tmp_path, pair, eval_dataset=rows, method="kd", max_prompt_tokens=80).evaluate()
+    assert metrics["eval_loss"] == alone["eval_loss"]
+
+    prompts = [{"prompt": "one two"}, {"prompt": "sun"}]
+    only = make_trainer(tmp_path, pair, eval_dataset=prompts, method="gkd", eval_scores="grading:words").evaluate()
+    assert {"eval_loss", "eval_words"} <= only.keys()
+    with pytest.raises(UserError, match="the score words failed with ZeroDivisionError: division by zero"):
+        AnswerScore("words", lambda prompt, answer, references: 1 / 0)("one", "sun", ())
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ("rouge", "there is no score 'rouge'"),
+        ("exact_mach", "did you mean 'exact_match'?"),
+        ("nowhere:f", "score 'nowhere:f' cannot be imported"),
+        ("json:__name__", "it has to be a function"),
+        ("rouge_l", "eval_scores has rouge_l, which compares with answers, but no row of the evaluation data has one"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(scores: str, said: str, tmp_path: Path) -> None:
+    pair = tiny_pair("llama", tokenizer=tiny_tokenizer())
+    prompts = [{"prompt": "one two"}, {"prompt": "sun"}]
+    assert said in refused(tmp_path, pair, EXAMPLES, eval_dataset=prompts, eval_scores=scores)
 
 
 def test_evaluation_data_has_responses_in_all_rows_or_in_none_and_without_a_teacher_in_all(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def train(
 def evaluate(options: EvaluationOptions) -> None:
     """Score a student's answers: ROUGE-L and exact match, mean and deviation over seeds."""
     from switchkd.data.sets import resolve
+    from switchkd.evaluation.measures import scores_named
     from switchkd.evaluation.score import EvaluationSettings
     from switchkd.evaluation.score import evaluate as score
     from switchkd.models.load import load_pair
@@ -150,8 +151,9 @@ def evaluate(options: EvaluationOptions) -> None:
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, no_repeat_ngram_size=ngram)
     seeds = _whole_numbers("--seeds", options.seeds)
     match: Any = options.match
-    settings = EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options), match)
-    names = [name.strip() for name in options.sets.split(",") if name.strip()]
+    scores = scores_named(_words(options.eval_scores))
+    settings = EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options), match, scores)
+    names = _words(options.sets)
     if not names:
         raise UserError(f"--sets is {options.sets!r}; name at least one set, such as dolly or world")
     rows = {name: resolve(name, "eval", data_dir=options.data_dir, limit=options.limit) for name in names}
@@ -178,6 +180,10 @@ def evaluate(options: EvaluationOptions) -> None:
 
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in name).strip("-")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _whole_numbers(option: str, text: str) -> tuple[int, ...]:

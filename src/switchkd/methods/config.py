@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from switchkd.data.examples import AddBos, Rendering, TrainTurns
 from switchkd.distributions.divergences import Divergence
 from switchkd.errors import UserError
+from switchkd.evaluation.measures import scores_named
 from switchkd.loss.objective import CrossEntropyOn, Objective
 from switchkd.loss.targets import Target
 from switchkd.loss.weight import Weight
@@ -149,6 +150,10 @@ class SwitchConfig(TrainingArguments):
         10, "Steps between measurements of both models' entropies and their agreement; 0 is never."
     )
     show_rollouts_every: int = setting(100, "Steps between rollouts shown and kept in rollouts.jsonl; 0 is never.")
+    eval_scores: None | str | list[str] = setting(
+        None,
+        "What the student's answers to eval_data are scored by: rouge_l, exact_match, numeric_match, module:FUNCTION.",
+    )
     teacher_offload: Offload = setting(
         "none", "Where the teacher's weights are between rollouts: none (they stay), cpu or disk."
     )
@@ -338,6 +343,11 @@ class SwitchConfig(TrainingArguments):
             raise UserError(
                 f"train_turns is 'all', but method {self.method_name!r} has text written, and that continues the last turn "
                 f"of a conversation; leave it out, or take sft or kd"
+            )
+        if scores_named(self.eval_scores) and self.train_turns == "all":
+            raise UserError(
+                "eval_scores is set, but with train_turns all an answer may be any turn, and the references are of the last; "
+                "leave one of them out"
             )
         sampling, objective = self.sampling, self.plan.objective
         # They read the models' own probabilities; what top-k or top-p excludes would make them infinite.

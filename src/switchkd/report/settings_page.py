@@ -22,7 +22,7 @@ Fields = Mapping[str, Field[Any]]
 
 # In the order in which somebody who writes a run file meets them. What is in no group stands in the last one.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "The run": ("student", "teacher", "train_data", "eval_data", "data_dir", "output_dir", "stages"),
+    "The run": ("student", "teacher", "train_data", "eval_data", "eval_scores", "data_dir", "output_dir", "stages"),
     "Method": ("method", "policy", "divergence", "teacher_text_divergence", "target", "weight"),
     "The threshold of SWITCH": ("threshold", "decay", "decay_rate", "final_fraction"),
     "Where the text comes from": (

@@ -26,21 +26,26 @@ from switchkd.report.terminal import duration
 SHOWN = {
     "loss": "loss {:.4f}",
     "eval_loss": "eval loss {:.4f}",
+    "eval_rouge_l": "ROUGE-L {:.1f}",
+    "eval_exact_match": "exact match {:.1f}",
+    "eval_numeric_match": "numeric match {:.1f}",
     "threshold": "threshold {:.3g}",
     "teacher_share": "teacher {:.0%}",
     "response_tokens": "{:.0f} tokens",
     "rollout_tokens_per_second": "rollout {:,.0f} tok/s",
     "train_tokens_per_second": "train {:,.0f} tok/s",
 }
-
-
+# How the names of transformers' times of an evaluation end.
+_CLOCK = ("_runtime", "_per_second")
 # Elsewhere than on a terminal, a step that takes longer says how far it is.
 _SECONDS_BETWEEN_LINES = 60.0
 
 
 def measures(logs: Mapping[str, Any]) -> str:
-    """The measures of one log event, in one line."""
-    return "  ".join(form.format(float(logs[key])) for key, form in SHOWN.items() if key in logs)
+    """The measures of one log event, in one line, the scores of one's own and those of several sets at its end."""
+    ours = [form.format(float(logs[key])) for key, form in SHOWN.items() if key in logs]
+    others = [key for key in logs if key.startswith("eval_") and key not in SHOWN and not key.endswith(_CLOCK)]
+    return "  ".join([*ours, *(f"{key.removeprefix('eval_')} {float(logs[key]):.4g}" for key in others)])
 
 
 class ConsoleProgress(TrainerCallback):

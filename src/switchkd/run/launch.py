@@ -28,7 +28,7 @@ from switchkd.run.file import RunConfig, Stage
 from switchkd.run.folder import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
 from switchkd.run.rollout_view import RolloutView
 from switchkd.training.checkpoints import last_complete_checkpoint
-from switchkd.training.dataset import needs_answers, tokenized, warn_of_templates
+from switchkd.training.dataset import evaluated, tokenized, warn_of_templates
 from switchkd.training.teachers import SELF
 from switchkd.training.trainer import SwitchTrainer
 
@@ -111,10 +111,7 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
         warn_of_templates(train, tokenizer, teacher_tokenizer, stage.config)
         needs_response = stage.config.plan.needs_response
         train_examples = tokenized(train, tokenizer, stage.config, need_response=needs_response)
-        eval_examples = None
-        if held_out:
-            answered = needs_answers(held_out, stage.config)
-            eval_examples = tokenized(held_out, tokenizer, stage.config, need_response=answered)
+        eval_examples = evaluated(held_out, tokenizer, stage.config) if held_out else None
         prepared.append(PreparedStage(stage, peft_config, train_examples, eval_examples))
     return prepared
 

@@ -62,7 +62,7 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
         ),
         Foreign(
             "n_gpu n_gpus n_gpus_per_node num_gpus nproc_per_node nnodes num_nodes world_size",
-            advice="start one process for each GPU, with torchrun --nproc-per-node N -m switchkd.cli.main train RUN.yaml",
+            advice="start one process for each GPU, with torchrun --nproc-per-node N -m switchkd train RUN.yaml",
         ),
         Foreign(
             "load_in_4bit load_in_8bit quant_bits quant_method quantization quantization_bit bnb_4bit_* bits",

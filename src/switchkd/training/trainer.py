@@ -17,15 +17,16 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from switchkd.data.packed import lengths_of
 from switchkd.errors import UserError
+from switchkd.evaluation.measures import scores_named
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair, name_of, parameter_count, rounded
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine, KeepTeacher
-from switchkd.rollout.law import Student
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers, without_repeats
+from switchkd.training.evaluation import EvaluationSums, answers_to
 from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
@@ -39,9 +40,6 @@ from switchkd.training.trained_pair import keep_ends, trained_pair
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-# The sample that evaluations draw: no training step and no calibration does.
-_EVALUATION = -(1 << 33)
 
 
 class TrainerOptions(TypedDict, total=False):
@@ -135,7 +133,7 @@ class SwitchTrainer(Trainer):
         for callback in filter(None, (self._text.share, teacher_share_alarm(plan))):
             self.add_callback(callback)
         self._step_started, self._step_tokens = 0.0, 0
-        self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
+        self._evaluated = EvaluationSums()
 
     @property
     def newest_rollouts(self) -> list[Rollout]:
@@ -149,7 +147,7 @@ class SwitchTrainer(Trainer):
     def _check_room(self) -> None:
         """Raise UserError where a model has too few positions for the data or the rollouts."""
         held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
-        longest, rolls_out = 0, self.plan.rolls_out or bool(self.plan.teacher_text)
+        longest, rolls_out = 0, self.plan.rolls_out or bool(self.plan.teacher_text or self.args.eval_scores)
         for prompt, response in chain.from_iterable(map(lengths_of, [self.train_dataset or (), *held_out])):
             # A prompt alone is rolled out in an evaluation too.
             written = self.args.max_new_tokens if rolls_out or not response else 0
@@ -265,40 +263,40 @@ class SwitchTrainer(Trainer):
         """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token.
 
         It is the sum over all their tokens / their number, whatever the batches and processes. Of a set of prompts alone, the
-        responses are rollouts of the student as it is now, with the same draws in each evaluation.
+        responses are rollouts of the student as it is now, with the same draws in each evaluation. Such rollouts are what
+        `eval_scores` scores, and their means are metrics as well.
         """
-        self._eval_rows, self._eval_sum, self._eval_tokens = len(dataloader.dataset), 0.0, 0.0
+        scored: Any = dataloader.dataset
+        references = getattr(scored, "references", None)
+        self._evaluated = EvaluationSums(scores_named(self.args.eval_scores), references, len(scored))
         with self._place.loaded():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        sums = torch.tensor([[self._eval_sum, self._eval_tokens]], dtype=torch.float64)
-        total, tokens = self._gathered(sums).sum(dim=0).tolist()
         if output.metrics is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / (tokens or 1)
+            means = self._evaluated.means(self._gathered)
+            output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **also_ignored: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Add the batch's losses and tokens to the evaluation's. None is returned: the loop would take a mean of means."""
-        if examples := self._without_repeats(inputs["examples"], self._eval_rows):
+        """Add the batch's losses, tokens and scores to the evaluation's. None is returned: the loop would take a mean of means."""
+        if examples := self._without_repeats(inputs["examples"], self._evaluated.rows):
             with self.pair.computing(), torch.no_grad():
-                inputs = self._on_device(self._loss.inputs(self._loss.scored(self._answered(examples))))
+                prompts_alone = not any(example.response_ids for example in examples)
+                answers = self._answers(examples) if prompts_alone or self.args.eval_scores else []
+                scored = self._loss.scored(answers if prompts_alone else examples)
+                inputs = self._on_device(self._loss.inputs(scored))
                 loss, _ = self._loss(model, inputs, 1)
-            self._eval_sum += float(loss)
-            self._eval_tokens += inputs["denominator"]
+            self._evaluated.add_loss(float(loss), inputs["denominator"])
+            if self.args.eval_scores:
+                self._evaluated.add_answers(answers, self.pair, self.args.seed)
         return None, None, None
 
-    def _answered(self, examples: Sequence[Example]) -> Sequence[Example | Rollout]:
-        """The examples, or where they are prompts alone, what the student writes after them."""
-        if any(example.response_ids for example in examples):
-            return examples
+    def _answers(self, examples: Sequence[Example]) -> list[Rollout]:
         keep: KeepTeacher = "hidden" if self.plan.objective.reads_logp else None
-        prompts = [replace(example.prompt, sample_id=_EVALUATION) for example in examples]
-        return self.engine.generate(
-            prompts, policy=Student(), sampling=self.args.sampling, seed=self.args.seed, keep_teacher=keep
-        )
+        return answers_to(examples, self.engine, self.args.sampling, self.args.seed, keep)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`; True resumes from the last checkpoint that is complete, or raises UserError."""
