@@ -11,9 +11,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from switchkd.data.columns import with_columns
+from switchkd.data.columns import guessed_columns, with_columns
 from switchkd.data.examples import Rendering, to_examples
-from switchkd.data.guess import guessed_columns
 from switchkd.data.rows import Rows
 from switchkd.data.sets import resolve
 from switchkd.data.shapes import has_answers, is_chat
@@ -271,5 +270,7 @@ def _training_lines(found: Data, fit: Fit) -> list[str]:
 
 
 def _line(key: str, value: Any, why: str = "") -> str:
-    given = yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True, width=_ANY_LENGTH).strip()[1:-1]
+    given = yaml.safe_dump(
+        {key: value}, default_flow_style=True, sort_keys=False, allow_unicode=True, width=_ANY_LENGTH
+    ).strip()[1:-1]
     return f"{given:<31} # {why}" if why else given
