@@ -55,7 +55,7 @@ def test_a_help_page_says_what_options_take_and_ends_with_a_call_that_parses(
     # Neither braces nor doubled brackets, nor typer's types of what takes no value, nor text that is cut off.
     assert "{" not in usage
     assert "[[" not in usage
-    assert not [odd for odd in ("<bool>", "range>", "…") if odd in shown]
+    assert not [odd for odd in ("<bool>", "<str>", "<path>", "range>", "…") if odd in shown]
     call = shown.rpartition("Example")[2]
     command, *arguments = call.split()[1:]
     assert command == name

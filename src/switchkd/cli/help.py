@@ -32,13 +32,16 @@ def example(arguments: str) -> str:
     return f"[bold]Example[/bold]   switchkd {arguments}"
 
 
-def _without_types_of_flags(params: list[Any]) -> list[Any]:
+def _without_python_types(params: list[Any]) -> list[Any]:
     """The parameters as the help page shows them; --help has a panel of its own where the others have theirs."""
     in_panels = any(getattr(each, "rich_help_panel", None) for each in params)
     for each in params:
         if getattr(each, "is_flag", False):
             # typer writes <bool> beside what takes no value.
             each.metavar = ""
+        if each.param_type_name == "argument":
+            # Nor would <path> beside RUN.yaml tell a reader anything.
+            each.display_type_rich = lambda ctx: None
         if each.name == "help" and in_panels:
             each.rich_help_panel = _HELP
     return params
@@ -48,8 +51,8 @@ class Command(TyperCommand):
     """A command with the help page that is described here. Raises UserError for an option that has another name now."""
 
     def get_params(self, ctx: Any) -> Any:
-        """As in typer, without a type beside flags."""
-        return _without_types_of_flags(super().get_params(ctx))
+        """As in typer, without types beside flags and arguments."""
+        return _without_python_types(super().get_params(ctx))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """As in typer, without braces around what is required."""
@@ -67,5 +70,5 @@ class Commands(TyperGroup):
     """The group of all commands, with the help page of `Command`."""
 
     def get_params(self, ctx: Any) -> Any:
-        """As in typer, without a type beside flags."""
-        return _without_types_of_flags(super().get_params(ctx))
+        """As in typer, without types beside flags and arguments."""
+        return _without_python_types(super().get_params(ctx))

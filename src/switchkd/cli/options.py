@@ -174,7 +174,7 @@ class EvaluationOptions:
         "text"
     )
     eval_scores: Annotated[
-        str, option(OUTPUT, "NAME,...", "More scores: module:FUNCTION of prompt, answer and references, ...")
+        str, option(OUTPUT, "NAME,...", "Scores beside these: module:FUNCTION, which takes prompt, answer, references.")
     ] = ""
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     add_bos: AddBos = "auto"
