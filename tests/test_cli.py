@@ -81,9 +81,15 @@ def test_the_options_of_a_command_are_called_as_in_a_run_file() -> None:
         (("calibrate", "--share", "0.3"), "--share is now --teacher-share"),
         (("eval", "runs/x", "--sets", "world", "--batch-size=4"), "--batch-size is now --rollout-rows"),
         (("rollout", "--teacher-top-k", "3"), "--teacher-top-k is now --keep-top-k"),
+        # As people type it who come from TRL, ms-swift or verl. Before: "No such option: --lr (Possible options: --help)".
+        (("train", "run.yaml", "--lr", "1e-5"), "no option '--lr'; here it is learning_rate; a run's settings stand"),
+        (("train", "--teacher_model=x"), "no option '--teacher_model'; here it is teacher; a run's settings stand"),
+        (("train", "run.yaml", "--max_steps", "3"), "are put over it by --set KEY=VALUE"),
+        (("train", "run.yaml", "max_steps=3"), "write --set max_steps=3"),
+        (("eval", "runs/x", "--set", "world"), "there is no option '--set'; did you mean '--sets'?"),
     ],
 )
-def test_an_old_name_of_an_option_gets_the_new_one(
+def test_an_option_that_is_called_otherwise_is_named(
     call: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert switchkd(*call) == 2

@@ -7,7 +7,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from switchkd.errors import UserError
+from switchkd.errors import UserError, did_you_mean
+from switchkd.settings.unknown import foreign_named
 
 MODELS, PROMPTS, POLICY, SAMPLING, OUTPUT, DEVICE = (
     "Models",
@@ -59,11 +60,31 @@ class Command(TyperCommand):
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As in typer, but an old name is refused with the new one."""
+        """As in typer, but an old name is refused with the new one, and a run's setting with the way to set it."""
         for name in (word.partition("=")[0] for word in args):
             if name in RENAMED:
                 raise UserError(f"{name} is now {RENAMED[name]}; write that")
+        if not ctx.ignore_unknown_options:
+            names = (name for each in self.get_params(ctx) for name in (*each.opts, *each.secondary_opts))
+            _check_names(args, {name for name in names if name.startswith("-")})
         return super().parse_args(ctx, args)
+
+
+def _check_names(args: list[str], known: set[str]) -> None:
+    """Raise UserError for an option that a command has not; a command with --set tells how a run's setting is given."""
+    takes_settings = "--set" in known
+    for before, word in zip(["", *args], args, strict=False):
+        name = word.partition("=")[0]
+        if takes_settings and name != word and not word.startswith("-") and not before.startswith("-"):
+            raise UserError(f"{word!r} is not expected; to put a setting over the run file's, write --set {word}")
+        if name.startswith("--") and name not in known:
+            if not takes_settings:
+                raise UserError(f"there is no option {name!r}{did_you_mean(name, known)}")
+            row = foreign_named(name)
+            here = f"; {row.sentence}" if row else ""
+            raise UserError(
+                f"there is no option {name!r}{here}; a run's settings stand in its file, or are put over it by --set KEY=VALUE"
+            )
 
 
 class Commands(TyperGroup):
