@@ -124,11 +124,14 @@ def test_train_leaves_a_run_that_others_read(models: Path, tmp_path: Path, capsy
     path = write_run(models, tmp_path)
     assert switchkd("train", path, "--set", "max_steps=2") == 0
     out, folder = capsys.readouterr().out, tmp_path / "out"
-    first, second, *_ = out.splitlines()
+    first, computes, texts, estimate, *_ = out.splitlines()
     assert first.startswith("switch: ")
     assert "2 steps x 2 sequences" in first
-    assert str(folder) in first
-    assert second.startswith("The first step took")
+    # Before: "at most 2e-05M tokens".
+    assert "at most 24 tokens" in first
+    assert computes.startswith("Computes on cpu in float32: ")
+    assert str(folder) in texts
+    assert estimate.startswith("The first step took")
     assert {"1/2", "2/2"} <= {line.split()[0] for line in out.splitlines() if line.split()}
     losses = [event["loss"] for event in read_log(folder / "log.jsonl") if "loss" in event]
     assert len(losses) == 2

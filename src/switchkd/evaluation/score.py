@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, get_args
 
+from rich import box
 from rich.table import Table
 
 from switchkd.data.examples import Loaded, Rendering, prompt_text, to_examples
@@ -145,17 +146,20 @@ class Evaluation:
     def table(self) -> Table:
         """The mean ± deviation over seeds, a line for each set and each of its buckets."""
         title = f"{self.model}: {len(self.seeds)} seed(s), temperature {self.sampling.temperature:g}"
-        table = Table("set", title=title)
+        table = Table("set", title=title, box=box.SIMPLE)
         own = dict.fromkeys(name for result in self.sets.values() for name in result.overall.mean.own)
-        for heading in ("rows", "ROUGE-L", "exact match", "tokens", "ended", *own):
+        for heading in ("rows", "ROUGE-L", "exact match", "tokens", "ended (%)", *own):
             table.add_column(heading, justify="right")
+        # Beside scores from 0 to 100, a share would be read as one of these.
+        percent = {"ended_share": 100.0}
         for name, result in self.sets.items():
             for label, summary in {name: result.overall, **{f"  {b}": s for b, s in result.by_bucket.items()}}.items():
                 deviations = summary.deviation.flat() if summary.deviation else {}
-                cells = [
-                    "-" if math.isnan(mean) else f"{mean:.2f}" + (f" ± {deviations[key]:.2f}" if deviations else "")
-                    for key, mean in summary.mean.flat().items()
-                ]
+                cells = []
+                for key, mean in summary.mean.flat().items():
+                    unit = percent.get(key, 1.0)
+                    spread = f" ± {unit * deviations[key]:.2f}" if deviations else ""
+                    cells.append("-" if math.isnan(mean) else f"{unit * mean:.2f}{spread}")
                 table.add_row(label, str(summary.rows), *cells)
         return table
 
@@ -173,9 +177,9 @@ def evaluate(
     """The scores of the student's answers to the rows of each set.
 
     Rows without a reference or with too long a prompt are left out and named in the result; a set without any reference needs
-    a score that compares with none. With `out_folder`, eval.json
-    and a file of answers for each set are written there. Raises UserError, before anything is generated, for a set without
-    a row to use. Source: the evaluation of MiniLLM and DistiLLM, whose settings are the defaults.
+    a score that compares with none. With `out_folder`, eval.json and a file of answers for each set are written there. Raises
+    UserError, before anything is generated, for a set without a row to use. Source: the evaluation of MiniLLM and DistiLLM,
+    whose settings are the defaults.
     """
     # All sets are read before the first is answered, so that a bad one does not cost hours.
     loaded = {

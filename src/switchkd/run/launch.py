@@ -146,7 +146,7 @@ def _train_stage(
     if is_main_process:
         # Only now that everything has loaded: once the folder is marked as a run, another attempt without --resume is refused.
         record_run(run if run.stages else _with_rate(run, trainer.args.learning_rate))
-        console.print(_first_line(trainer, stage, checkpoint), highlight=False, markup=False, soft_wrap=True)
+        console.print(_first_lines(trainer, stage, checkpoint), highlight=False, markup=False, soft_wrap=True)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
@@ -202,10 +202,10 @@ def _trainer(
     return trainer, stopper, progress
 
 
-def _first_line(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -> str:
+def _first_lines(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -> str:
     starts = f" Goes on from {checkpoint}." if checkpoint else ""
     computes = f"Computes {stage.config.placement.describe()}: {describe_objective(stage.config)}."
-    return f"{trainer.describe()}. {computes} {_marks(trainer)} Writes to {stage.model_folder}.{starts}"
+    return f"{trainer.describe()}.\n{computes}\n{_marks(trainer)} Writes to {stage.model_folder}.{starts}"
 
 
 def _with_rate(run: RunConfig, rate: float | None) -> RunConfig:
