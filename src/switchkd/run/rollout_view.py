@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
 from typing import Any
 
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from switchkd.report.terminal import print_rollouts, rollout_text
 from switchkd.rollout.jsonl import rollout_record
@@ -22,7 +21,7 @@ SHOWN_ROLLOUTS = 2
 class RolloutView(TrainerCallback):
     """Shows the first rollouts of a step, every `show_rollouts_every` steps from the first on; nothing is generated for it.
 
-    On the console in color, in the file as JSON lines with stage and step, and in TensorBoard or wandb, where it reports, as text.
+    On the console in color, in the file as JSON lines with stage and step, and in TensorBoard, where it reports, as text.
     """
 
     def __init__(self, trainer: SwitchTrainer, console: Console, path: Path, stage: str) -> None:
@@ -47,15 +46,7 @@ class RolloutView(TrainerCallback):
                 file.write(json.dumps({"stage": self.stage, "step": state.global_step, **record}) + "\n")
         texts = [rollout_text(rollout, tokenizer, color=False).plain for rollout in rollouts]
         for callback in self.trainer.callback_handler.callbacks:
-            _report(callback, texts, state.global_step)
-
-
-def _report(callback: TrainerCallback, texts: Sequence[str], step: int) -> None:
-    """Send the texts where a reporter of transformers reports, if it is one that takes text."""
-    if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-        # It reads Markdown, which leaves an indented block as it is.
-        callback.tb_writer.add_text("rollouts", "\n\n".join(indent(text, "    ") for text in texts), step)
-    if isinstance(callback, WandbCallback) and callback._wandb is not None:
-        table = callback._wandb.Table(columns=["step", "rollout"], data=[[step, text] for text in texts])
-        # As transformers counts its steps there.
-        callback._wandb.log({"rollouts": table, "train/global_step": step})
+            writer = callback.tb_writer if isinstance(callback, TensorBoardCallback) else None
+            if writer is not None:
+                # It reads Markdown, which leaves an indented block as it is.
+                writer.add_text("rollouts", "\n\n".join(indent(text, "    ") for text in texts), state.global_step)
