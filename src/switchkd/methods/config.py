@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from switchkd.loss.objective import CrossEntropyOn, Objective
 from switchkd.loss.targets import Target
 from switchkd.loss.weight import Weight
 from switchkd.loss.weights import WEIGHT
+from switchkd.methods.device import placement_for
 from switchkd.methods.inherited import check_inherited, renamed
 from switchkd.methods.parts import (
     AUTO,
@@ -35,7 +35,7 @@ from switchkd.methods.parts import (
 from switchkd.methods.plan import AutoThreshold, Plan
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
 from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
-from switchkd.models.placement import Placement, placement_of, precision_named
+from switchkd.models.placement import Placement
 from switchkd.records import Sampling
 from switchkd.rollout.blocks import check_block_size
 from switchkd.rollout.graphs import Compile
@@ -202,7 +202,7 @@ class SwitchConfig(TrainingArguments):
         # Ours first: transformers' checks ask for devices and take seconds.
         self.plan = self._make_plan()
         self._check()
-        self.placement = self._placement()
+        self.placement = placement_for(self)
         # accelerate wraps the student's forward by these; everything else follows the placement, and the two have to agree.
         self.bf16 = self.placement.autocast_dtype is not None
         self.use_cpu = self.placement.device.type == "cpu"
@@ -284,29 +284,6 @@ class SwitchConfig(TrainingArguments):
         if method.teacher_writes_data or (method.replayed_prefix and method.replayed_prefix.source == "teacher"):
             return Path(self.teacher_text or Path(str(self.output_dir)) / "teacher_text.jsonl")
         return None
-
-    def _placement(self) -> Placement:
-        """Device and precision, from our settings and from those of transformers and accelerate for the same thing."""
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if self.fp16 or launched == "fp16":
-            raise UserError(
-                "fp16 is asked for, in which the loss's gradients underflow; take precision bf16 or float32"
-            )
-        precision, bf16 = precision_named(self.precision), True if launched == "bf16" else self.bf16
-        if bf16 is not None:
-            named = "bf16" if bf16 else "float32"
-            if precision not in ("auto", named):
-                raise UserError(f"precision is {self.precision!r}, but bf16 is {bf16}; set one of them")
-            precision = precision_named(named)
-        return placement_of(
-            device="cpu" if self.use_cpu else "auto",
-            precision=precision,
-            dtype=self.dtype,
-            teacher_dtype=self.teacher_dtype,
-            attn_implementation=self.attn_implementation,
-            model_init_kwargs=self.model_init_kwargs,
-            teacher_model_init_kwargs=self.teacher_model_init_kwargs,
-        )
 
     def _check_read(self, row: Method, method: Method) -> None:
         """Raise UserError for a setting that nothing would read."""

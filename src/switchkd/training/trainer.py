@@ -23,14 +23,15 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair, name_of, parameter_count, rounded
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine, KeepTeacher
+from switchkd.rollout.law import Student
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers, without_repeats
-from switchkd.training.evaluation import EvaluationSums, answers_to
 from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
 from switchkd.training.rewriting import check_rewrite
+from switchkd.training.scored_answers import ScoredAnswers
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_share_alarm import teacher_share_alarm
@@ -40,6 +41,9 @@ from switchkd.training.trained_pair import keep_ends, trained_pair
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+# The sample that evaluations draw: no training step and no calibration does.
+_EVALUATION = -(1 << 33)
 
 
 class TrainerOptions(TypedDict, total=False):
@@ -133,7 +137,8 @@ class SwitchTrainer(Trainer):
         for callback in filter(None, (self._text.share, teacher_share_alarm(plan))):
             self.add_callback(callback)
         self._step_started, self._step_tokens = 0.0, 0
-        self._evaluated = EvaluationSums()
+        self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
+        self._answers = ScoredAnswers()
 
     @property
     def newest_rollouts(self) -> list[Rollout]:
@@ -263,40 +268,48 @@ class SwitchTrainer(Trainer):
         """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token.
 
         It is the sum over all their tokens / their number, whatever the batches and processes. Of a set of prompts alone, the
-        responses are rollouts of the student as it is now, with the same draws in each evaluation. Such rollouts are what
-        `eval_scores` scores, and their means are metrics as well.
+        responses are rollouts of the student as it is now, with the same draws in each evaluation. These are what
+        `eval_scores` scores, and the means are metrics as well.
         """
-        scored: Any = dataloader.dataset
-        references = getattr(scored, "references", None)
-        self._evaluated = EvaluationSums(scores_named(self.args.eval_scores), references, len(scored))
+        references = getattr(dataloader.dataset, "references", {})
+        self._answers = ScoredAnswers(scores_named(self.args.eval_scores), references, self.pair.tokenizer)
+        self._eval_rows, self._eval_sum, self._eval_tokens = len(dataloader.dataset), 0.0, 0.0
         with self._place.loaded():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+        sums = torch.tensor([[self._eval_sum, self._eval_tokens]], dtype=torch.float64)
+        total, tokens = self._gathered(sums).sum(dim=0).tolist()
         if output.metrics is not None:
-            means = self._evaluated.means(self._gathered)
+            output.metrics[f"{metric_key_prefix}_loss"] = total / (tokens or 1)
+            means = self._answers.means(self._gathered)
             output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **also_ignored: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Add the batch's losses, tokens and scores to the evaluation's. None is returned: the loop would take a mean of means."""
-        if examples := self._without_repeats(inputs["examples"], self._evaluated.rows):
+        """Add the batch's losses and tokens to the evaluation's. None is returned: the loop would take a mean of means."""
+        if examples := self._without_repeats(inputs["examples"], self._eval_rows):
             with self.pair.computing(), torch.no_grad():
-                prompts_alone = not any(example.response_ids for example in examples)
-                answers = self._answers(examples) if prompts_alone or self.args.eval_scores else []
-                scored = self._loss.scored(answers if prompts_alone else examples)
-                inputs = self._on_device(self._loss.inputs(scored))
+                inputs = self._on_device(self._loss.inputs(self._loss.scored(self._answered(examples))))
                 loss, _ = self._loss(model, inputs, 1)
-            self._evaluated.add_loss(float(loss), inputs["denominator"])
-            if self.args.eval_scores:
-                self._evaluated.add_answers(answers, self.pair, self.args.seed)
+            self._eval_sum += float(loss)
+            self._eval_tokens += inputs["denominator"]
         return None, None, None
 
-    def _answers(self, examples: Sequence[Example]) -> list[Rollout]:
+    def _answered(self, examples: Sequence[Example]) -> Sequence[Example | Rollout]:
+        """The examples, or where they are prompts alone, what the student writes after them; its answers are scored if asked."""
+        prompts_alone = not any(example.response_ids for example in examples)
+        if not prompts_alone and not self._answers.scores:
+            return examples
         keep: KeepTeacher = "hidden" if self.plan.objective.reads_logp else None
-        return answers_to(examples, self.engine, self.args.sampling, self.args.seed, keep)
+        prompts = [replace(example.prompt, sample_id=_EVALUATION) for example in examples]
+        rollouts = self.engine.generate(
+            prompts, policy=Student(), sampling=self.args.sampling, seed=self.args.seed, keep_teacher=keep
+        )
+        self._answers.add(rollouts)
+        return rollouts if prompts_alone else examples
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`; True resumes from the last checkpoint that is complete, or raises UserError."""
