@@ -145,7 +145,7 @@ def test_a_run_on_own_data_goes_from_csv_and_a_list(models: Path, tmp_path: Path
 
 def test_a_row_takes_its_tokens_and_little_else(tmp_path: Path) -> None:
     """Python's tuples took some 700 bytes a row here."""
-    count = 6000
+    count = 2000
     path = write_rows(tmp_path / "many.jsonl", [{"prompt": "one two sun", "completion": "rain red"}] * count)
     tokenizer = tiny_tokenizer()
     to_examples(read_rows([QA[0] | {"completion": "x"}]), tokenizer, **LIMITS)

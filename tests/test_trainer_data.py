@@ -88,30 +88,31 @@ def test_answers_are_scored_by_our_measures_and_by_a_function_of_ones_own(
     )
     monkeypatch.chdir(tmp_path)
     pair = tiny_pair("llama", tokenizer=tiny_tokenizer())
-    rows = [{"instruction": "one", "output": ["sun", "rain"]}, {"instruction": "two", "output": ["red"]}]
-    scores = ["rouge_l", "numeric_match", "grading:words"]
-    trainer = make_trainer(tmp_path, pair, eval_dataset=rows, method="kd", eval_scores=scores, max_prompt_tokens=80)
+    prompts = [{"prompt": "one two"}, {"prompt": "sun"}]
+    trainer = make_trainer(tmp_path, pair, eval_dataset=prompts, method="gkd", eval_scores="grading:words")
     engine = RecordingEngine(trainer)
+    assert {"eval_loss", "eval_words"} <= trainer.evaluate().keys()
+    written = [rollout.token_ids for call in engine.calls for rollout in call]
+    answers = [pair.tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in written]
+
+    # The same draws once more: the first answer is its own reference.
+    references = [[answers[0]], ["red"]]
+    rows = [{**row, "completion": each[0]} for row, each in zip(prompts, references, strict=True)]
+    scores = ["rouge_l", "numeric_match", "grading:words"]
+    trainer = make_trainer(tmp_path, pair, eval_dataset=rows, method="gkd", eval_scores=scores)
     metrics = trainer.evaluate()
-    assert metrics["eval_loss"] > 0
-    expected = dict.fromkeys(("rouge_l", "numeric_match", "words"), 0.0)
-    for rollout in (rollout for call in engine.calls for rollout in call):
-        ends = rollout.finish_reason == "end_of_text"
-        answer = pair.tokenizer.decode(rollout.token_ids[:-1] if ends else rollout.token_ids)
-        references = rows[rollout.prompt.prompt_id]["output"]
-        expected["rouge_l"] += rouge_l(answer, references) / 2
-        expected["numeric_match"] += 50 * exact_match(answer, references, "numeric")
-        prompt = pair.tokenizer.decode(rollout.prompt.token_ids)
-        expected["words"] += (len(prompt) + 100 * len(answer) + len(references) / 8) / 2
+    expected = {
+        "rouge_l": (100 + rouge_l(answers[1], references[1])) / 2,
+        "numeric_match": (100 + 100 * exact_match(answers[1], references[1], "numeric")) / 2,
+        "words": sum(
+            (len(row["prompt"]) + 100 * len(answer) + 1 / 8) / 2 for row, answer in zip(rows, answers, strict=True)
+        ),
+    }
     # The same sums in another order: rounding of float64.
     assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-12)
     # The loss is that on the data set's responses, as without scores.
-    alone = make_trainer(tmp_path, pair, eval_dataset=rows, method="kd", max_prompt_tokens=80).evaluate()
+    alone = make_trainer(tmp_path, pair, eval_dataset=rows, method="gkd").evaluate()
     assert metrics["eval_loss"] == alone["eval_loss"]
-
-    prompts = [{"prompt": "one two"}, {"prompt": "sun"}]
-    only = make_trainer(tmp_path, pair, eval_dataset=prompts, method="gkd", eval_scores="grading:words").evaluate()
-    assert {"eval_loss", "eval_words"} <= only.keys()
     with pytest.raises(UserError, match="the score words failed with ZeroDivisionError: division by zero"):
         AnswerScore("words", lambda prompt, answer, references: 1 / 0)("one", "sun", ())
 
