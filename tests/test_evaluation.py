@@ -269,8 +269,7 @@ def test_prompts_alone_are_scored_by_a_function_of_ones_own(tokenizer, tmp_path)
         console.print(evaluation.table())
     (line,) = [line for line in captured.get().splitlines() if " x " in line]
     assert line.split() == ["x", "2", "-", "-", "2.50", "100.00", "1.50"]
-    # With a score that compares, a row without a reference is as bad as without any.
-    with pytest.raises(UserError, match="No row is left"):
+    with pytest.raises(UserError, match="no row of x has a response to compare answers with"):
         evaluated(engine, tokenizer, {"x": prompts}, scores=(words, SCORES["rouge_l"]))
 
 
@@ -286,8 +285,10 @@ def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer):
 
 def test_nothing_is_generated_when_one_set_has_no_row_to_use(tokenizer):
     engine = Parrot(tokenizer)
-    with pytest.raises(UserError, match="No row is left"):
+    with pytest.raises(UserError, match="no row of y has a response"):
         evaluated(engine, tokenizer, {"x": rows_of("one"), "y": read_rows([{"prompt": "say"}])})
+    with pytest.raises(UserError, match="No row is left"):
+        evaluated(engine, tokenizer, {"x": rows_of("one"), "y": read_rows([{"answer": "say"}])})
     assert engine.calls == []
     with pytest.raises(UserError, match="seeds is empty"):
         EvaluationSettings(seeds=())

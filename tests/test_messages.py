@@ -431,9 +431,12 @@ def test_the_final_table_has_means_and_the_evaluation_loss(tmp_path: Path) -> No
     # A first and a last step that are unlike their neighbors say little.
     steps[0]["loss"], steps[-1]["loss"] = 3.0, 2.5
     evaluations = [{"stage": "", "step": n, "seconds": n, "eval_loss": loss} for n, loss in ((30, 0.75), (60, 0.7))]
-    console = Console(file=StringIO(), width=100)
+    console = Console(file=StringIO(), width=60)
+    evaluations[0]["eval_rouge_l"] = 12.5
     console.print(run_table([*steps, *evaluations], tmp_path))
     said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in said
+    assert re.search(r"rouge_l +12\.5\b", said)
     assert "1.1000 → 0.6000" in said
     assert "0.7500 → 0.7000" in said
     console.print(run_table(steps, tmp_path))

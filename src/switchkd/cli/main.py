@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0, 2 where the person made a mistake, 130 after Ctrl-C, 1 for whatever else went wrong."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in given
+    # Set before a package does it: absl, which ROUGE brings in, would put a level and a logger's name before each warning.
+    logging.basicConfig(format="%(message)s")
     if not debug:
         _silence_developers_warnings()
     try:

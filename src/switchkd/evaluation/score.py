@@ -17,7 +17,7 @@ from rich.table import Table
 from switchkd.data.examples import Loaded, Rendering, prompt_text, to_examples
 from switchkd.data.faults import BadRow
 from switchkd.data.rows import SourceRow
-from switchkd.data.shapes import has_answers, row_text
+from switchkd.data.shapes import has_answers, is_readable, row_text
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import Answer, generate_answers
 from switchkd.evaluation.measures import AnswerScore, Match, exact_match, rouge_l
@@ -146,7 +146,8 @@ class Evaluation:
     def table(self) -> Table:
         """The mean ± deviation over seeds, a line for each set and each of its buckets."""
         title = f"{self.model}: {len(self.seeds)} seed(s), temperature {self.sampling.temperature:g}"
-        table = Table("set", title=title, box=box.SIMPLE)
+        table = Table(title=title, box=box.SIMPLE)
+        table.add_column("set", overflow="fold")
         own = dict.fromkeys(name for result in self.sets.values() for name in result.overall.mean.own)
         for heading in ("rows", "ROUGE-L", "exact match", "tokens", "ended (%)", *own):
             table.add_column(heading, justify="right")
@@ -188,7 +189,7 @@ def evaluate(
             tokenizer,
             max_prompt_tokens=settings.max_prompt_tokens,
             max_response_tokens=settings.sampling.max_new_tokens,
-            need_response=_needs_answers(rows, settings),
+            need_response=_needs_answers(name, rows, settings),
             skip_bad_rows=True,
             rendering=replace(settings.rendering, prompts_alone=True),
         )
@@ -212,10 +213,20 @@ def evaluate(
     return evaluation
 
 
-def _needs_answers(rows: Sequence[SourceRow], settings: EvaluationSettings) -> bool:
-    """Whether each row needs a reference: not where none has one, and all scores beside ours do without."""
+def _needs_answers(name: str, rows: Sequence[SourceRow], settings: EvaluationSettings) -> bool:
+    """Whether each row needs a reference: not where none has one, and all scores beside ours do without.
+
+    Raises UserError for prompts alone that nothing would score.
+    """
+    if has_answers(rows):
+        return True
     without = bool(settings.scores) and not any(score.of_references for score in settings.scores)
-    return not without or has_answers(rows)
+    if not without and any(map(is_readable, rows)):
+        raise UserError(
+            f"no row of {name} has a response to compare answers with; give rows that have, or score the answers by a function "
+            f"of your own (--eval-scores module:FUNCTION)"
+        )
+    return not without
 
 
 def _score(

@@ -166,7 +166,9 @@ def _choices(key: str) -> Iterator[Any]:
 
 
 def _first_line(part: type[Any]) -> str:
-    return (part.__doc__ or "").strip().partition("\n")[0]
+    line = (part.__doc__ or "").strip().partition("\n")[0]
+    # Which errors there are is for those who write Python.
+    return line.partition(" Raises ")[0]
 
 
 def settings_page(fields: Fields, hints: Mapping[str, Any]) -> str:

@@ -19,8 +19,9 @@ from rich.progress import TaskID
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from switchkd.models.pair import counted
 from switchkd.progress import progress_bar
-from switchkd.report.terminal import duration
+from switchkd.report.terminal import duration, scores_of
 
 # What a progress line shows of a log event: its key, and how it is written.
 SHOWN = {
@@ -35,8 +36,6 @@ SHOWN = {
     "rollout_tokens_per_second": "rollout {:,.0f} tok/s",
     "train_tokens_per_second": "train {:,.0f} tok/s",
 }
-# How the names of transformers' times of an evaluation end.
-_CLOCK = ("_runtime", "_per_second")
 # Elsewhere than on a terminal, a step that takes longer says how far it is.
 _SECONDS_BETWEEN_LINES = 60.0
 
@@ -44,7 +43,7 @@ _SECONDS_BETWEEN_LINES = 60.0
 def measures(logs: Mapping[str, Any]) -> str:
     """The measures of one log event, in one line, the scores of one's own and those of several sets at its end."""
     ours = [form.format(float(logs[key])) for key, form in SHOWN.items() if key in logs]
-    others = [key for key in logs if key.startswith("eval_") and key not in SHOWN and not key.endswith(_CLOCK)]
+    others = [key for key in scores_of(logs) if key not in SHOWN]
     return "  ".join([*ours, *(f"{key.removeprefix('eval_')} {float(logs[key]):.4g}" for key in others)])
 
 
@@ -81,7 +80,7 @@ class ConsoleProgress(TrainerCallback):
         step_seconds = time.perf_counter() - self.started_at
         steps = state.max_steps - self.first_step
         self._print(
-            f"The first step took {duration(step_seconds)}: about {duration(step_seconds * steps)} for {steps:,} steps."
+            f"The first step took {duration(step_seconds)}: about {duration(step_seconds * steps)} for {counted(steps, 'step')}."
         )
 
     def on_substep_end(

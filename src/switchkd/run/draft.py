@@ -238,7 +238,8 @@ def _data_lines(data: str, found: Data, fit: Fit) -> list[str]:
     lines.append(_line("max_prompt_tokens", fit.prompt, f"the longest prompt read has {found.prompts[-1]:,}"))
     if found.bad or fit.prompt < found.prompts[-1] or found.rows > _ROWS_READ:
         longer = sum(length > fit.prompt for length in found.prompts)
-        reason = f"of {min(found.rows, _ROWS_READ):,} rows read, {found.bad} have faults and {longer} are too long"
+        read = f"of the first {_ROWS_READ:,} rows" if found.rows > _ROWS_READ else "of the rows"
+        reason = f"{read}, {found.bad} have faults and {longer} are too long"
         lines.append(_line("skip_bad_rows", True, reason))
     share = (
         f"95 % of the answers have at most {_at(found.responses, 0.95):,}" if found.responses else "no answers to go by"

@@ -20,7 +20,7 @@ from switchkd.errors import UserError
 from switchkd.evaluation.measures import scores_named
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
-from switchkd.models.pair import ModelPair, name_of, parameter_count, rounded
+from switchkd.models.pair import ModelPair, counted, name_of, parameter_count, rounded
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine, KeepTeacher
 from switchkd.rollout.law import Student
@@ -170,10 +170,11 @@ class SwitchTrainer(Trainer):
         teacher = self.pair.teacher
         learns_from = f" from {name_of(teacher)} ({rounded(self._teacher_size)})" if teacher is not None else ""
         writes = f"{self.plan.rollout_share:.0%} rolled out" if self.plan.rollout_share else "the data set's text"
+        size, most = rounded(parameter_count(self.pair.student)), rounded(steps * rows * args.max_new_tokens)
         return (
-            f"{args.method_name}: {name_of(self.pair.student)} ({rounded(parameter_count(self.pair.student))} parameters) learns"
-            f"{learns_from}: {steps:,} steps x {rows} sequences ({writes}) of up to {args.max_new_tokens} response tokens, "
-            f"at most {rounded(steps * rows * args.max_new_tokens)} tokens, from {count:,} rows"
+            f"{args.method_name}: {name_of(self.pair.student)} ({size} parameters) learns{learns_from}: "
+            f"{counted(steps, 'step')} x {counted(rows, 'sequence')} ({writes}) of up to {args.max_new_tokens} response tokens, "
+            f"at most {most} tokens, from {counted(count, 'row')}"
         )
 
     def get_batch_samples(
