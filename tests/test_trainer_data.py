@@ -88,6 +88,7 @@ def test_answers_are_scored_by_our_measures_and_by_a_function_of_ones_own(
     )
     monkeypatch.chdir(tmp_path)
     pair = tiny_pair("llama", tokenizer=tiny_tokenizer())
+    assert pair.tokenizer is not None
     prompts = [{"prompt": "one two"}, {"prompt": "sun"}]
     trainer = make_trainer(tmp_path, pair, eval_dataset=prompts, method="gkd", eval_scores="grading:words")
     engine = RecordingEngine(trainer)

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, get_args
@@ -103,8 +103,9 @@ class Scores:
     @classmethod
     def of_flat(cls, values: Mapping[str, float]) -> Scores:
         """The scores of these means by name."""
-        ours = [each.name for each in fields(cls) if each.name != "own"]
-        return cls(*(values[name] for name in ours), own={name: values[name] for name in values if name not in ours})
+        own = dict(values)
+        rouge_l, exact_match = own.pop("rouge_l"), own.pop("exact_match")
+        return cls(rouge_l, exact_match, own.pop("response_tokens"), own.pop("ended_share"), own)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ What a model wrote goes through `visible` and is never read as markup, so it can
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -144,7 +144,7 @@ def run_table(events: Sequence[Mapping[str, Any]], model_folder: Path) -> Table:
     for name in stages:
         table.add_column(Text(name), justify="right", no_wrap=True)
     scores = dict.fromkeys(chain.from_iterable(map(scores_of, events)))
-    for label, cell in (
+    rows: list[tuple[str, Callable[[Sequence[Mapping[str, Any]]], str]]] = [
         ("steps", lambda logged: str(max(event["step"] for event in logged if "loss" in event))),
         ("loss", partial(_change, key="loss", form="{:.4f}")),
         ("eval loss", partial(_change, key="eval_loss", form="{:.4f}", most=1)),
@@ -153,7 +153,8 @@ def run_table(events: Sequence[Mapping[str, Any]], model_folder: Path) -> Table:
         ("rollout tok/s", partial(_mean, key="rollout_tokens_per_second")),
         ("train tok/s", partial(_mean, key="train_tokens_per_second")),
         ("time", lambda logged: duration(logged[-1]["seconds"])),
-    ):
+    ]
+    for label, cell in rows:
         cells = [cell(logged) for logged in stages.values()]
         if set(cells) != {"-"}:
             table.add_row(label, *cells)
