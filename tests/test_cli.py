@@ -55,7 +55,7 @@ def test_a_help_page_says_what_options_take_and_ends_with_a_call_that_parses(
     # Neither braces nor doubled brackets, nor typer's types of what takes no value, nor text that is cut off.
     assert "{" not in usage
     assert "[[" not in usage
-    assert not [odd for odd in ("<bool>", "range>", "…") if odd in shown]
+    assert not [odd for odd in ("<bool>", "<str>", "<path>", "range>", "…") if odd in shown]
     call = shown.rpartition("Example")[2]
     command, *arguments = call.split()[1:]
     assert command == name
@@ -81,9 +81,15 @@ def test_the_options_of_a_command_are_called_as_in_a_run_file() -> None:
         (("calibrate", "--share", "0.3"), "--share is now --teacher-share"),
         (("eval", "runs/x", "--sets", "world", "--batch-size=4"), "--batch-size is now --rollout-rows"),
         (("rollout", "--teacher-top-k", "3"), "--teacher-top-k is now --keep-top-k"),
+        # As people type it who come from TRL, ms-swift or verl. Before: "No such option: --lr (Possible options: --help)".
+        (("train", "run.yaml", "--lr", "1e-5"), "no option '--lr'; here it is learning_rate; a run's settings stand"),
+        (("train", "--teacher_model=x"), "no option '--teacher_model'; here it is teacher; a run's settings stand"),
+        (("train", "run.yaml", "--max_steps", "3"), "are put over it by --set KEY=VALUE"),
+        (("train", "run.yaml", "max_steps=3"), "write --set max_steps=3"),
+        (("eval", "runs/x", "--set", "world"), "there is no option '--set'; did you mean '--sets'?"),
     ],
 )
-def test_an_old_name_of_an_option_gets_the_new_one(
+def test_an_option_that_is_called_otherwise_is_named(
     call: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert switchkd(*call) == 2
@@ -118,11 +124,14 @@ def test_train_leaves_a_run_that_others_read(models: Path, tmp_path: Path, capsy
     path = write_run(models, tmp_path)
     assert switchkd("train", path, "--set", "max_steps=2") == 0
     out, folder = capsys.readouterr().out, tmp_path / "out"
-    first, second, *_ = out.splitlines()
+    first, computes, texts, estimate, *_ = out.splitlines()
     assert first.startswith("switch: ")
     assert "2 steps x 2 sequences" in first
-    assert str(folder) in first
-    assert second.startswith("The first step took")
+    # Before: "at most 2e-05M tokens".
+    assert "at most 24 tokens" in first
+    assert computes.startswith("Computes on cpu in float32: ")
+    assert str(folder) in texts
+    assert estimate.startswith("The first step took")
     assert {"1/2", "2/2"} <= {line.split()[0] for line in out.splitlines() if line.split()}
     losses = [event["loss"] for event in read_log(folder / "log.jsonl") if "loss" in event]
     assert len(losses) == 2

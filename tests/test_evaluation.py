@@ -12,7 +12,8 @@ from switchkd.data.examples import to_examples
 from switchkd.data.rows import read_rows
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import generate_answers
-from switchkd.evaluation.score import SEEDS, EvaluationSettings, evaluate, exact_match, rouge_l
+from switchkd.evaluation.measures import SCORES, AnswerScore, exact_match, rouge_l
+from switchkd.evaluation.score import SEEDS, EvaluationSettings, evaluate
 from switchkd.records import FinishReason, Rollout, Sampling
 from switchkd.rollout.law import Student
 
@@ -248,7 +249,28 @@ def test_what_is_written_is_what_is_returned(tokenizer, tmp_path):
     assert lines[2] | {} == {
         "where": "row 0", "prompt_id": 0, "seed": 20, "bucket": None, "prompt": "say one two", "answer": "stop",
         "references": ["one two"], "rouge_l": 0.0, "exact_match": False, "tokens": 2, "finish_reason": "end_of_text",
+        "scores": {},
     }  # fmt: skip
+
+
+def test_prompts_alone_are_scored_by_a_function_of_ones_own(tokenizer, tmp_path):
+    words = AnswerScore("words", lambda prompt, answer, references: len(answer.split()) + 10 * len(references))
+    prompts = read_rows([{"prompt": "say one two"}, {"prompt": "say red"}])
+    engine, settings = Parrot(tokenizer), {"sampling": ONCE, "seeds": (1,), "scores": (words,)}
+    evaluation = evaluated(engine, tokenizer, {"x": prompts, "y": rows_of("one")}, tmp_path, **settings)
+    assert evaluation.sets["x"].overall.mean.own == {"words": 1.5}
+    assert evaluation.sets["y"].overall.mean.own == {"words": 11}
+    assert math.isnan(evaluation.sets["x"].overall.mean.rouge_l)
+    # JSON has no NaN, and many readers take none.
+    saved = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
+    assert saved["sets"]["x"]["overall"]["mean"]["exact_match"] is None
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(evaluation.table())
+    (line,) = [line for line in captured.get().splitlines() if " x " in line]
+    assert line.split() == ["x", "2", "-", "-", "2.50", "100.00", "1.50"]
+    with pytest.raises(UserError, match="no row of x has a response to compare answers with"):
+        evaluated(engine, tokenizer, {"x": prompts}, scores=(words, SCORES["rouge_l"]))
 
 
 def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer):
@@ -263,8 +285,10 @@ def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer):
 
 def test_nothing_is_generated_when_one_set_has_no_row_to_use(tokenizer):
     engine = Parrot(tokenizer)
-    with pytest.raises(UserError, match="No row is left"):
+    with pytest.raises(UserError, match="no row of y has a response"):
         evaluated(engine, tokenizer, {"x": rows_of("one"), "y": read_rows([{"prompt": "say"}])})
+    with pytest.raises(UserError, match="No row is left"):
+        evaluated(engine, tokenizer, {"x": rows_of("one"), "y": read_rows([{"answer": "say"}])})
     assert engine.calls == []
     with pytest.raises(UserError, match="seeds is empty"):
         EvaluationSettings(seeds=())

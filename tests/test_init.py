@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from runs import save, save_pair, switchkd, write_rows
-from switchkd.data.guess import guessed_columns
+from switchkd.data.columns import guessed_columns
 from switchkd.data.rows import read_rows
 from switchkd.errors import UserError
 from switchkd.models.placement import Placement

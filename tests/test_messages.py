@@ -40,6 +40,8 @@ from switchkd.settings.foreign import FOREIGN
 from switchkd.training.trainer import SwitchTrainer
 from tiny import tiny_pair, tiny_tokenizer
 
+# What our own faults alone may say.
+BUG = "this should not happen"
 REFUSED: Any = SimpleNamespace(headers={}, request=None, status_code=403)
 
 
@@ -53,45 +55,48 @@ def said_of(key: str, value: object = 1) -> str:
 
 
 @pytest.mark.parametrize(
-    ("typed", "here"),
+    # `before` is what was suggested while the nearest string was taken for the nearest meaning; "" where all 40 names were listed.
+    ("typed", "before", "here"),
     [
-        ("beta", "here it is divergence.teacher_weight"),
-        ("lmbda", "here it is student_share"),
-        ("lambda", "here it is student_share"),
-        ("lr", "here it is learning_rate"),
-        ("batch_size", "per_device_train_batch_size"),
-        ("micro_batch_size", "per_device_train_batch_size"),
-        ("use_vllm", "nothing here does the same"),
-        ("use_peft", "here it is peft"),
-        ("torch_dtype", "here it is dtype"),
-        ("max_completion_length", "here it is max_new_tokens"),
-        ("max_seq_length", "here it is max_prompt_tokens and max_new_tokens"),
-        ("max_length", "here it is max_prompt_tokens and max_new_tokens"),
-        ("model", "here it is student"),
-        ("model_name_or_path", "here it is student"),
-        ("teacher_model", "here it is teacher"),
-        ("teacher_model_name_or_path", "here it is teacher"),
-        ("dataset", "here it is train_data"),
-        ("dataset_name", "here it is train_data"),
-        ("seq_kd", "here it is method: seqkd"),
-        ("sft_alpha", "here it is cross_entropy_weight"),
-        ("num_generations", "nothing here does the same"),
-        ("device_map", "teacher_model_init_kwargs.device_map"),
-        ("alpha", "divergence.teacher_weight and divergence.student_weight"),
-        ("tau", "here it is threshold"),
-        ("decay_factor", "here it is final_fraction and decay_rate"),
-        ("chat_template", "here it is template_from"),
-        ("enable_thinking", "here it is chat_template_kwargs: {enable_thinking: false}"),
-        ("system_prompt", "nothing here does the same: put it into the data"),
-        ("lora_r", "here it is peft.r"),
-        ("load_in_4bit", "here it is teacher_quantization and student_quantization"),
-        ("--Teacher-Model", "here it is teacher"),
+        ("beta", "adam_beta2", "here it is divergence.teacher_weight"),
+        ("lmbda", "", "here it is student_share"),
+        ("lambda", "", "here it is student_share"),
+        ("lr", "", "here it is learning_rate"),
+        ("batch_size", "block_size", "per_device_train_batch_size"),
+        ("micro_batch_size", "auto_find_batch_size", "per_device_train_batch_size"),
+        ("use_vllm", "use_cpu", "nothing here does the same"),
+        ("use_peft", "use_cpu", "here it is peft"),
+        ("torch_dtype", "teacher_dtype", "here it is dtype"),
+        ("max_completion_length", "max_prompt_tokens", "here it is max_new_tokens"),
+        ("max_seq_length", "", "here it is max_prompt_tokens and max_new_tokens"),
+        ("max_length", "max_steps", "here it is max_prompt_tokens and max_new_tokens"),
+        ("model", "hub_model_id", "here it is student"),
+        ("model_name_or_path", "decay_rate", "here it is student"),
+        ("teacher_model", "teacher_power", "here it is teacher"),
+        ("teacher_model_name_or_path", "teacher_offload", "here it is teacher"),
+        ("dataset", "data_seed", "here it is train_data"),
+        ("dataset_name", "data_seed", "here it is train_data"),
+        ("seq_kd", "seed", "here it is method: seqkd"),
+        ("sft_alpha", "neftune_noise_alpha", "here it is cross_entropy_weight"),
+        ("num_generations", "num_train_epochs", "nothing here does the same"),
+        ("device_map", "decay", "teacher_model_init_kwargs.device_map"),
+        ("alpha", "", "divergence.teacher_weight and divergence.student_weight"),
+        ("tau", "", "here it is threshold"),
+        ("decay_factor", "'factor'", "here it is final_fraction and decay_rate"),
+        ("chat_template", "loss_temperature", "here it is template_from"),
+        ("enable_thinking", "enable_jit_checkpoint", "here it is chat_template_kwargs: {enable_thinking: false}"),
+        ("system_prompt", "loss_temperature", "nothing here does the same: put it into the data"),
+        ("lora_r", "local_rank", "here it is peft.r"),
+        ("load_in_4bit", "logging_nan_inf_filter", "here it is teacher_quantization and student_quantization"),
+        ("--Teacher-Model", "teacher_power", "here it is teacher"),
     ],
 )
-def test_a_key_of_another_tool_is_led_to_what_it_is_here(typed: str, here: str) -> None:
+def test_a_key_of_another_tool_is_led_to_what_it_is_here(typed: str, before: str, here: str) -> None:
     said = said_of(typed)
     assert here in said
+    assert not before or before not in said
     assert "did you mean" not in said
+    assert "choose one of" not in said
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "device"])
@@ -147,31 +152,36 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "before", "said"),
     [
-        # Each was "this should not happen", a run of 0 steps, or in the words of transformers' code.
-        ({"learning_rate": -1}, "learning_rate is -1.0; it has to be 0 or more"),
-        ({"max_steps": 0}, "max_steps is 0; it has to be at least 1"),
-        ({"max_steps": -5}, "max_steps is -5; it has to be at least 1"),
-        ({"max_steps": None, "num_train_epochs": 0}, "num_train_epochs is 0.0; it has to be above 0"),
-        ({"report_to": "wandb"}, "but the package wandb is not installed; pip install wandb"),
-        ({"report_to": "tensorboard"}, "but the package tensorboard is not installed; pip install tensorboard"),
-        ({"optim": "adamw_8bit"}, "but the package bitsandbytes is not installed; pip install 'switchkd[quant]'"),
-        ({"deepspeed": "x.json"}, "deepspeed is 'x.json', but the package deepspeed is not installed"),
-        ({"push_to_hub": True}, "push_to_hub is true, but the hub cannot be reached"),
-        ({"threshold": 3}, "threshold is 3.0, but the divergence is at most ln 2"),
-        ({"eval_strategy": "epoch"}, "eval_strategy is 'epoch', but there is no eval_data"),
-        ({"dtype": "bf17"}, "choose float32, bfloat16"),
-        ({"student": "nobody/nothing"}, "there is no such local folder, the hub cannot be reached from here (offline)"),
-        ({"train_data": "nobody/nothing"}, "is no file or folder here, the hub cannot be reached from here (offline)"),
-        ({"train_data": "dolly"}, "set --data-dir or SWITCHKD_DATA_DIR"),
-        ({"show_rollouts_every": -1}, "show_rollouts_every is -1; it has to be 0 or more"),
+        ({"learning_rate": -1}, BUG, "learning_rate is -1.0; it has to be 0 or more"),
+        ({"max_steps": 0}, "-0.0 s left", "max_steps is 0; it has to be at least 1"),
+        ({"max_steps": -5}, "0 steps", "max_steps is -5; it has to be at least 1"),
+        ({"max_steps": None, "num_train_epochs": 0}, "0 steps", "num_train_epochs is 0.0; it has to be above 0"),
+        ({"report_to": "wandb"}, BUG, "but the package wandb is not installed; pip install wandb"),
+        ({"report_to": "tensorboard"}, BUG, "but the package tensorboard is not installed; pip install tensorboard"),
+        ({"optim": "adamw_8bit"}, BUG, "but the package bitsandbytes is not installed; pip install 'switchkd[quant]'"),
+        ({"deepspeed": "x.json"}, BUG, "deepspeed is 'x.json', but the package deepspeed is not installed"),
+        ({"push_to_hub": True}, BUG, "push_to_hub is true, but the hub cannot be reached"),
+        ({"threshold": 3}, "teacher 0%", "threshold is 3.0, but the divergence is at most ln 2"),
+        ({"eval_strategy": "epoch"}, "IntervalStrategy", "eval_strategy is 'epoch', but there is no eval_data"),
+        ({"dtype": "bf17"}, BUG, "choose float32, bfloat16"),
+        ({"student": "nobody/nothing"}, "Retrying in 8s", "there is no such local folder, the hub cannot be reached"),
+        ({"train_data": "nobody/nothing"}, "Retrying in 8s", "is no file or folder here, the hub cannot be reached"),
+        (
+            {"train_data": "dolly"},
+            "is no file that can be read here",
+            "dolly: no folder is set (--data-dir or SWITCHKD_DATA_DIR), the hub cannot",
+        ),
+        ({"train_data": "none.csv"}, "cannot be loaded as a data set", "there is no file none.csv; check the path"),
+        ({"show_rollouts_every": -1}, BUG, "show_rollouts_every is -1; it has to be 0 or more"),
     ],
 )
 def test_a_setting_that_cannot_work_costs_a_sentence(
     models: Path,
     tmp_path: Path,
     changes: dict[str, Any],
+    before: str,
     said: str,
     offline: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -180,10 +190,16 @@ def test_a_setting_that_cannot_work_costs_a_sentence(
     monkeypatch.setattr(inherited, "find_spec", lambda name: None)
     monkeypatch.delenv("SWITCHKD_DATA_DIR", raising=False)
     assert switchkd("train", write_run(models, tmp_path, **changes)) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert "should not happen" not in error
-    assert error.count("\n") == 1
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert before not in shown.out + shown.err
+    assert BUG not in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_bf16_on_a_cpu_is_computed_and_not_refused_in_words_about_gpus() -> None:
+    # Before, from transformers: "Your setup doesn't support bf16/gpu. You need to assign use_cpu ..."
+    assert SwitchConfig(output_dir="x", use_cpu=True, bf16=True).placement.autocast_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("short", ["bf16", "fp16", "fp32", "bfloat16"])
@@ -415,9 +431,12 @@ def test_the_final_table_has_means_and_the_evaluation_loss(tmp_path: Path) -> No
     # A first and a last step that are unlike their neighbors say little.
     steps[0]["loss"], steps[-1]["loss"] = 3.0, 2.5
     evaluations = [{"stage": "", "step": n, "seconds": n, "eval_loss": loss} for n, loss in ((30, 0.75), (60, 0.7))]
-    console = Console(file=StringIO(), width=100)
+    console = Console(file=StringIO(), width=60)
+    evaluations[0]["eval_rouge_l"] = 12.5
     console.print(run_table([*steps, *evaluations], tmp_path))
     said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in said
+    assert re.search(r"rouge_l +12\.5\b", said)
     assert "1.1000 → 0.6000" in said
     assert "0.7500 → 0.7000" in said
     console.print(run_table(steps, tmp_path))

@@ -145,7 +145,7 @@ def test_a_run_on_own_data_goes_from_csv_and_a_list(models: Path, tmp_path: Path
 
 def test_a_row_takes_its_tokens_and_little_else(tmp_path: Path) -> None:
     """Python's tuples took some 700 bytes a row here."""
-    count = 6000
+    count = 2000
     path = write_rows(tmp_path / "many.jsonl", [{"prompt": "one two sun", "completion": "rain red"}] * count)
     tokenizer = tiny_tokenizer()
     to_examples(read_rows([QA[0] | {"completion": "x"}]), tokenizer, **LIMITS)
@@ -166,7 +166,7 @@ def test_streams_of_datasets_are_not_read_as_rows() -> None:
 def test_the_run_files_of_the_docs_are_run_files() -> None:
     text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         run = run_from_values({"student": "a", "output_dir": "b", **yaml.safe_load(block)}, "in docs/data.md")
         assert sources_of(run.train_data)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from switchkd.errors import UserError
+from switchkd.evaluation.measures import AnswerScore, exact_match, rouge_l
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Rollout
@@ -77,6 +78,60 @@ def test_a_set_of_prompts_is_evaluated_on_the_students_own_text(tmp_path: Path) 
     written = [Example(rollout.prompt, rollout.token_ids) for rollout in engine.calls[0]]
     given = make_trainer(tmp_path, pair, eval_dataset=written, method="kd").evaluate()["eval_loss"]
     assert first == pytest.approx(given, rel=1e-5)
+
+
+def test_answers_are_scored_by_our_measures_and_by_a_function_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "grading.py").write_text(
+        "def words(prompt, answer, references):\n    return len(prompt) + 100 * len(answer) + len(references) / 8\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    pair = tiny_pair("llama", tokenizer=tiny_tokenizer())
+    assert pair.tokenizer is not None
+    prompts = [{"prompt": "one two"}, {"prompt": "sun"}]
+    trainer = make_trainer(tmp_path, pair, eval_dataset=prompts, method="gkd", eval_scores="grading:words")
+    engine = RecordingEngine(trainer)
+    assert {"eval_loss", "eval_words"} <= trainer.evaluate().keys()
+    written = [rollout.token_ids for call in engine.calls for rollout in call]
+    answers = [pair.tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in written]
+
+    # The same draws once more: the first answer is its own reference.
+    references = [[answers[0]], ["red"]]
+    rows = [{**row, "completion": each[0]} for row, each in zip(prompts, references, strict=True)]
+    scores = ["rouge_l", "numeric_match", "grading:words"]
+    trainer = make_trainer(tmp_path, pair, eval_dataset=rows, method="gkd", eval_scores=scores)
+    metrics = trainer.evaluate()
+    expected = {
+        "rouge_l": (100 + rouge_l(answers[1], references[1])) / 2,
+        "numeric_match": (100 + 100 * exact_match(answers[1], references[1], "numeric")) / 2,
+        "words": sum(
+            (len(row["prompt"]) + 100 * len(answer) + 1 / 8) / 2 for row, answer in zip(rows, answers, strict=True)
+        ),
+    }
+    # The same sums in another order: rounding of float64.
+    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-12)
+    # The loss is that on the data set's responses, as without scores.
+    alone = make_trainer(tmp_path, pair, eval_dataset=rows, method="gkd").evaluate()
+    assert metrics["eval_loss"] == alone["eval_loss"]
+    with pytest.raises(UserError, match="the score words failed with ZeroDivisionError: division by zero"):
+        AnswerScore("words", lambda prompt, answer, references: 1 / 0)("one", "sun", ())
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ("rouge", "there is no score 'rouge'"),
+        ("exact_mach", "did you mean 'exact_match'?"),
+        ("nowhere:f", "score 'nowhere:f' cannot be imported"),
+        ("json:__name__", "it has to be a function"),
+        ("rouge_l", "eval_scores has rouge_l, which compares with answers, but no row of the evaluation data has one"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(scores: str, said: str, tmp_path: Path) -> None:
+    pair = tiny_pair("llama", tokenizer=tiny_tokenizer())
+    prompts = [{"prompt": "one two"}, {"prompt": "sun"}]
+    assert said in refused(tmp_path, pair, EXAMPLES, eval_dataset=prompts, eval_scores=scores)
 
 
 def test_evaluation_data_has_responses_in_all_rows_or_in_none_and_without_a_teacher_in_all(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0, 2 where the person made a mistake, 130 after Ctrl-C, 1 for whatever else went wrong."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in given
+    # Set before a package does it: absl, which ROUGE brings in, would put a level and a logger's name before each warning.
+    logging.basicConfig(format="%(message)s")
     if not debug:
         _silence_developers_warnings()
     try:
@@ -140,6 +143,7 @@ def train(
 def evaluate(options: EvaluationOptions) -> None:
     """Score a student's answers: ROUGE-L and exact match, mean and deviation over seeds."""
     from switchkd.data.sets import resolve
+    from switchkd.evaluation.measures import scores_named
     from switchkd.evaluation.score import EvaluationSettings
     from switchkd.evaluation.score import evaluate as score
     from switchkd.models.load import load_pair
@@ -150,8 +154,9 @@ def evaluate(options: EvaluationOptions) -> None:
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, no_repeat_ngram_size=ngram)
     seeds = _whole_numbers("--seeds", options.seeds)
     match: Any = options.match
-    settings = EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options), match)
-    names = [name.strip() for name in options.sets.split(",") if name.strip()]
+    scores = scores_named(_words(options.eval_scores))
+    settings = EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options), match, scores)
+    names = _words(options.sets)
     if not names:
         raise UserError(f"--sets is {options.sets!r}; name at least one set, such as dolly or world")
     rows = {name: resolve(name, "eval", data_dir=options.data_dir, limit=options.limit) for name in names}
@@ -178,6 +183,10 @@ def evaluate(options: EvaluationOptions) -> None:
 
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in name).strip("-")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _whole_numbers(option: str, text: str) -> tuple[int, ...]:

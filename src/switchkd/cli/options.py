@@ -173,6 +173,9 @@ class EvaluationOptions:
     match: Annotated[str, option(OUTPUT, "WORD", "Exact match by text, or numeric: numbers count by their value.")] = (
         "text"
     )
+    eval_scores: Annotated[
+        str, option(OUTPUT, "NAME,...", "Scores beside these: module:FUNCTION, which takes prompt, answer, references.")
+    ] = ""
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     add_bos: AddBos = "auto"
     rollout_rows: RolloutRows = 32

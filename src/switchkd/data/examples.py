@@ -242,7 +242,9 @@ def _tokenize(
         rendered = [_up_to_the_words(each) for each in rendered]
     leading = rendering.leading_ids(tokenizer)
     prompts = plain_ids(tokenizer, [each.prompt for each in rendered])
-    wholes = plain_ids(tokenizer, [each.prompt + each.response for each in rendered])
+    # Of prompts alone there is nothing more to tokenize, and most of the time of many rows goes here.
+    answered = any(each.response for each in rendered)
+    wholes = plain_ids(tokenizer, [each.prompt + each.response for each in rendered]) if answered else prompts
     for each, prompt, whole in zip(rendered, prompts, wholes, strict=True):
         response = whole[len(prompt) :]
         # A token that spans the seam makes the tail another text, and no generated response has such a token.

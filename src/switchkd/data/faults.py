@@ -13,6 +13,7 @@ from switchkd.data.shapes import ACCEPTED_SHAPES
 from switchkd.errors import UserError
 
 FAULTS_SHOWN = 20
+_ACCEPTED = f"Accepted are {ACCEPTED_SHAPES}, or other columns that a run file names: columns: {{prompt: NAME, completion: NAME}}."
 _log = logging.getLogger(__name__)
 
 
@@ -69,11 +70,10 @@ class Faults:
         listing = f"{len(self.bad):,} of {self.rows:,} rows cannot be used:{_grouped(self.bad)}{limits}"
         if self.bad and not skip_bad_rows:
             raise UserError(
-                f"{listing}\nCorrect them, or leave them out with --skip-bad-rows (skip_bad_rows: true in a run file). "
-                f"Accepted are {ACCEPTED_SHAPES}, or columns that `columns` maps to these."
+                f"{listing}\nCorrect them, or leave them out with --skip-bad-rows (skip_bad_rows: true in a run file). {_ACCEPTED}"
             )
         if not left:
-            raise UserError(f"{listing}\nNo row is left; give rows of the shape {ACCEPTED_SHAPES}.")
+            raise UserError(f"{listing}\nNo row is left. {_ACCEPTED}")
         if self.bad:
             _log.warning(listing)
         self._warn()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import overload
 
 from switchkd.records import Example, Prompt
 
 
 class PackedExamples(Sequence[Example]):
-    """Examples whose token ids lie in one array, 4 bytes a token and 32 an example. Each access makes the `Example` anew."""
+    """Examples whose token ids lie in one array, 4 bytes a token and 32 an example. Each access makes the `Example` anew.
+
+    `references` are what answers are compared with, by prompt id: of an evaluation set whose answers are scored.
+    """
 
     def __init__(self) -> None:
+        self.references: Mapping[int, tuple[str, ...]] = {}
         self._tokens = array("i")
         self._prompt_ids, self._starts, self._seams, self._ends = (array("q") for _ in range(4))
 

@@ -34,6 +34,10 @@ class SourceRow:
     copies: int = 1
 
 
+class HubOutOfReachError(UserError):
+    """A data set is not here, and the hub cannot be reached."""
+
+
 class Rows(Sequence[SourceRow]):
     """The rows of a source, in order. They are read again whenever they are asked for, so memory holds one at a time."""
 
@@ -112,9 +116,7 @@ def load_hub_set(path: str, name: str | None, *, split: str, **options: Any) -> 
         return datasets.load_dataset(path, *([] if name is None else [name]), split=split, **given)
     except (OSError, ValueError) as error:
         if offline:
-            raise UserError(
-                f"{path!r} is no file or folder here, {UNREACHABLE}; check the name, or set --data-dir or SWITCHKD_DATA_DIR"
-            ) from error
+            raise HubOutOfReachError(f"{path!r} is no file or folder here, {UNREACHABLE}; check the name") from error
         not_a_file = f"{path!r} is not a file of a known format ({', '.join(FILE_FORMATS)})"
         which = f"its split {split!r}" + (f" of the configuration {name!r}" if name else "")
         raise UserError(f"{not_a_file}, and {which} cannot be loaded as a data set: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from switchkd.data.columns import with_columns
 from switchkd.data.rows import (
+    HubOutOfReachError,
     Rows,
     SourceRow,
     is_data_file,
@@ -21,6 +22,7 @@ from switchkd.data.rows import (
 from switchkd.data.sources import Source, mixed, sources_of
 from switchkd.data.world import BUCKETS, Split, make_rows
 from switchkd.errors import UserError
+from switchkd.models.hub import UNREACHABLE
 
 DATA_DIR_VARIABLE = "SWITCHKD_DATA_DIR"
 
@@ -95,7 +97,12 @@ def load_set(name: str, split: str = "eval", data_dir: str | Path | None = None)
     folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if folder:
         return read_rows(Path(folder) / part.local_file)
-    return load_hub_rows(chosen.hub_name, part.hub_slice, data_file=part.hub_file)
+    try:
+        return load_hub_rows(chosen.hub_name, part.hub_slice, data_file=part.hub_file)
+    except HubOutOfReachError as error:
+        raise UserError(
+            f"{name}: no folder is set (--data-dir or {DATA_DIR_VARIABLE}), {UNREACHABLE}; set one that holds {part.local_file}"
+        ) from error
 
 
 def load_world(split: str, bucket: str | None = None, limit: int | None = None) -> Rows:

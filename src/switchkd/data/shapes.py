@@ -167,14 +167,19 @@ def _meant(column: str) -> str | None:
 
 def has_answers(rows: Iterable[SourceRow]) -> bool:
     """Whether any row brings a response."""
-    return any(_references(row) for row in rows)
+    return any((text := _read(row)) is not None and text.references for row in rows)
 
 
-def _references(row: SourceRow) -> tuple[str, ...]:
+def is_readable(row: SourceRow) -> bool:
+    """Whether a row has one of the accepted shapes."""
+    return _read(row) is not None
+
+
+def _read(row: SourceRow) -> RowText | None:
     try:
-        return parse(row).references
+        return parse(row)
     except BadRowError:
-        return ()
+        return None
 
 
 def row_text(row: SourceRow) -> RowText:

@@ -40,10 +40,11 @@ def generate_answers(
     # All prompts in one call: the engine itself fills the place of a finished row, and its `max_rows` bounds memory.
     prompts = [example.prompt for example in examples]
     rollouts = engine.generate(prompts, Student(), sampling, seed, on_progress=on_progress)
-    return [_answer(rollout, tokenizer, seed) for rollout in rollouts]
+    return [answer_of(rollout, tokenizer, seed) for rollout in rollouts]
 
 
-def _answer(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, seed: int) -> Answer:
+def answer_of(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, seed: int) -> Answer:
+    """A rollout as text."""
     # The model's end token need not be a special token of the tokenizer, and would then be decoded as text.
     ended = rollout.finish_reason is FinishReason.END_OF_TEXT
     token_ids = list(rollout.token_ids[:-1] if ended else rollout.token_ids)

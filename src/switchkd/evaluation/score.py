@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
-from decimal import Decimal
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from rich import box
 from rich.table import Table
 
 from switchkd.data.examples import Loaded, Rendering, prompt_text, to_examples
 from switchkd.data.faults import BadRow
 from switchkd.data.rows import SourceRow
-from switchkd.data.shapes import row_text
+from switchkd.data.shapes import has_answers, is_readable, row_text
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import Answer, generate_answers
+from switchkd.evaluation.measures import AnswerScore, Match, exact_match, rouge_l
 from switchkd.files import now, write_atomically
 from switchkd.progress import progress_bar
 from switchkd.records import FinishReason, Sampling
@@ -32,57 +32,21 @@ if TYPE_CHECKING:
 # Those of MiniLLM's evaluation scripts.
 SEEDS = (10, 20, 30, 40, 50)
 RESULT_FILE = "eval.json"
-Match = Literal["text", "numeric"]
-# A sign belongs to a number only where no word or number ends before it: 5-3 has none.
-_NUMBER = re.compile(r"((?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?)", re.ASCII)
-
-
-@cache
-def _rouge_scorer() -> Any:
-    # It brings in nltk, which is slow to import.
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """The ROUGE-L F-measure, 0 to 100, against the reference that suits the answer best.
-
-    Source: Lin 2004, computed by the package rouge_score with its stemmer, as in the scripts of MiniLLM and DistiLLM.
-    """
-    return 100 * max(float(_rouge_scorer().score(reference, answer)["rougeL"].fmeasure) for reference in references)
-
-
-def exact_match(answer: str, references: Sequence[str], match: Match = "text") -> bool:
-    """Whether the answer is one of the references but for case, punctuation and spaces.
-
-    With `match` "numeric", numbers count by their value: -5 is not 5, 3.5 is not 35, and 1,000.0 is 1000.
-    """
-    read = _normalized if match == "text" else _words_and_numbers
-    return read(answer) in [read(reference) for reference in references]
-
-
-def _words_and_numbers(text: str) -> list[str | Decimal]:
-    """The normalized words between the numbers, and the numbers' values."""
-    parts = _NUMBER.split(text.replace("\u2212", "-"))
-    # Of a split by one group, every second part is a number.
-    found = [Decimal(each.replace(",", "")) if place % 2 else _normalized(each) for place, each in enumerate(parts)]
-    return [each for each in found if each != ""]
-
-
-def _normalized(text: str) -> str:
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How answers are drawn, and which prompts are answered, rendered and matched how. Raises UserError where there is no seed."""
+    """How answers are drawn, and which prompts are answered, rendered and matched how. Raises UserError where there is no seed.
+
+    `scores` are taken beside ROUGE-L and exact match.
+    """
 
     sampling: Sampling = Sampling()
     seeds: tuple[int, ...] = SEEDS
     max_prompt_tokens: int = 256
     rendering: Rendering = Rendering()
     match: Match = "text"
+    scores: tuple[AnswerScore, ...] = ()
 
     def __post_init__(self) -> None:
         if self.match not in get_args(Match):
@@ -98,7 +62,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """One line of the answers file. `rouge_l` is 0 to 100; `tokens` counts the end-of-text token."""
+    """One line of the answers file. `rouge_l` is 0 to 100; `tokens` counts the end-of-text token.
+
+    Of a row without references, `rouge_l` and `exact_match` are None. `scores` holds those that were asked for beside them.
+    """
 
     where: str
     prompt_id: int
@@ -107,20 +74,38 @@ class ScoredAnswer:
     prompt: str
     answer: str
     references: tuple[str, ...]
-    rouge_l: float
-    exact_match: bool
+    rouge_l: float | None
+    exact_match: bool | None
     tokens: int
     finish_reason: FinishReason
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over rows: ROUGE-L and exact match from 0 to 100, tokens per response, share that ended with end-of-text."""
+    """Means over rows: ROUGE-L and exact match from 0 to 100, tokens per response, share that ended with end-of-text.
+
+    ROUGE-L and exact match are NaN where no row has references. `own` holds the scores that were asked for beside them.
+    """
 
     rouge_l: float
     exact_match: float
     response_tokens: float
     ended_share: float
+    own: dict[str, float] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, float]:
+        """All means by name."""
+        values = asdict(self)
+        own = values.pop("own")
+        return {**values, **own}
+
+    @classmethod
+    def of_flat(cls, values: Mapping[str, float]) -> Scores:
+        """The scores of these means by name."""
+        own = dict(values)
+        rouge_l, exact_match = own.pop("rouge_l"), own.pop("exact_match")
+        return cls(rouge_l, exact_match, own.pop("response_tokens"), own.pop("ended_share"), own)
 
 
 @dataclass(frozen=True)
@@ -156,21 +141,27 @@ class Evaluation:
     def save(self, folder: Path) -> Path:
         """Write eval.json into the folder, whole or not at all, and return its path."""
         path = folder / RESULT_FILE
-        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(path, json.dumps(_null_for_nan(asdict(self)), indent=2) + "\n")
         return path
 
     def table(self) -> Table:
         """The mean ± deviation over seeds, a line for each set and each of its buckets."""
         title = f"{self.model}: {len(self.seeds)} seed(s), temperature {self.sampling.temperature:g}"
-        table = Table("set", title=title)
-        for heading in ("rows", "ROUGE-L", "exact match", "tokens", "ended"):
+        table = Table(title=title, box=box.SIMPLE)
+        table.add_column("set", overflow="fold")
+        own = dict.fromkeys(name for result in self.sets.values() for name in result.overall.mean.own)
+        for heading in ("rows", "ROUGE-L", "exact match", "tokens", "ended (%)", *own):
             table.add_column(heading, justify="right")
+        # Beside scores from 0 to 100, a share would be read as one of these.
+        percent = {"ended_share": 100.0}
         for name, result in self.sets.items():
             for label, summary in {name: result.overall, **{f"  {b}": s for b, s in result.by_bucket.items()}}.items():
-                means, deviations = astuple(summary.mean), astuple(summary.deviation) if summary.deviation else None
-                cells = [f"{mean:.2f}" for mean in means]
-                if deviations:
-                    cells = [f"{cell} ± {deviation:.2f}" for cell, deviation in zip(cells, deviations, strict=True)]
+                deviations = summary.deviation.flat() if summary.deviation else {}
+                cells = []
+                for key, mean in summary.mean.flat().items():
+                    unit = percent.get(key, 1.0)
+                    spread = f" ± {unit * deviations[key]:.2f}" if deviations else ""
+                    cells.append("-" if math.isnan(mean) else f"{unit * mean:.2f}{spread}")
                 table.add_row(label, str(summary.rows), *cells)
         return table
 
@@ -187,9 +178,10 @@ def evaluate(
 ) -> Evaluation:
     """The scores of the student's answers to the rows of each set.
 
-    Rows without a reference or with too long a prompt are left out and named in the result. With `out_folder`, eval.json
-    and a file of answers for each set are written there. Raises UserError, before anything is generated, for a set without
-    a row to use. Source: the evaluation of MiniLLM and DistiLLM, whose settings are the defaults.
+    Rows without a reference or with too long a prompt are left out and named in the result; a set without any reference needs
+    a score that compares with none. With `out_folder`, eval.json and a file of answers for each set are written there. Raises
+    UserError, before anything is generated, for a set without a row to use. Source: the evaluation of MiniLLM and DistiLLM,
+    whose settings are the defaults.
     """
     # All sets are read before the first is answered, so that a bad one does not cost hours.
     loaded = {
@@ -198,7 +190,7 @@ def evaluate(
             tokenizer,
             max_prompt_tokens=settings.max_prompt_tokens,
             max_response_tokens=settings.sampling.max_new_tokens,
-            need_response=True,
+            need_response=_needs_answers(name, rows, settings),
             skip_bad_rows=True,
             rendering=replace(settings.rendering, prompts_alone=True),
         )
@@ -222,6 +214,22 @@ def evaluate(
     return evaluation
 
 
+def _needs_answers(name: str, rows: Sequence[SourceRow], settings: EvaluationSettings) -> bool:
+    """Whether each row needs a reference: not where none has one, and all scores beside ours do without.
+
+    Raises UserError for prompts alone that nothing would score.
+    """
+    if has_answers(rows):
+        return True
+    without = bool(settings.scores) and not any(score.of_references for score in settings.scores)
+    if not without and any(map(is_readable, rows)):
+        raise UserError(
+            f"no row of {name} has a response to compare answers with; give rows that have, or score the answers by a function "
+            f"of your own (--eval-scores module:FUNCTION)"
+        )
+    return not without
+
+
 def _score(
     answers: Sequence[Answer],
     rows: Sequence[SourceRow],
@@ -234,19 +242,21 @@ def _score(
         # A prompt's id is its row's index.
         row = by_index[answer.prompt_id]
         text = row_text(row)
+        prompt, references = prompt_text(text, tokenizer, settings.rendering), text.references
         scored.append(
             ScoredAnswer(
                 where=row.where,
                 prompt_id=answer.prompt_id,
                 seed=answer.seed,
                 bucket=row.columns.get("bucket"),
-                prompt=prompt_text(text, tokenizer, settings.rendering),
+                prompt=prompt,
                 answer=answer.text,
-                references=text.references,
-                rouge_l=rouge_l(answer.text, text.references),
-                exact_match=exact_match(answer.text, text.references, settings.match),
+                references=references,
+                rouge_l=rouge_l(answer.text, references) if references else None,
+                exact_match=exact_match(answer.text, references, settings.match) if references else None,
                 tokens=answer.tokens,
                 finish_reason=answer.finish_reason,
+                scores={score.name: score(prompt, answer.text, references) for score in settings.scores},
             )
         )
     return scored
@@ -264,21 +274,38 @@ def summarize(scored: Sequence[ScoredAnswer]) -> Summary:
     for answer in scored:
         by_seed.setdefault(answer.seed, []).append(answer)
     per_seed = {seed: _mean_scores(answers) for seed, answers in by_seed.items()}
-    columns = list(zip(*map(astuple, per_seed.values()), strict=True))
-    deviation = Scores(*map(stdev, columns)) if len(per_seed) > 1 else None
-    return Summary(len(scored) // len(per_seed), Scores(*map(fmean, columns)), deviation, per_seed)
+    of_seeds = [each.flat() for each in per_seed.values()]
+    columns = {name: [each[name] for each in of_seeds] for name in of_seeds[0]}
+    mean = Scores.of_flat({name: fmean(column) for name, column in columns.items()})
+    deviation = None
+    if len(of_seeds) > 1:
+        # Of NaN, the standard library has none.
+        spread = {
+            name: stdev(column) if all(map(math.isfinite, column)) else math.nan for name, column in columns.items()
+        }
+        deviation = Scores.of_flat(spread)
+    return Summary(len(scored) // len(per_seed), mean, deviation, per_seed)
 
 
 def _mean_scores(answers: Sequence[ScoredAnswer]) -> Scores:
+    compared = [answer for answer in answers if answer.references]
     return Scores(
-        rouge_l=fmean(answer.rouge_l for answer in answers),
-        exact_match=100 * fmean(answer.exact_match for answer in answers),
+        rouge_l=fmean(answer.rouge_l or 0.0 for answer in compared) if compared else math.nan,
+        exact_match=100 * fmean(bool(answer.exact_match) for answer in compared) if compared else math.nan,
         response_tokens=fmean(answer.tokens for answer in answers),
         ended_share=fmean(answer.finish_reason is FinishReason.END_OF_TEXT for answer in answers),
+        own={name: fmean(answer.scores[name] for answer in answers) for name in answers[0].scores},
     )
 
 
+def _null_for_nan(value: Any) -> Any:
+    """A value for JSON, which has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _null_for_nan(each) for key, each in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _write_answers(scored: Sequence[ScoredAnswer], set_name: str, folder: Path) -> None:
-    lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in scored)
+    lines = "".join(json.dumps(_null_for_nan(asdict(answer))) + "\n" for answer in scored)
     # A set's name can be a path, or hold a colon.
     write_atomically(folder / f"answers_{re.sub(r'[^A-Za-z0-9.-]+', '_', set_name)}.jsonl", lines)

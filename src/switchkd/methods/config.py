@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +13,12 @@ from transformers import TrainingArguments
 from switchkd.data.examples import AddBos, Rendering, TrainTurns
 from switchkd.distributions.divergences import Divergence
 from switchkd.errors import UserError
+from switchkd.evaluation.measures import scores_named
 from switchkd.loss.objective import CrossEntropyOn, Objective
 from switchkd.loss.targets import Target
 from switchkd.loss.weight import Weight
 from switchkd.loss.weights import WEIGHT
+from switchkd.methods.device import placement_for
 from switchkd.methods.inherited import check_inherited, renamed
 from switchkd.methods.parts import (
     AUTO,
@@ -34,7 +35,7 @@ from switchkd.methods.parts import (
 from switchkd.methods.plan import AutoThreshold, Plan
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
 from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
-from switchkd.models.placement import Placement, placement_of, precision_named
+from switchkd.models.placement import Placement
 from switchkd.records import Sampling
 from switchkd.rollout.blocks import check_block_size
 from switchkd.rollout.graphs import Compile
@@ -149,6 +150,10 @@ class SwitchConfig(TrainingArguments):
         10, "Steps between measurements of both models' entropies and their agreement; 0 is never."
     )
     show_rollouts_every: int = setting(100, "Steps between rollouts shown and kept in rollouts.jsonl; 0 is never.")
+    eval_scores: None | str | list[str] = setting(
+        None,
+        "What the student's answers to eval_data are scored by: rouge_l, exact_match, numeric_match, module:FUNCTION.",
+    )
     teacher_offload: Offload = setting(
         "none", "Where the teacher's weights are between rollouts: none (they stay), cpu or disk."
     )
@@ -197,7 +202,7 @@ class SwitchConfig(TrainingArguments):
         # Ours first: transformers' checks ask for devices and take seconds.
         self.plan = self._make_plan()
         self._check()
-        self.placement = self._placement()
+        self.placement = placement_for(self)
         # accelerate wraps the student's forward by these; everything else follows the placement, and the two have to agree.
         self.bf16 = self.placement.autocast_dtype is not None
         self.use_cpu = self.placement.device.type == "cpu"
@@ -280,29 +285,6 @@ class SwitchConfig(TrainingArguments):
             return Path(self.teacher_text or Path(str(self.output_dir)) / "teacher_text.jsonl")
         return None
 
-    def _placement(self) -> Placement:
-        """Device and precision, from our settings and from those of transformers and accelerate for the same thing."""
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if self.fp16 or launched == "fp16":
-            raise UserError(
-                "fp16 is asked for, in which the loss's gradients underflow; take precision bf16 or float32"
-            )
-        precision, bf16 = precision_named(self.precision), True if launched == "bf16" else self.bf16
-        if bf16 is not None:
-            named = "bf16" if bf16 else "float32"
-            if precision not in ("auto", named):
-                raise UserError(f"precision is {self.precision!r}, but bf16 is {bf16}; set one of them")
-            precision = precision_named(named)
-        return placement_of(
-            device="cpu" if self.use_cpu else "auto",
-            precision=precision,
-            dtype=self.dtype,
-            teacher_dtype=self.teacher_dtype,
-            attn_implementation=self.attn_implementation,
-            model_init_kwargs=self.model_init_kwargs,
-            teacher_model_init_kwargs=self.teacher_model_init_kwargs,
-        )
-
     def _check_read(self, row: Method, method: Method) -> None:
         """Raise UserError for a setting that nothing would read."""
         if self.student_share is not None and not (row.student_share or row.share_rise):
@@ -338,6 +320,11 @@ class SwitchConfig(TrainingArguments):
             raise UserError(
                 f"train_turns is 'all', but method {self.method_name!r} has text written, and that continues the last turn "
                 f"of a conversation; leave it out, or take sft or kd"
+            )
+        if scores_named(self.eval_scores) and self.train_turns == "all":
+            raise UserError(
+                "eval_scores is set, but with train_turns all an answer may be any turn, and the references are of the last; "
+                "leave one of them out"
             )
         sampling, objective = self.sampling, self.plan.objective
         # They read the models' own probabilities; what top-k or top-p excludes would make them infinite.

@@ -147,6 +147,11 @@ def rounded(count: float) -> str:
     return f"{count:.0f}"
 
 
+def counted(count: int, thing: str) -> str:
+    """So many of a thing: 1 step, 1,200 steps."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
 def parameter_count(model: nn.Module) -> int:
     """The number of parameters. A tied weight counts once, a packed one as the numbers it stands for."""
     # bitsandbytes keeps two 4-bit numbers in a byte, and their shape beside them.

@@ -22,7 +22,7 @@ Fields = Mapping[str, Field[Any]]
 
 # In the order in which somebody who writes a run file meets them. What is in no group stands in the last one.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "The run": ("student", "teacher", "train_data", "eval_data", "data_dir", "output_dir", "stages"),
+    "The run": ("student", "teacher", "train_data", "eval_data", "eval_scores", "data_dir", "output_dir", "stages"),
     "Method": ("method", "policy", "divergence", "teacher_text_divergence", "target", "weight"),
     "The threshold of SWITCH": ("threshold", "decay", "decay_rate", "final_fraction"),
     "Where the text comes from": (
@@ -166,7 +166,9 @@ def _choices(key: str) -> Iterator[Any]:
 
 
 def _first_line(part: type[Any]) -> str:
-    return (part.__doc__ or "").strip().partition("\n")[0]
+    line = (part.__doc__ or "").strip().partition("\n")[0]
+    # Which errors there are is for those who write Python.
+    return line.partition(" Raises ")[0]
 
 
 def settings_page(fields: Fields, hints: Mapping[str, Any]) -> str:

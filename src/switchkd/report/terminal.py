@@ -6,7 +6,9 @@ What a model wrote goes through `visible` and is never read as markup, so it can
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,8 @@ TEACHER_MARKS = ("«", "»")
 _DECODED_AT_ONCE = 32
 # A single step is a few sequences: its loss says little.
 _STEPS_OF_A_MEAN = 20
+# How the names of transformers' times of an evaluation end.
+_CLOCK = ("_runtime", "_per_second", "_time")
 
 
 def visible(text: str) -> str:
@@ -117,49 +121,58 @@ def print_rollouts(
         console.print(Text.assemble(legend(color=color), share), soft_wrap=True)
 
 
-def run_table(events: Sequence[Mapping[str, Any]], model_folder: Path) -> Table:
-    """A line for each stage of a run: its steps, measures at its beginning and its end, mean speeds, and its time.
+def scores_of(logs: Mapping[str, Any]) -> list[str]:
+    """The keys of what an evaluation logs beside its loss and its times."""
+    return [key for key in logs if key.startswith("eval_") and key != "eval_loss" and not key.endswith(_CLOCK)]
 
-    Beginning and end are means over logged steps, as the caption says; the evaluation losses are the first and the last one.
+
+def run_table(events: Sequence[Mapping[str, Any]], model_folder: Path) -> Table:
+    """A column for each stage of a run: its steps, measures at its beginning and its end, mean speeds, and its time.
+
+    Beginning and end are means over logged steps, as the caption says; of evaluations they are the first and the last one.
     """
     caption = (
-        f"loss and teacher share: means over the first and the last logged steps, {_STEPS_OF_A_MEAN} or half of all\n"
+        f"loss, teacher share: means over the first and the last steps, {_STEPS_OF_A_MEAN} or half\n"
         f"the model is in {model_folder}"
     )
-    table = Table(box=box.SIMPLE, caption=Text(caption), caption_justify="left")
-    evaluated = any("eval_loss" in event for event in events)
-    headings = ("stage", "steps", "loss", *(["eval loss"] if evaluated else []), "teacher\nshare")
-    for heading in (*headings, "rollout\ntok/s", "train\ntok/s", "time"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
-    for stage in dict.fromkeys(event["stage"] for event in events):
-        logged = [event for event in events if event["stage"] == stage]
-        steps = [event for event in logged if "loss" in event]
-        if steps:
-            evaluations = _change([event["eval_loss"] for event in logged if "eval_loss" in event], "{:.4f}", 1)
-            table.add_row(
-                Text(stage or "train"),
-                str(steps[-1]["step"]),
-                _change([step["loss"] for step in steps], "{:.4f}"),
-                *([evaluations] if evaluated else []),
-                _change([step["teacher_share"] for step in steps if "teacher_share" in step], "{:.0%}"),
-                _mean(steps, "rollout_tokens_per_second"),
-                _mean(steps, "train_tokens_per_second"),
-                duration(logged[-1]["seconds"]),
-            )
+    stages = {
+        name: [event for event in events if event["stage"] == name]
+        for name in dict.fromkeys(event["stage"] for event in events if "loss" in event)
+    }
+    table = Table(box=box.SIMPLE, show_header=any(stages), caption=Text(caption), caption_justify="left")
+    table.add_column(no_wrap=True)
+    for name in stages:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    scores = dict.fromkeys(chain.from_iterable(map(scores_of, events)))
+    rows: list[tuple[str, Callable[[Sequence[Mapping[str, Any]]], str]]] = [
+        ("steps", lambda logged: str(max(event["step"] for event in logged if "loss" in event))),
+        ("loss", partial(_change, key="loss", form="{:.4f}")),
+        ("eval loss", partial(_change, key="eval_loss", form="{:.4f}", most=1)),
+        *((key.removeprefix("eval_"), partial(_change, key=key, form="{:.4g}", most=1)) for key in scores),
+        ("teacher share", partial(_change, key="teacher_share", form="{:.0%}")),
+        ("rollout tok/s", partial(_mean, key="rollout_tokens_per_second")),
+        ("train tok/s", partial(_mean, key="train_tokens_per_second")),
+        ("time", lambda logged: duration(logged[-1]["seconds"])),
+    ]
+    for label, cell in rows:
+        cells = [cell(logged) for logged in stages.values()]
+        if set(cells) != {"-"}:
+            table.add_row(label, *cells)
     return table
 
 
-def _change(values: Sequence[float], form: str, most: int = _STEPS_OF_A_MEAN) -> str:
-    """The mean of the first values → that of the last ones: `most` of them, or half."""
-    if not values:
-        return "-"
+def _change(logged: Sequence[Mapping[str, Any]], key: str, form: str, most: int = _STEPS_OF_A_MEAN) -> str:
+    """The mean of the first values → that of the last ones: `most` of them, or half. One value stands alone."""
+    values = [event[key] for event in logged if key in event]
+    if len(values) < 2:
+        return form.format(*values) if values else "-"
     count = max(1, min(most, len(values) // 2))
     first, last = sum(values[:count]) / count, sum(values[-count:]) / count
     return f"{form.format(first)} → {form.format(last)}"
 
 
-def _mean(steps: Sequence[Mapping[str, Any]], key: str) -> str:
-    values = [step[key] for step in steps if key in step]
+def _mean(logged: Sequence[Mapping[str, Any]], key: str) -> str:
+    values = [event[key] for event in logged if key in event]
     return f"{sum(values) / len(values):,.0f}" if values else "-"
 
 

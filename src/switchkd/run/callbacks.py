@@ -19,28 +19,32 @@ from rich.progress import TaskID
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from switchkd.models.pair import counted
 from switchkd.progress import progress_bar
-from switchkd.report.terminal import duration
+from switchkd.report.terminal import duration, scores_of
 
 # What a progress line shows of a log event: its key, and how it is written.
 SHOWN = {
     "loss": "loss {:.4f}",
     "eval_loss": "eval loss {:.4f}",
+    "eval_rouge_l": "ROUGE-L {:.1f}",
+    "eval_exact_match": "exact match {:.1f}",
+    "eval_numeric_match": "numeric match {:.1f}",
     "threshold": "threshold {:.3g}",
     "teacher_share": "teacher {:.0%}",
     "response_tokens": "{:.0f} tokens",
     "rollout_tokens_per_second": "rollout {:,.0f} tok/s",
     "train_tokens_per_second": "train {:,.0f} tok/s",
 }
-
-
 # Elsewhere than on a terminal, a step that takes longer says how far it is.
 _SECONDS_BETWEEN_LINES = 60.0
 
 
 def measures(logs: Mapping[str, Any]) -> str:
-    """The measures of one log event, in one line."""
-    return "  ".join(form.format(float(logs[key])) for key, form in SHOWN.items() if key in logs)
+    """The measures of one log event, in one line, the scores of one's own and those of several sets at its end."""
+    ours = [form.format(float(logs[key])) for key, form in SHOWN.items() if key in logs]
+    others = [key for key in scores_of(logs) if key not in SHOWN]
+    return "  ".join([*ours, *(f"{key.removeprefix('eval_')} {float(logs[key]):.4g}" for key in others)])
 
 
 class ConsoleProgress(TrainerCallback):
@@ -76,7 +80,7 @@ class ConsoleProgress(TrainerCallback):
         step_seconds = time.perf_counter() - self.started_at
         steps = state.max_steps - self.first_step
         self._print(
-            f"The first step took {duration(step_seconds)}: about {duration(step_seconds * steps)} for {steps:,} steps."
+            f"The first step took {duration(step_seconds)}: about {duration(step_seconds * steps)} for {counted(steps, 'step')}."
         )
 
     def on_substep_end(

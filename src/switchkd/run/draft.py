@@ -11,9 +11,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from switchkd.data.columns import with_columns
+from switchkd.data.columns import guessed_columns, with_columns
 from switchkd.data.examples import Rendering, to_examples
-from switchkd.data.guess import guessed_columns
 from switchkd.data.rows import Rows
 from switchkd.data.sets import resolve
 from switchkd.data.shapes import has_answers, is_chat
@@ -239,7 +238,8 @@ def _data_lines(data: str, found: Data, fit: Fit) -> list[str]:
     lines.append(_line("max_prompt_tokens", fit.prompt, f"the longest prompt read has {found.prompts[-1]:,}"))
     if found.bad or fit.prompt < found.prompts[-1] or found.rows > _ROWS_READ:
         longer = sum(length > fit.prompt for length in found.prompts)
-        reason = f"of {min(found.rows, _ROWS_READ):,} rows read, {found.bad} have faults and {longer} are too long"
+        read = f"of the first {_ROWS_READ:,} rows" if found.rows > _ROWS_READ else "of the rows"
+        reason = f"{read}, {found.bad} have faults and {longer} are too long"
         lines.append(_line("skip_bad_rows", True, reason))
     share = (
         f"95 % of the answers have at most {_at(found.responses, 0.95):,}" if found.responses else "no answers to go by"
@@ -271,5 +271,7 @@ def _training_lines(found: Data, fit: Fit) -> list[str]:
 
 
 def _line(key: str, value: Any, why: str = "") -> str:
-    given = yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True, width=_ANY_LENGTH).strip()[1:-1]
+    given = yaml.safe_dump(
+        {key: value}, default_flow_style=True, sort_keys=False, allow_unicode=True, width=_ANY_LENGTH
+    ).strip()[1:-1]
     return f"{given:<31} # {why}" if why else given

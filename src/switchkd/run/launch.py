@@ -28,7 +28,7 @@ from switchkd.run.file import RunConfig, Stage
 from switchkd.run.folder import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
 from switchkd.run.rollout_view import RolloutView
 from switchkd.training.checkpoints import last_complete_checkpoint
-from switchkd.training.dataset import needs_answers, tokenized, warn_of_templates
+from switchkd.training.dataset import evaluated, tokenized, warn_of_templates
 from switchkd.training.teachers import SELF
 from switchkd.training.trainer import SwitchTrainer
 
@@ -111,10 +111,7 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
         warn_of_templates(train, tokenizer, teacher_tokenizer, stage.config)
         needs_response = stage.config.plan.needs_response
         train_examples = tokenized(train, tokenizer, stage.config, need_response=needs_response)
-        eval_examples = None
-        if held_out:
-            answered = needs_answers(held_out, stage.config)
-            eval_examples = tokenized(held_out, tokenizer, stage.config, need_response=answered)
+        eval_examples = evaluated(held_out, tokenizer, stage.config) if held_out else None
         prepared.append(PreparedStage(stage, peft_config, train_examples, eval_examples))
     return prepared
 
@@ -149,7 +146,7 @@ def _train_stage(
     if is_main_process:
         # Only now that everything has loaded: once the folder is marked as a run, another attempt without --resume is refused.
         record_run(run if run.stages else _with_rate(run, trainer.args.learning_rate))
-        console.print(_first_line(trainer, stage, checkpoint), highlight=False, markup=False, soft_wrap=True)
+        console.print(_first_lines(trainer, stage, checkpoint), highlight=False, markup=False, soft_wrap=True)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
@@ -205,10 +202,10 @@ def _trainer(
     return trainer, stopper, progress
 
 
-def _first_line(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -> str:
+def _first_lines(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -> str:
     starts = f" Goes on from {checkpoint}." if checkpoint else ""
     computes = f"Computes {stage.config.placement.describe()}: {describe_objective(stage.config)}."
-    return f"{trainer.describe()}. {computes} {_marks(trainer)} Writes to {stage.model_folder}.{starts}"
+    return f"{trainer.describe()}.\n{computes}\n{_marks(trainer)} Writes to {stage.model_folder}.{starts}"
 
 
 def _with_rate(run: RunConfig, rate: float | None) -> RunConfig:

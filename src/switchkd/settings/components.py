@@ -61,15 +61,7 @@ class Registry(Generic[PartT]):
         return found
 
     def _load(self, name: str) -> Any:
-        entry = self._installed.get(name) or EntryPoint(name, name, self.group)
-        # A console script does not look into the folder that it is called from, where a researcher's module lies. Appended,
-        # so that no file there takes the place of an installed package.
-        if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds text
-            sys.path.append(os.getcwd())  # noqa: PTH109
-        try:
-            return entry.load()
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"{self.kind} {name!r} cannot be imported: {error}; check the name") from error
+        return imported(self.kind, name, self._installed.get(name))
 
     def make(self, given: PartT | str | Mapping[str, Any], *, default: PartT | None = None) -> PartT:
         """The part that `given` describes: itself, a name, or a mapping of a `name` and settings.
@@ -121,6 +113,18 @@ class Registry(Generic[PartT]):
             "name": self.name_of(type(part)),
             **{key: getattr(part, key) for key in settings_of(type(part))},
         }
+
+
+def imported(kind: str, name: str, entry: EntryPoint | None = None) -> Any:
+    """What an entry point, or else a name module:NAME, leads to. Raises UserError, with `kind`, where nothing can be imported."""
+    # A console script does not look into the folder that it is called from, where a researcher's module lies. Appended,
+    # so that no file there takes the place of an installed package.
+    if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds text
+        sys.path.append(os.getcwd())  # noqa: PTH109
+    try:
+        return (entry or EntryPoint(name, name, kind)).load()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{kind} {name!r} cannot be imported: {error}; check the name") from error
 
 
 def settings_of(part_class: type[Any]) -> dict[str, Field[Any]]:

@@ -62,7 +62,7 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
         ),
         Foreign(
             "n_gpu n_gpus n_gpus_per_node num_gpus nproc_per_node nnodes num_nodes world_size",
-            advice="start one process for each GPU, with torchrun --nproc-per-node N -m switchkd.cli.main train RUN.yaml",
+            advice="start one process for each GPU, with torchrun --nproc-per-node N -m switchkd train RUN.yaml",
         ),
         Foreign(
             "load_in_4bit load_in_8bit quant_bits quant_method quantization quantization_bit bnb_4bit_* bits",
@@ -213,7 +213,7 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
         Foreign(
             "beta jsd_beta gkd_beta",
             "divergence.teacher_weight",
-            "divergence: {name: jensen_shannon, teacher_weight: 0.5}; TRL's beta 0 is divergence: forward_kl, 1 is reverse_kl",
+            "write divergence: {name: jensen_shannon, teacher_weight: 0.5}; TRL's beta 0 is forward_kl, 1 is reverse_kl",
         ),
         Foreign(
             "alpha",
@@ -257,7 +257,7 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
         Foreign(
             "mixed_alpha teacher_mixed_alpha",
             "policy.teacher_share",
-            "policy: {name: mix, teacher_share: 0.2}",
+            "write policy: {name: mix, teacher_share: 0.2}",
         ),
         Foreign("init_threshold loss_eps", "share_rise", "with method: distillm"),
         Foreign("replay_ratio", "replay_share"),

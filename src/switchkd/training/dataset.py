@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from switchkd.data.examples import to_examples
 from switchkd.data.packed import PackedExamples, lengths_of
 from switchkd.data.rows import Rows, SourceRow, read_rows
-from switchkd.data.shapes import has_answers, is_chat
+from switchkd.data.shapes import has_answers, is_chat, row_text
 from switchkd.errors import UserError
+from switchkd.evaluation.measures import scores_named
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.chat import warn_of_other_template
 from switchkd.models.pair import ModelPair
@@ -31,7 +32,14 @@ def training_examples(dataset: Any, pair: ModelPair, args: SwitchConfig) -> Any:
         raise UserError(
             f"train_dataset is a {type(dataset).__name__} of {names}; pass one of them, such as ds[{first!r}]"
         )
-    return _examples_of(dataset, pair, args, need_response=args.plan.needs_response, warn_of_template=True)
+    need_response = args.plan.needs_response
+    if dataset is None:
+        return None
+    if isinstance(dataset, PackedExamples) or _has_records(dataset):
+        return _checked_records(dataset, need_response=need_response)
+    rows, tokenizer = _rows_of(dataset), _tokenizer_of(pair)
+    warn_of_templates(rows, tokenizer, pair.teacher_tokenizer, args)
+    return tokenized(rows, tokenizer, args, need_response=need_response)
 
 
 def evaluation_examples(dataset: Any, pair: ModelPair, args: SwitchConfig) -> Any:
@@ -41,30 +49,48 @@ def evaluation_examples(dataset: Any, pair: ModelPair, args: SwitchConfig) -> An
     """
     if isinstance(dataset, Mapping):
         return {name: evaluation_examples(part, pair, args) for name, part in dataset.items()}
-    dataset = (
-        dataset
-        if dataset is None or isinstance(dataset, PackedExamples) or _has_records(dataset)
-        else _rows_of(dataset)
-    )
-    answered = dataset is not None and needs_answers(dataset, args)
-    return _examples_of(dataset, pair, args, need_response=answered, warn_of_template=False)
+    if dataset is None or isinstance(dataset, PackedExamples):
+        return dataset
+    if _has_records(dataset):
+        if args.eval_scores:
+            raise UserError("eval_scores compares text, but eval_dataset holds Example records; give rows")
+        answered = any(response for _, response in lengths_of(dataset))
+        _check_answered(answered, args)
+        return _checked_records(dataset, need_response=answered)
+    return evaluated(_rows_of(dataset), _tokenizer_of(pair), args)
 
 
-def needs_answers(dataset: Sequence[SourceRow] | Sequence[Example], args: SwitchConfig) -> bool:
-    """Whether an evaluation set is one with responses: whether any row has one.
+def evaluated(rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, args: SwitchConfig) -> PackedExamples:
+    """The rows of an evaluation set as examples, with their references where answers are scored.
 
-    Raises UserError where none has, and the method compares with no teacher on the student's own text.
+    Either all rows need a response or, where none has one, none does. Raises UserError for rows that cannot be used.
     """
-    if isinstance(dataset, PackedExamples) or _has_records(dataset):
-        answered = any(response for _, response in lengths_of(cast(Sequence[Example], dataset)))
-    else:
-        answered = has_answers(cast(Sequence[SourceRow], dataset))
+    answered = has_answers(rows)
+    _check_answered(answered, args)
+    examples = tokenized(rows, tokenizer, args, need_response=answered)
+    if scores := scores_named(args.eval_scores):
+        comparing = [score.name for score in scores if score.of_references]
+        if comparing and not answered:
+            raise UserError(
+                f"eval_scores has {comparing[0]}, which compares with answers, but no row of the evaluation data has one; give "
+                f"rows with answers, or a function of your own, module:FUNCTION"
+            )
+        used = {example.prompt.prompt_id for example in examples}
+        examples.references = {
+            row.index + copy * len(rows): row_text(row).references
+            for row in rows
+            if row.index in used
+            for copy in range(row.copies)
+        }
+    return examples
+
+
+def _check_answered(answered: bool, args: SwitchConfig) -> None:
     if not answered and args.plan.objective.divergence is None:
         raise UserError(
             f"no row of the evaluation data has a response, and {args.method_name} compares the student with nothing else; give "
             f"rows with answers"
         )
-    return answered
 
 
 def _has_records(dataset: Any) -> bool:
@@ -84,27 +110,22 @@ def _rows_of(dataset: Any) -> Rows:
     return read_rows(dataset if isinstance(dataset, str | Path) else _sized(dataset))
 
 
-def _examples_of(
-    dataset: Any, pair: ModelPair, args: SwitchConfig, *, need_response: bool, warn_of_template: bool
-) -> Sequence[Example] | None:
-    if dataset is None:
-        return None
-    if isinstance(dataset, PackedExamples) or _has_records(dataset):
-        lengths = list(lengths_of(dataset))
-        empty = sum(not response for _, response in lengths)
-        if need_response and empty:
-            raise UserError(f"{empty} of {len(lengths)} examples have no response; give their response_ids")
-        if not all(prompt for prompt, _ in lengths):
-            raise UserError(
-                "an example has no prompt, but its first token has to be predicted from something; give prompt tokens"
-            )
-        return dataset if isinstance(dataset, PackedExamples) else list(dataset)
+def _checked_records(dataset: Sequence[Example], *, need_response: bool) -> Sequence[Example]:
+    lengths = list(lengths_of(dataset))
+    empty = sum(not response for _, response in lengths)
+    if need_response and empty:
+        raise UserError(f"{empty} of {len(lengths)} examples have no response; give their response_ids")
+    if not all(prompt for prompt, _ in lengths):
+        raise UserError(
+            "an example has no prompt, but its first token has to be predicted from something; give prompt tokens"
+        )
+    return dataset if isinstance(dataset, PackedExamples) else list(dataset)
+
+
+def _tokenizer_of(pair: ModelPair) -> PreTrainedTokenizerBase:
     if pair.tokenizer is None:
         raise UserError("the rows are text, but there is no tokenizer; give processing_class")
-    rows = _rows_of(dataset)
-    if warn_of_template:
-        warn_of_templates(rows, pair.tokenizer, pair.teacher_tokenizer, args)
-    return tokenized(rows, pair.tokenizer, args, need_response=need_response)
+    return pair.tokenizer
 
 
 def warn_of_templates(

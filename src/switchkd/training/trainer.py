@@ -17,9 +17,10 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from switchkd.data.packed import lengths_of
 from switchkd.errors import UserError
+from switchkd.evaluation.measures import scores_named
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
-from switchkd.models.pair import ModelPair, name_of, parameter_count, rounded
+from switchkd.models.pair import ModelPair, counted, name_of, parameter_count, rounded
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine, KeepTeacher
 from switchkd.rollout.law import Student
@@ -30,6 +31,7 @@ from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
 from switchkd.training.rewriting import check_rewrite
+from switchkd.training.scored_answers import ScoredAnswers
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_share_alarm import teacher_share_alarm
@@ -136,6 +138,7 @@ class SwitchTrainer(Trainer):
             self.add_callback(callback)
         self._step_started, self._step_tokens = 0.0, 0
         self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
+        self._answers = ScoredAnswers()
 
     @property
     def newest_rollouts(self) -> list[Rollout]:
@@ -149,7 +152,7 @@ class SwitchTrainer(Trainer):
     def _check_room(self) -> None:
         """Raise UserError where a model has too few positions for the data or the rollouts."""
         held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
-        longest, rolls_out = 0, self.plan.rolls_out or bool(self.plan.teacher_text)
+        longest, rolls_out = 0, self.plan.rolls_out or bool(self.plan.teacher_text or self.args.eval_scores)
         for prompt, response in chain.from_iterable(map(lengths_of, [self.train_dataset or (), *held_out])):
             # A prompt alone is rolled out in an evaluation too.
             written = self.args.max_new_tokens if rolls_out or not response else 0
@@ -167,10 +170,11 @@ class SwitchTrainer(Trainer):
         teacher = self.pair.teacher
         learns_from = f" from {name_of(teacher)} ({rounded(self._teacher_size)})" if teacher is not None else ""
         writes = f"{self.plan.rollout_share:.0%} rolled out" if self.plan.rollout_share else "the data set's text"
+        size, most = rounded(parameter_count(self.pair.student)), rounded(steps * rows * args.max_new_tokens)
         return (
-            f"{args.method_name}: {name_of(self.pair.student)} ({rounded(parameter_count(self.pair.student))} parameters) learns"
-            f"{learns_from}: {steps:,} steps x {rows} sequences ({writes}) of up to {args.max_new_tokens} response tokens, "
-            f"at most {rounded(steps * rows * args.max_new_tokens)} tokens, from {count:,} rows"
+            f"{args.method_name}: {name_of(self.pair.student)} ({size} parameters) learns{learns_from}: "
+            f"{counted(steps, 'step')} x {counted(rows, 'sequence')} ({writes}) of up to {args.max_new_tokens} response tokens, "
+            f"at most {most} tokens, from {counted(count, 'row')}"
         )
 
     def get_batch_samples(
@@ -265,8 +269,11 @@ class SwitchTrainer(Trainer):
         """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token.
 
         It is the sum over all their tokens / their number, whatever the batches and processes. Of a set of prompts alone, the
-        responses are rollouts of the student as it is now, with the same draws in each evaluation.
+        responses are rollouts of the student as it is now, with the same draws in each evaluation. These are what
+        `eval_scores` scores, and the means are metrics as well.
         """
+        references = getattr(dataloader.dataset, "references", {})
+        self._answers = ScoredAnswers(scores_named(self.args.eval_scores), references, self.pair.tokenizer)
         self._eval_rows, self._eval_sum, self._eval_tokens = len(dataloader.dataset), 0.0, 0.0
         with self._place.loaded():
             output = super().evaluation_loop(
@@ -276,6 +283,8 @@ class SwitchTrainer(Trainer):
         total, tokens = self._gathered(sums).sum(dim=0).tolist()
         if output.metrics is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = total / (tokens or 1)
+            means = self._answers.means(self._gathered)
+            output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 
     def prediction_step(
@@ -291,14 +300,17 @@ class SwitchTrainer(Trainer):
         return None, None, None
 
     def _answered(self, examples: Sequence[Example]) -> Sequence[Example | Rollout]:
-        """The examples, or where they are prompts alone, what the student writes after them."""
-        if any(example.response_ids for example in examples):
+        """The examples, or where they are prompts alone, what the student writes after them; its answers are scored if asked."""
+        prompts_alone = not any(example.response_ids for example in examples)
+        if not prompts_alone and not self._answers.scores:
             return examples
         keep: KeepTeacher = "hidden" if self.plan.objective.reads_logp else None
         prompts = [replace(example.prompt, sample_id=_EVALUATION) for example in examples]
-        return self.engine.generate(
+        rollouts = self.engine.generate(
             prompts, policy=Student(), sampling=self.args.sampling, seed=self.args.seed, keep_teacher=keep
         )
+        self._answers.add(rollouts)
+        return rollouts if prompts_alone else examples
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`; True resumes from the last checkpoint that is complete, or raises UserError."""
