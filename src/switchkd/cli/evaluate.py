@@ -133,7 +133,7 @@ def _evaluated(
     pair.check_room(options.max_prompt_tokens + options.max_new_tokens)
     if len(options.models) > 1 or options.with_start or options.with_teacher:
         console.print(Text(f"{model} is answering"), soft_wrap=True)
-    return score(
+    evaluation = score(
         engine_of(options, pair),
         pair.tokenizer,
         rows,
@@ -142,6 +142,17 @@ def _evaluated(
         out_folder=folder,
         show_progress=console.is_terminal,
     )
+    _onto_card(Path(model), evaluation)
+    return evaluation
+
+
+def _onto_card(model: Path, evaluation: Evaluation) -> None:
+    """Put the scores into the card that training left in the model's folder, where it still has a place for them."""
+    from switchkd.training.card import CARD_FILE, with_scores, write_card
+
+    path = model / CARD_FILE
+    if path.is_file() and (card := with_scores(path.read_text(encoding="utf-8"), evaluation)) is not None:
+        write_card(model, card)
 
 
 def file_name(name: str) -> str:
