@@ -46,6 +46,22 @@ def test_the_card_of_the_trainer_takes_the_place_of_transformers(llama_pair: Mod
     assert settings["learning_rate"] == 1e-3
 
 
+def test_a_push_sends_our_card(llama_pair: ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    class Hub:
+        def upload_folder(self, *, folder_path: str, **ignored: object) -> None:
+            sent.append((Path(folder_path) / "README.md").read_text())
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    trainer = make_trainer(tmp_path / "mine", llama_pair, hub_model_id="me/mine")
+    trainer.hub_model_id = "me/mine"
+    trainer.push_to_hub()
+    (card,) = sent
+    assert "# mine\n\nDistilled with switchkd." in card
+    assert 'name = "me/mine"' in card
+
+
 def test_a_card_says_nothing_of_this_machine_and_is_not_fooled_by_names(llama_pair: ModelPair, tmp_path: Path) -> None:
     folder = tmp_path / "a`b | <script>"
     folder.mkdir()

@@ -104,7 +104,7 @@ def model_card(
     which win over what is known here. The license is left to the owner.
     """
     given = {key: value for key, value in (given or {}).items() if value is not None}
-    name = _shown(str(given.get("model_name") or Path(str(args.output_dir)).absolute().name))
+    name = _shown(str(given.get("model_name") or args.hub_model_id or Path(str(args.output_dir)).absolute().name))
     names, on_hub = _data_names(origins.data)
     own_tags = given.get("tags") or []
     data = ModelCardData(
@@ -116,7 +116,9 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["switchkd", "knowledge-distillation", *([own_tags] if isinstance(own_tags, str) else own_tags)],
     )
-    text = "\n\n".join([f"# {_plain(name)}", *_body(origins, args, steps, names, name), *_end(args)])
+    text = "\n\n".join(
+        [f"# {_plain(name)}", *_body(origins, args, steps, names, args.hub_model_id or name), *_end(args)]
+    )
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
 
 
