@@ -33,16 +33,11 @@ def evaluate(options: EvaluationOptions) -> None:
     from switchkd.data.sets import resolve
     from switchkd.evaluation.answers import read_answers
     from switchkd.evaluation.comparison import compare_answers
-    from switchkd.evaluation.score import EvaluationSettings, answers_file
+    from switchkd.evaluation.score import answers_file
     from switchkd.models.sources import find_source
-    from switchkd.records import Sampling
 
     quiet_transformers()
-    ngram = options.no_repeat_ngram
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, no_repeat_ngram_size=ngram)
-    seeds = _whole_numbers("--seeds", options.seeds)
-    match: Any = options.match
-    settings = EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options), match)
+    settings = _settings(options)
     names = [name.strip() for name in options.sets.split(",") if name.strip()]
     if not names:
         raise UserError(f"--sets is {options.sets!r}; name at least one set, such as dolly or world")
@@ -72,6 +67,17 @@ def evaluate(options: EvaluationOptions) -> None:
         console.print(Text(f"the comparison is in {path}"), soft_wrap=True)
     where = ", ".join(dict.fromkeys(map(str, folders.values())))
     console.print(Text(f"answers and scores are in {where}"), soft_wrap=True)
+
+
+def _settings(options: EvaluationOptions) -> EvaluationSettings:
+    from switchkd.evaluation.score import EvaluationSettings
+    from switchkd.records import Sampling
+
+    ngram = options.no_repeat_ngram
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, no_repeat_ngram_size=ngram)
+    seeds = _whole_numbers("--seeds", options.seeds)
+    match: Any = options.match
+    return EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options), match)
 
 
 def _models(options: EvaluationOptions) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +12,9 @@ import yaml
 from rich.text import Text
 
 from switchkd.cli.help import OUTPUT, PROMPTS, option
-from switchkd.cli.options import new_console
+from switchkd.cli.options import new_console, with_options
 from switchkd.errors import UserError
+from switchkd.evaluation.endpoint import KEY_ENV
 from switchkd.files import now, write_atomically
 from switchkd.progress import progress_bar
 
@@ -23,32 +24,34 @@ if TYPE_CHECKING:
 JUDGE, BUDGET = "Judge", "Budget"
 
 
-def judge(
-    ours: Annotated[Path, typer.Argument(metavar="ANSWERS_A", help="An answers_....jsonl that eval wrote.")],
-    theirs: Annotated[Path, typer.Argument(metavar="ANSWERS_B", help="The same set's of the other model.")],
-    url: Annotated[str, option(JUDGE, "URL", "OpenAI-compatible endpoint, such as https://api.openai.com/v1.")],
-    model: Annotated[str, option(JUDGE, "NAME", "The model that judges, as the endpoint calls it.")],
-    key_env: Annotated[
-        str, option(JUDGE, "VARIABLE", "The environment variable that holds the key.")
-    ] = "OPENAI_API_KEY",
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The options of `switchkd judge`; see `with_options`."""
+
+    ours: Annotated[Path, typer.Argument(metavar="ANSWERS_A", help="An answers_....jsonl that eval wrote.")]
+    theirs: Annotated[Path, typer.Argument(metavar="ANSWERS_B", help="The same set's of the other model.")]
+    url: Annotated[str, option(JUDGE, "URL", "OpenAI-compatible endpoint, such as https://api.openai.com/v1.")]
+    model: Annotated[str, option(JUDGE, "NAME", "The model that judges, as the endpoint calls it.")]
+    key_env: Annotated[str, option(JUDGE, "VARIABLE", "The environment variable that holds the key.")] = KEY_ENV
     body: Annotated[
         str, option(JUDGE, "MAPPING", "Keys of the request: '{max_tokens: null, max_completion_tokens: 2000}'.")
-    ] = "{}",
-    parallel: Annotated[int, option(JUDGE, "N", "Requests in flight at a time.", min=1)] = 4,
-    references: Annotated[bool, option(PROMPTS, "", "Show the judge the references too.", "--references")] = False,
-    limit: Annotated[int | None, option(PROMPTS, "N", "Judge only the first pairs.", min=1)] = None,
-    max_requests: Annotated[int, option(BUDGET, "N", "Most requests to send, retries among them.", min=0)] = 1000,
+    ] = "{}"
+    parallel: Annotated[int, option(JUDGE, "N", "Requests in flight at a time.", min=1)] = 4
+    references: Annotated[bool, option(PROMPTS, "", "Show the judge the references too.", "--references")] = False
+    limit: Annotated[int | None, option(PROMPTS, "N", "Judge only the first pairs.", min=1)] = None
+    max_requests: Annotated[int, option(BUDGET, "N", "Most requests to send, retries among them.", min=0)] = 1000
     max_total_tokens: Annotated[
         int | None, option(BUDGET, "N", "Stop once the endpoint has counted this many tokens.", min=1)
-    ] = None,
-    estimate: Annotated[bool, option(BUDGET, "", "Say what it would take, and send nothing.", "--estimate")] = False,
+    ] = None
+    estimate: Annotated[bool, option(BUDGET, "", "Say what it would take, and send nothing.", "--estimate")] = False
     cache: Annotated[Path, option(OUTPUT, "FOLDER", "Replies, so that nothing is paid for twice.")] = Path(
         "runs/judge-cache"
-    ),
-    output: Annotated[
-        Path | None, option(OUTPUT, "FILE", "The result; by default judge.json beside ANSWERS_A.")
-    ] = None,
-) -> None:
+    )
+    output: Annotated[Path | None, option(OUTPUT, "FILE", "The result; by default judge.json beside ANSWERS_A.")] = None
+
+
+@with_options
+def judge(options: JudgeOptions) -> None:
     """Let a model judge whose answers are better: A's or B's, each pair in both orders.
 
     A win counts only where both orders agree; else it is a tie.
@@ -56,9 +59,9 @@ def judge(
     from switchkd.evaluation.endpoint import Budget, ChatEndpoint
     from switchkd.evaluation.judge import Judge
 
-    pairs = _pairs(ours, theirs, references)[:limit]
-    endpoint = ChatEndpoint(url, model, key_env, _mapping(body))
-    judge = Judge(endpoint, cache, Budget(max_requests, max_total_tokens), parallel)
+    pairs = _pairs(options.ours, options.theirs, options.references)[: options.limit]
+    endpoint = ChatEndpoint(options.url, options.model, options.key_env, _mapping(options.body))
+    judge = Judge(endpoint, options.cache, Budget(options.max_requests, options.max_total_tokens), options.parallel)
     console = new_console()
     expected = judge.estimate(pairs)
     console.print(
@@ -68,16 +71,22 @@ def judge(
         ),
         soft_wrap=True,
     )
-    if estimate:
+    if options.estimate:
         return
     with progress_bar(console) as progress:
         count = progress.counter(progress.add_task("judged", total=len(pairs)))
         result = judge.judge(pairs, count)
-    path = output or ours.parent / "judge.json"
-    said: dict[str, Any] = {"ours": str(ours), "theirs": str(theirs), "judge": model, "url": url, "date": now()}
+    path = options.output or options.ours.parent / "judge.json"
+    said: dict[str, Any] = {
+        "ours": str(options.ours),
+        "theirs": str(options.theirs),
+        "judge": options.model,
+        "url": options.url,
+        "date": now(),
+    }
     write_atomically(path, json.dumps({**said, **asdict(result)}, indent=1) + "\n")
     console.print(Text(_in_words(result)), soft_wrap=True)
-    console.print(Text(f"the judgments are in {path}, the replies in {cache}"), soft_wrap=True)
+    console.print(Text(f"the judgments are in {path}, the replies in {options.cache}"), soft_wrap=True)
 
 
 def _pairs(ours: Path, theirs: Path, with_references: bool) -> list[JudgedPair]:

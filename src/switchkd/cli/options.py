@@ -157,7 +157,7 @@ class EvaluationOptions:
     """The options of `switchkd eval`; see `with_options`."""
 
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="A run's folder, a model folder, a hub id, ...; or several.")
+        list[str], typer.Argument(metavar="MODEL", help="A run's folder, a model folder, a hub id, ...; or several.")
     ]
     sets: Annotated[
         str, option(PROMPTS, "DATA,...", "Sets: dolly, selfinst, vicuna, sni, unni, world, a file or a hub name.")
