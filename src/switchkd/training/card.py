@@ -128,9 +128,7 @@ def _body(origins: Origins, args: SwitchConfig, steps: int, data: Sequence[str],
     method = _code(args.method) if isinstance(args.method, str) else "one of its own"
     facts = {
         "base model": _code(_shown(origins.student)) if origins.student else "not named",
-        "teacher": "the student without its adapter"
-        if origins.teacher == "self"
-        else _code(_shown(origins.teacher or "none")),
+        "teacher": _teacher(origins.teacher),
         "method": f"{method}: {_plain(row.summary)} ({_plain(row.source)})",
         "data": ", ".join(map(_code, data)) or "not named",
         "training": f"{steps:,} steps of {rows} sequences, responses of at most {args.max_new_tokens} tokens",
@@ -151,6 +149,12 @@ def _body(origins: Origins, args: SwitchConfig, steps: int, data: Sequence[str],
         f"## Use\n\n{_fenced('python', load)}",
         f"## Settings\n\nWhat differs from switchkd's defaults, and how long and how fast it learned:\n\n{_settings(args)}",
     ]
+
+
+def _teacher(name: str | None) -> str:
+    if name == "self":
+        return "the student without its adapter"
+    return "none" if name is None else _code(_shown(name)) if name else "not named"
 
 
 def _end(args: SwitchConfig) -> list[str]:
@@ -256,9 +260,11 @@ def _is_repository(name: str) -> bool:
 
 def _shown(name: str) -> str:
     """A name without the folders of this machine."""
-    return (
-        name if not name or _is_on_hub(name) or not Path(name).expanduser().exists() else Path(name).expanduser().name
-    )
+    if _is_on_hub(name):
+        return name
+    path = Path(name).expanduser()
+    is_place = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return path.absolute().name if is_place else name
 
 
 def _printable(text: str) -> str:
