@@ -202,10 +202,8 @@ def _trainer(
         adapted: Any = trainer.pair.student
         adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
     teacher = stage.run.teacher if stage.config.plan.needs_teacher else None
-    stages = tuple(each.name for each in run.in_stages()) if run.stages else ()
-    trainer.origins = Origins(
-        run.student, teacher, stage.run.train_data, stages[: stages.index(stage.name) + 1] if stages else ()
-    )
+    stages = (*stage.before, stage.name) if stage.name else ()
+    trainer.origins = Origins(run.student, teacher, stage.run.train_data, stages)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RolloutView(trainer, console, Path(run.output_dir) / ROLLOUTS_FILE, stage.name))
     trainer.tell_rollouts(progress.on_rollouts)

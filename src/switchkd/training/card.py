@@ -160,7 +160,7 @@ def _teacher(name: str | None) -> str:
 def _end(args: SwitchConfig) -> list[str]:
     row = METHOD.make(args.method or "")
     cited = (
-        _fenced("bibtex", _SWITCH_PAPER) if row is METHODS["switch"] else _plain(f"The method's source: {row.source}")
+        _fenced("bibtex", _SWITCH_PAPER) if row == METHODS["switch"] else _plain(f"The method's source: {row.source}")
     )
     return [
         "## Versions\n\n" + ", ".join(f"{package} {_plain(number)}" for package, number in versions().items()),
