@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 from rich import box
 from rich.table import Table
@@ -13,16 +14,12 @@ from rich.text import Text
 
 from switchkd.errors import UserError, did_you_mean
 from switchkd.evaluation.intervals import Interval, over_rows
-from switchkd.evaluation.score import ScoredAnswer, Scores, summarize
+from switchkd.evaluation.score import ScoredAnswer
 from switchkd.files import write_atomically
 
 RESULT_FILE = "comparison.json"
 ALL = "all"
-# What a difference is taken of, each from 0 to 100.
-_COMPARED: dict[str, Callable[[ScoredAnswer], float]] = {
-    "rouge_l": lambda answer: answer.rouge_l,
-    "exact_match": lambda answer: 100.0 * answer.exact_match,
-}
+_HEADINGS = {"rouge_l": "ROUGE-L", "exact_match": "exact\nmatch"}
 _MEANING = (
     "difference: the mean over the same rows of this model's score less the baseline's, with its 95 % interval\n"
     "(bootstrap over rows); an interval without 0 is a difference that other rows would hardly undo"
@@ -33,11 +30,12 @@ Answers = Mapping[str, Sequence[ScoredAnswer]]
 
 @dataclass(frozen=True)
 class ModelLine:
-    """A model on some rows: its mean scores, and the differences to the baseline in points (None for the baseline)."""
+    """A model on some rows: its mean scores and tokens, and the scores' differences to the baseline (None for the baseline)."""
 
     model: str
     rows: int
-    mean: Scores
+    means: dict[str, float]
+    tokens: float
     differences: dict[str, Interval] | None
 
 
@@ -69,26 +67,26 @@ class Comparison:
         table = Table(box=box.SIMPLE, title=Text(f"baseline: {self.baseline}"), caption=meaning, caption_justify="left")
         table.add_column("set")
         table.add_column("model", overflow="fold")
-        for heading in ("rows", "ROUGE-L", "difference", "exact\nmatch", "difference", "tokens"):
+        scores = list(dict.fromkeys(name for sets in self.sets.values() for name in sets[ALL][0].means))
+        with_difference = [part for name in scores for part in (_HEADINGS.get(name, name), "difference")]
+        for heading in ("rows", *with_difference, "tokens"):
             table.add_column(heading, justify="right")
         for name, buckets in self.sets.items():
             for bucket, lines in buckets.items():
                 for number, line in enumerate(lines):
                     label = "" if number else name if bucket == ALL else f"  {bucket}"
-                    table.add_row(Text(label), Text(line.model), str(line.rows), *_cells(line))
+                    table.add_row(Text(label), Text(line.model), str(line.rows), *_cells(line, scores))
                 table.add_section()
         return table
 
 
-def _cells(line: ModelLine) -> list[str]:
-    differences = {name: _in_words(each) for name, each in (line.differences or {}).items()}
-    return [
-        f"{line.mean.rouge_l:.2f}",
-        differences.get("rouge_l", ""),
-        f"{line.mean.exact_match:.2f}",
-        differences.get("exact_match", ""),
-        f"{line.mean.response_tokens:.1f}",
-    ]
+def _cells(line: ModelLine, scores: Sequence[str]) -> list[str]:
+    cells = []
+    for name in scores:
+        cells.append(f"{line.means[name]:.2f}" if name in line.means else "-")
+        difference = (line.differences or {}).get(name)
+        cells.append(_in_words(difference) if difference else "")
+    return [*cells, f"{line.tokens:.1f}"]
 
 
 def _in_words(difference: Interval) -> str:
@@ -139,20 +137,28 @@ def _common(by_key: _ByKey, set_name: str) -> list[tuple[int, int]]:
 
 
 def _lines(by_key: _ByKey, keys: Sequence[tuple[int, int]], baseline: str) -> list[ModelLine]:
+    by_row = {model: _by_row([answers[key] for key in keys]) for model, answers in by_key.items()}
     lines = []
-    for model, answers in by_key.items():
-        summary = summarize([answers[key] for key in keys])
+    for model, scores in by_row.items():
         differences = None
         if model != baseline:
-            pairs = [(answers[key], by_key[baseline][key]) for key in keys]
-            differences = {name: over_rows(_of_rows(pairs, score)) for name, score in _COMPARED.items()}
-        lines.append(ModelLine(model, summary.rows, summary.mean, differences))
+            theirs = by_row[baseline]
+            pairs = {name: zip(ours, theirs[name], strict=True) for name, ours in scores.items() if name in theirs}
+            differences = {name: over_rows([a - b for a, b in each]) for name, each in pairs.items()}
+        means = {name: fmean(each) for name, each in scores.items()}
+        tokens = fmean(by_key[model][key].tokens for key in keys)
+        lines.append(ModelLine(model, len({row for row, _ in keys}), means, tokens, differences))
     return lines
 
 
-def _of_rows(pairs: Sequence[tuple[ScoredAnswer, ScoredAnswer]], score: Callable[[ScoredAnswer], float]) -> list[float]:
-    """For each row the mean over seeds of the difference."""
-    by_row: dict[int, list[float]] = {}
-    for ours, theirs in pairs:
-        by_row.setdefault(ours.prompt_id, []).append(score(ours) - score(theirs))
-    return [sum(each) / len(each) for each in by_row.values()]
+def _by_row(answers: Sequence[ScoredAnswer]) -> dict[str, list[float]]:
+    """For each score that all of the answers have, each row's mean over its seeds, in the order of the rows."""
+    rows: dict[int, list[dict[str, float]]] = {}
+    for answer in answers:
+        rows.setdefault(answer.prompt_id, []).append(_scores_of(answer))
+    names = [name for name in _scores_of(answers[0]) if all(name in each for row in rows.values() for each in row)]
+    return {name: [fmean(each[name] for each in row) for row in rows.values()] for name in names}
+
+
+def _scores_of(answer: ScoredAnswer) -> dict[str, float]:
+    return {"rouge_l": answer.rouge_l, "exact_match": 100.0 * answer.exact_match}
