@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from runs import switchkd
-from switchkd.errors import UserError
+from switchkd.errors import Stopped, UserError
 from switchkd.evaluation.endpoint import Budget, ChatEndpoint
 from switchkd.evaluation.judge import Judge, JudgedPair, verdict_in
 
@@ -187,6 +188,22 @@ def test_garbage_is_repaired_once_and_then_counted(stub: Stub, tmp_path: Path) -
     # Two orders of three pairs, each with its one repair.
     assert len(stub.bodies) == 12
     assert stub.bodies[1]["messages"][2:3] == [{"role": "assistant", "content": "I prefer A."}]
+
+
+def test_ctrl_c_ends_the_request_in_flight_and_keeps_its_reply(stub: Stub, tmp_path: Path) -> None:
+    def slow(body: dict[str, Any]) -> str:
+        time.sleep(0.4)
+        return fair(body)
+
+    def interrupt(finished: int) -> None:
+        raise KeyboardInterrupt
+
+    stub.said = slow
+    with pytest.raises(Stopped, match=r"stopped by Ctrl-C: what was paid for is kept in .*goes on from there"):
+        judge_at(stub, tmp_path).judge(PAIRS, interrupt)
+    assert len(stub.bodies) == 1
+    stub.said = fair
+    assert judge_at(stub, tmp_path).judge(PAIRS).requests == 5
 
 
 @pytest.mark.parametrize(
