@@ -237,7 +237,7 @@ def test_the_key_is_in_no_file_no_message_and_no_redirected_request(
     stub.said = lambda body: f"You sent {KEY}.\n{fair(body)}"
     judge_at(stub, tmp_path).judge(PAIRS)
     messages = [repr(judge_at(stub, tmp_path).endpoint)]
-    redirect = (307, {"Location": f"{stub.url}/elsewhere"})
+    redirect = (302, {"Location": f"{stub.url}/elsewhere"})
     for said in ((401, {}), (400, {}), (500, {}), redirect):
         stub.said = lambda body, said=said: said  # type: ignore[misc]
         with pytest.raises(UserError) as error:
@@ -245,7 +245,7 @@ def test_the_key_is_in_no_file_no_message_and_no_redirected_request(
         messages.append(str(error.value))
     assert "refused the key in $OPENAI_API_KEY" in messages[1]
     assert "Bearer [key]" in messages[1]
-    assert "on to another place (307)" in messages[4]
+    assert "on to another place (302)" in messages[4]
     written = [path.read_text() for path in tmp_path.rglob("*.json")]
     assert len(written) == 6
     assert KEY not in "\n".join([*messages, *written, caplog.text])
