@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from switchkd.data.sets import SETS
 from switchkd.data.sources import sources_of
@@ -192,8 +192,9 @@ def with_scores(card: str, evaluation: Evaluation) -> str | None:
     heading = parsed.text.strip().splitlines()[0].removeprefix("# ")
     table = "\n".join([_SCORES, *_scores(evaluation), _END_OF_SCORES])
     parsed.text = place.sub(lambda _: table, parsed.text, count=1)
-    parsed.data.model_name = heading
-    parsed.data.eval_results = [
+    data: Any = parsed.data
+    data.model_name = heading
+    data.eval_results = [
         EvalResult(
             task_type="text-generation",
             dataset_type=SETS[name].hub_name if name in SETS else _shown(name),
