@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,7 @@ def _as_yaml(values: Mapping[str, Any]) -> str:
 def _environment() -> dict[str, Any]:
     return {
         **versions(),
+        "python": sys.version.split()[0],
         "git_commit": _git_commit(),
         "started": now(),
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -81,8 +80,8 @@ def origins_of(pair: ModelPair) -> Origins:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide what a run computes."""
-    return {**{package: version(package) for package in _PACKAGES}, "python": sys.version.split()[0]}
+    """The versions of the packages that decide what a run computes."""
+    return {package: version(package) for package in _PACKAGES}
 
 
 def write_card(folder: Path, card: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -148,6 +148,16 @@ class SwitchTrainer(Trainer):
     def tell_rollouts(self, told: Callable[[int, int], None]) -> None:
         """While a step is rolled out, call `told` with the number of finished rollouts and the number there will be."""
         self._text.on_progress = told
+
+    def card(self, given: dict[str, Any] | None = None, *, is_adapter: bool | None = None) -> str:
+        """The text of the model card as it is now; `given` and `is_adapter` as in `model_card`."""
+        adapted = hasattr(self.pair.student, "peft_config") if is_adapter is None else is_adapter
+        return model_card(self.origins, self.args, self.state.global_step, is_adapter=adapted, given=given)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers.Trainer`, with the same keywords, but the card says what a distillation was; see `model_card`."""
+        if self.is_world_process_zero():
+            write_card(Path(str(self.args.output_dir)), self.card(kwargs))
 
     def _check_room(self) -> None:
         """Raise UserError where a model has too few positions for the data or the rollouts."""
@@ -317,16 +327,6 @@ class SwitchTrainer(Trainer):
                     self.plan.teacher_text, self.pair.teacher, self.train_dataset, self.engine, self.args
                 )
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
-
-    def card(self, given: Mapping[str, Any] | None = None, *, is_adapter: bool | None = None) -> str:
-        """The text of the model card as it is now; `given` and `is_adapter` as in `model_card`."""
-        adapted = hasattr(self.pair.student, "peft_config") if is_adapter is None else is_adapter
-        return model_card(self.origins, self.args, self.state.global_step, is_adapter=adapted, given=given)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As in `transformers.Trainer`, with the same keywords, but the card says what a distillation was; see `model_card`."""
-        if self.is_world_process_zero():
-            write_card(Path(str(self.args.output_dir)), self.card(kwargs))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{FOLDER_PREFIX}-{self.state.global_step}"
