@@ -68,6 +68,9 @@ def test_the_options_of_a_command_are_called_as_in_a_run_file() -> None:
     names = {option.name for command in COMMANDS.values() for option in command.params}
     # What a command alone has: what it reads or writes, and how much of it.
     own = {
+        *("models", "with_start", "with_teacher", "baseline"),
+        *("ours", "theirs", "url", "key_env", "body", "parallel", "references", "estimate", "cache"),
+        *("max_requests", "max_total_tokens"),
         *("run_file", "assignments", "resume", "output", "show", "steps", "name", "markdown", "help", "sets", "seeds"),
         *("model", "prompt", "data", "limit", "no_repeat_ngram", "match", "force"),
     }

@@ -1,9 +1,12 @@
 import json
 import math
+import random
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nltk.stem.porter import PorterStemmer
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -131,6 +134,44 @@ def test_rouge_l_is_the_definition_and_the_maximum_over_references(answer, refer
     scores = [200 * longest_common_subsequence(answer, one) / (len(answer) + len(one)) for one in references]
     # 2PR / (P + R) against 2L / (m + n): a few roundings in float64.
     assert rouge_l(" ".join(answer), [" ".join(one) for one in references]) == pytest.approx(max(scores), rel=1e-12)
+
+
+def stemmed_words(text):
+    """As rouge_score splits text: runs of a-z and 0-9 in lower case, those of more than three letters stemmed."""
+    words = re.findall("[a-z0-9]+", text.lower())
+    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in words]
+
+
+def length_of_subsequence(left, right):
+    longest = [0] * (len(right) + 1)
+    for word in left:
+        before = list(longest)
+        for place, other in enumerate(right, start=1):
+            longest[place] = before[place - 1] + 1 if word == other else max(before[place], longest[place - 1])
+    return longest[-1]
+
+
+def test_rouge_l_on_fifty_rows_is_that_of_an_independent_computation():
+    forms = "The cats; flies flying! dies, relational generously Ångström's café 3.5 x-ray\trivers RIVERS running runs a of was"
+    draw = random.Random(15)
+
+    def text(fewest, most):
+        return " ".join(draw.choices(forms.split(), k=draw.randint(fewest, most)))
+
+    scores = []
+    for _ in range(50):
+        answer, references = text(0, 25), [text(1, 25) for _ in range(draw.randint(2, 4))]
+        words = stemmed_words(answer)
+        each = []
+        for reference in map(stemmed_words, references):
+            common = length_of_subsequence(words, reference)
+            each.append(200 * common / (len(words) + len(reference)))
+        # Against 2PR / (P + R): a few roundings in float64.
+        assert rouge_l(answer, references) == pytest.approx(max(each), rel=1e-12)
+        scores.append((max(each), each[0]))
+    # Neither the maximum over references nor the score itself is the same everywhere.
+    assert len({best for best, _ in scores}) > 30
+    assert sum(best > first for best, first in scores) > 20
 
 
 # ------ answers

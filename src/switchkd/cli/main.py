@@ -14,21 +14,20 @@ from rich.console import Console
 from rich.text import Text
 
 from switchkd import __version__
+from switchkd.cli.evaluate import evaluate
 from switchkd.cli.foreseen import foreseen
 from switchkd.cli.help import OUTPUT, POLICY, Command, Commands, example, option
+from switchkd.cli.judge import judge
 from switchkd.cli.measure import calibrate, diagnose
 from switchkd.cli.options import (
     POLICY_OPTIONS,
-    EvaluationOptions,
     PairAndPrompts,
     RunDevice,
     Set,
     engine_of,
     new_console,
-    placed,
     policy_named,
     quiet_transformers,
-    rendered,
     with_options,
 )
 from switchkd.cli.start import init, methods, recipes, settings
@@ -136,64 +135,14 @@ def train(
     train_run(run, new_console(), resume=resume)
 
 
-@app.command(
-    "eval", cls=Command, rich_help_panel=MEASURE, epilog=example("eval runs/run --sets dolly,vicuna --seeds 10,20")
-)
-@with_options
-def evaluate(options: EvaluationOptions) -> None:
-    """Score a student's answers: ROUGE-L and exact match, mean and deviation over seeds."""
-    from switchkd.data.sets import resolve
-    from switchkd.evaluation.measures import scores_named
-    from switchkd.evaluation.score import EvaluationSettings
-    from switchkd.evaluation.score import evaluate as score
-    from switchkd.models.load import load_pair
-    from switchkd.records import Sampling
-
-    quiet_transformers()
-    ngram = options.no_repeat_ngram
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, no_repeat_ngram_size=ngram)
-    seeds = _whole_numbers("--seeds", options.seeds)
-    match: Any = options.match
-    scores = scores_named(_words(options.eval_scores))
-    settings = EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options), match, scores)
-    names = _words(options.sets)
-    if not names:
-        raise UserError(f"--sets is {options.sets!r}; name at least one set, such as dolly or world")
-    rows = {name: resolve(name, "eval", data_dir=options.data_dir, limit=options.limit) for name in names}
-    model = options.model
-    beside = Path(model) / "eval" if Path(model).is_dir() else Path("runs") / f"eval-{_file_name(model)}"
-    folder = options.output or beside
-    pair = load_pair(model, None, placement=placed(options), trust_remote_code=options.trust_remote_code)
-    assert pair.tokenizer is not None
-    # Refused now, not after the first sets have been answered.
-    pair.check_room(options.max_prompt_tokens + options.max_new_tokens)
-    console = new_console()
-    evaluation = score(
-        engine_of(options, pair),
-        pair.tokenizer,
-        rows,
-        model_name=model,
-        settings=settings,
-        out_folder=folder,
-        show_progress=console.is_terminal,
-    )
-    console.print(evaluation.table())
-    console.print(Text(f"answers and scores are in {folder}"), soft_wrap=True)
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in ".-" else "-" for c in name).strip("-")
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} is {text!r}; give whole numbers with commas between, such as 10,20,30") from None
+app.command(
+    "eval", cls=Command, rich_help_panel=MEASURE, epilog=example("eval runs/run --sets dolly,vicuna --with-start")
+)(evaluate)
+app.command(
+    cls=Command,
+    rich_help_panel=MEASURE,
+    epilog=example("judge a/answers_dolly.jsonl b/answers_dolly.jsonl --url https://api.openai.com/v1 --model NAME"),
+)(judge)
 
 
 @app.command(

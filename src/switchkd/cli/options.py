@@ -156,10 +156,20 @@ class MeasuredPair(PairAndPrompts):
 class EvaluationOptions:
     """The options of `switchkd eval`; see `with_options`."""
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, a model folder, a hub id, ...")]
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="A run's folder, a model folder, a hub id, ...; or several.")
+    ]
     sets: Annotated[
         str, option(PROMPTS, "DATA,...", "Sets: dolly, selfinst, vicuna, sni, unni, world, a file or a hub name.")
     ]
+    with_start: Annotated[
+        bool, option(MODELS, "", "Beside a run: the student that it started from.", "--with-start")
+    ] = False
+    with_teacher: Annotated[bool, option(MODELS, "", "Beside a run: its teacher.", "--with-teacher")] = False
+    baseline: Annotated[
+        str | None,
+        option(MODELS, "MODEL", "Of several, the one that differences are to: by default the table's first."),
+    ] = None
     data_dir: DataDir = None
     seeds: Annotated[str, option(SAMPLING, "N,...", "Seeds of the sampling.")] = "10,20,30,40,50"
     limit: Limit = None

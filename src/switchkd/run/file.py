@@ -138,7 +138,8 @@ class RunConfig:
                 tokenizer = stages[-1].tokenizer
             # What the run is for lies where the run is; the models on the way to it lie deeper.
             model_folder = Path(self.output_dir) if number == len(self.stages) else folder
-            stages.append(Stage(name, run, run.config(), model_folder, tokenizer))
+            before = tuple(stage.name for stage in stages)
+            stages.append(Stage(name, run, run.config(), model_folder, tokenizer, before))
         return stages
 
     def changed(self, changes: Mapping[str, Any], origin: str) -> RunConfig:
@@ -152,7 +153,8 @@ class RunConfig:
 class Stage:
     """One training of a run: `run` has no stages and writes into the stage's folder; `config` is what its trainer gets.
 
-    `model_folder` is where its model goes; `tokenizer` names a model that exists before the run starts.
+    `model_folder` is where its model goes; `tokenizer` names a model that exists before the run starts; `before` names the
+    stages before it.
     """
 
     name: str
@@ -160,6 +162,7 @@ class Stage:
     config: SwitchConfig
     model_folder: Path
     tokenizer: str
+    before: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from switchkd.errors import UserError
 from switchkd.files import now, write_atomically
 from switchkd.models.heads import base_of
 from switchkd.run.file import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage, read_mapping, run_from_values
+from switchkd.training.card import versions, write_card
 from switchkd.training.checkpoints import last_complete_checkpoint
 
 if TYPE_CHECKING:
@@ -134,9 +134,8 @@ def _as_yaml(values: Mapping[str, Any]) -> str:
 
 
 def _environment() -> dict[str, Any]:
-    packages = ("switchkd", "torch", "transformers", "accelerate", "datasets", "tokenizers")
     return {
-        **{package: version(package) for package in packages},
+        **versions(),
         "python": sys.version.split()[0],
         "git_commit": _git_commit(),
         "started": now(),
@@ -162,8 +161,8 @@ def _length(stage: Stage) -> dict[str, float]:
     return {"max_steps": stage.config.max_steps, "num_train_epochs": stage.config.num_train_epochs}
 
 
-def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, stage: Stage) -> None:
-    """Put the stage's model into its folder and mark the stage as finished, in this order.
+def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, stage: Stage, card: str) -> None:
+    """Put the stage's model, with its card, into its folder and mark the stage as finished, in this order.
 
     The files are staged in a folder beside them and moved in one by one: until all are written, an earlier model stays as it
     was, and nothing else in the run's folder is ever touched. Raises UserError if they cannot be written.
@@ -178,6 +177,8 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
             generation_config.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        # Over that of an adapter, which peft writes.
+        write_card(staged, card)
         for file in staged.iterdir():
             file.replace(stage.model_folder / file.name)
         staged.rmdir()

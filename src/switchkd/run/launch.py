@@ -27,6 +27,7 @@ from switchkd.run.callbacks import ConsoleProgress, LogFile, StopCleanly, read_l
 from switchkd.run.file import RunConfig, Stage
 from switchkd.run.folder import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
 from switchkd.run.rollout_view import RolloutView
+from switchkd.training.card import Origins
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.dataset import evaluated, tokenized, warn_of_templates
 from switchkd.training.teachers import SELF
@@ -162,7 +163,8 @@ def _train_stage(
         model: Any = trainer.pair.student
         if prepared.peft_config is not None and stage.run.adapter == "merge":
             model = model.merge_and_unload()
-        save_final(model, trainer.pair.tokenizer, stage)
+        is_adapter = prepared.peft_config is not None and stage.run.adapter == "keep"
+        save_final(model, trainer.pair.tokenizer, stage, trainer.card(is_adapter=is_adapter))
     # The next stage reads what was saved.
     trainer.accelerator.wait_for_everyone()
 
@@ -196,6 +198,9 @@ def _trainer(
         # Names such as world:student lead nowhere elsewhere.
         adapted: Any = trainer.pair.student
         adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
+    teacher = stage.run.teacher if stage.config.plan.needs_teacher else None
+    stages = (*stage.before, stage.name) if stage.name else ()
+    trainer.origins = Origins(run.student, teacher, stage.run.train_data, stages)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RolloutView(trainer, console, Path(run.output_dir) / ROLLOUTS_FILE, stage.name))
     trainer.tell_rollouts(progress.on_rollouts)

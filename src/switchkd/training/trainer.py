@@ -25,6 +25,7 @@ from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine, KeepTeacher
 from switchkd.rollout.law import Student
 from switchkd.rollout.speculative import SpeculativeEngine
+from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers, without_repeats
 from switchkd.training.learning_rate import learning_rate_for
@@ -108,6 +109,8 @@ class SwitchTrainer(Trainer):
         self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config, args)
         check_one_device(args, pair)
         keep_ends(pair)
+        # For the model card; a run knows better names.
+        self.origins = origins_of(pair)
         args.learning_rate = learning_rate_for(pair.student, args.learning_rate)
         engine = options.pop("engine", None)
         trainer_options: dict[str, Any] = {**options}
@@ -148,6 +151,16 @@ class SwitchTrainer(Trainer):
     def tell_rollouts(self, told: Callable[[int, int], None]) -> None:
         """While a step is rolled out, call `told` with the number of finished rollouts and the number there will be."""
         self._text.on_progress = told
+
+    def card(self, given: dict[str, Any] | None = None, *, is_adapter: bool | None = None) -> str:
+        """The text of the model card as it is now; `given` and `is_adapter` as in `model_card`."""
+        adapted = hasattr(self.pair.student, "peft_config") if is_adapter is None else is_adapter
+        return model_card(self.origins, self.args, self.state.global_step, is_adapter=adapted, given=given)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers.Trainer`, with the same keywords, but the card says what a distillation was; see `model_card`."""
+        if self.is_world_process_zero():
+            write_card(Path(str(self.args.output_dir)), self.card(kwargs))
 
     def _check_room(self) -> None:
         """Raise UserError where a model has too few positions for the data or the rollouts."""
@@ -333,4 +346,9 @@ class SwitchTrainer(Trainer):
             # Before the trainer's state, which completes a checkpoint.
             if self._text.replay is not None and self.args.should_save:
                 self._text.replay.save(folder)
+            if self.args.should_save:
+                write_card(folder, self.card())
+            if self.args.push_to_hub:
+                # What is pushed meanwhile is the output folder.
+                self.create_model_card()
             super()._save_checkpoint(model, trial)

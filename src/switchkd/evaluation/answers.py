@@ -1,0 +1,34 @@
+"""Scored answers read back from the files of earlier evaluations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from switchkd.errors import UserError
+from switchkd.evaluation.score import ScoredAnswer
+from switchkd.records import FinishReason
+
+
+def read_answers(path: Path) -> list[ScoredAnswer]:
+    """The answers in a file that an evaluation wrote; raises UserError, with the line, for whatever is no such file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}; give an answers_....jsonl that switchkd eval wrote") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            answer = ScoredAnswer(**values)
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{path}:{number} is no scored answer; give an answers_....jsonl that switchkd eval wrote"
+            ) from None
+        reason = FinishReason(answer.finish_reason)
+        found.append(ScoredAnswer(**{**values, "references": tuple(answer.references), "finish_reason": reason}))
+    if not found:
+        raise UserError(f"{path} holds no answers; run switchkd eval again")
+    return found
