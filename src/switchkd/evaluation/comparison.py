@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,6 +162,7 @@ def _by_row(answers: Sequence[ScoredAnswer]) -> dict[str, list[float]]:
 
 
 def _scores_of(answer: ScoredAnswer) -> dict[str, float]:
-    matched = None if answer.exact_match is None else 100.0 * answer.exact_match
-    given = {"rouge_l": answer.rouge_l, "exact_match": matched, **answer.scores}
-    return {name: value for name, value in given.items() if value is not None}
+    exact = None if answer.exact_match is None else 100.0 * answer.exact_match
+    scores: dict[str, float | None] = {"rouge_l": answer.rouge_l, "exact_match": exact, **answer.scores}
+    # Of a row without references, and of a function of one's own that has nothing to say.
+    return {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}

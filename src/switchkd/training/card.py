@@ -226,15 +226,15 @@ def _scores(evaluation: Evaluation) -> list[str]:
     return [
         *lines,
         "",
-        f"ROUGE-L and exact match 0 to 100, mean ± deviation over {len(evaluation.seeds)} sampling seed(s); {drawn}, at most {sampling.max_new_tokens} new "
-        f"tokens; {evaluation.date[:10]}, switchkd {version('switchkd')}.",
+        f"ROUGE-L and exact match go from 0 to 100; mean ± deviation over {len(evaluation.seeds)} sampling seed(s); {drawn}, at most "
+        f"{sampling.max_new_tokens} new tokens; {evaluation.date[:10]}, switchkd {version('switchkd')}.",
     ]
 
 
 def _named(scores: Scores) -> dict[str, float]:
     """The scores of answers by the names that a reader knows; what could not be scored is left out."""
     named = {"ROUGE-L": scores.rouge_l, "exact match": scores.exact_match, **scores.own}
-    return {name: value for name, value in named.items() if not math.isnan(value)}
+    return {name: value for name, value in named.items() if math.isfinite(value)}
 
 
 def _data_names(data: Any) -> tuple[list[str], list[str]]:
