@@ -226,8 +226,8 @@ def _scores(evaluation: Evaluation) -> list[str]:
     return [
         *lines,
         "",
-        f"ROUGE-L and exact match go from 0 to 100; mean ± deviation over {len(evaluation.seeds)} sampling seed(s); {drawn}, at most "
-        f"{sampling.max_new_tokens} new tokens; {evaluation.date[:10]}, switchkd {version('switchkd')}.",
+        f"ROUGE-L and exact match go from 0 to 100; mean ± deviation over {len(evaluation.seeds)} sampling seed(s); {drawn}, at "
+        f"most {sampling.max_new_tokens} new tokens; {evaluation.date[:10]}, switchkd {version('switchkd')}.",
     ]
 
 
