@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from switchkd.data.packed import lengths_of
 from switchkd.errors import UserError
 from switchkd.evaluation.measures import scores_named
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
-from switchkd.models.pair import ModelPair, counted, name_of, parameter_count, rounded
+from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine, KeepTeacher
 from switchkd.rollout.law import Student
@@ -31,7 +29,7 @@ from switchkd.training.dataset import evaluation_examples, training_examples, wi
 from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
-from switchkd.training.rewriting import check_rewrite
+from switchkd.training.outlook import check_room, describe_training
 from switchkd.training.scored_answers import ScoredAnswers
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
@@ -124,7 +122,7 @@ class SwitchTrainer(Trainer):
             **trainer_options,
         )
         check_whole_weights(self.accelerator.state)
-        self._check_room()
+        check_room(pair, args, self.train_dataset, self.eval_dataset)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not self.is_deepspeed_enabled:
             warn_if_weights_stand_still(pair.student, args)
         # Our loss is divided by the whole step's count, so the trainer must not divide it again.
@@ -162,33 +160,9 @@ class SwitchTrainer(Trainer):
         if self.is_world_process_zero():
             write_card(Path(str(self.args.output_dir)), self.card(kwargs))
 
-    def _check_room(self) -> None:
-        """Raise UserError where a model has too few positions for the data or the rollouts."""
-        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
-        longest, rolls_out = 0, self.plan.rolls_out or bool(self.plan.teacher_text or self.args.eval_scores)
-        for prompt, response in chain.from_iterable(map(lengths_of, [self.train_dataset or (), *held_out])):
-            # A prompt alone is rolled out in an evaluation too.
-            written = self.args.max_new_tokens if rolls_out or not response else 0
-            longest = max(longest, prompt + max(response, written))
-        self.pair.check_room(longest)
-        if self.plan.rewrite and len(self.train_dataset or ()):
-            longest = max((example.prompt for example in self.train_dataset), key=lambda prompt: len(prompt.token_ids))
-            check_rewrite(self.plan.rewrite, longest, self.pair, self.args)
-
     def describe(self) -> str:
         """One line that says what `train` will do: models, sizes, steps, sequences and tokens."""
-        args, count = self.args, len(self.train_dataset)
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(count / rows))
-        teacher = self.pair.teacher
-        learns_from = f" from {name_of(teacher)} ({rounded(self._teacher_size)})" if teacher is not None else ""
-        writes = f"{self.plan.rollout_share:.0%} rolled out" if self.plan.rollout_share else "the data set's text"
-        size, most = rounded(parameter_count(self.pair.student)), rounded(steps * rows * args.max_new_tokens)
-        return (
-            f"{args.method_name}: {name_of(self.pair.student)} ({size} parameters) learns{learns_from}: "
-            f"{counted(steps, 'step')} x {counted(rows, 'sequence')} ({writes}) of up to {args.max_new_tokens} response tokens, "
-            f"at most {most} tokens, from {counted(count, 'row')}"
-        )
+        return describe_training(self.pair, self.args, len(self.train_dataset), self._teacher_size)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -1,0 +1,43 @@
+"""What a training is going to do, before its first step: how long its texts can get, and the line that says it all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+from switchkd.data.packed import lengths_of
+from switchkd.methods.config import SwitchConfig
+from switchkd.models.pair import ModelPair, counted, name_of, parameter_count, rounded
+from switchkd.records import Example
+from switchkd.training.rewriting import check_rewrite
+
+Held = Sequence[Example] | Mapping[str, Sequence[Example]] | None
+
+
+def check_room(pair: ModelPair, args: SwitchConfig, train: Sequence[Example] | None, held_out: Held) -> None:
+    """Raise UserError where a model has too few positions for the data or the rollouts."""
+    plan, sets = args.plan, list(held_out.values()) if isinstance(held_out, Mapping) else [held_out or ()]
+    longest, rolls_out = 0, plan.rolls_out or bool(plan.teacher_text or args.eval_scores)
+    for prompt, response in chain.from_iterable(map(lengths_of, [train or (), *sets])):
+        # A prompt alone is rolled out in an evaluation too.
+        written = args.max_new_tokens if rolls_out or not response else 0
+        longest = max(longest, prompt + max(response, written))
+    pair.check_room(longest)
+    if plan.rewrite and train:
+        check_rewrite(plan.rewrite, max((each.prompt for each in train), key=lambda it: len(it.token_ids)), pair, args)
+
+
+def describe_training(pair: ModelPair, args: SwitchConfig, count: int, teacher_size: float) -> str:
+    """One line: models and sizes (parameters), steps, sequences, tokens, and `count` rows of data."""
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(count / rows))
+    learns_from = f" from {name_of(pair.teacher)} ({rounded(teacher_size)})" if pair.teacher is not None else ""
+    share = args.plan.rollout_share
+    writes = f"{share:.0%} rolled out" if share else "the data set's text"
+    size, most = rounded(parameter_count(pair.student)), rounded(steps * rows * args.max_new_tokens)
+    return (
+        f"{args.method_name}: {name_of(pair.student)} ({size} parameters) learns{learns_from}: "
+        f"{counted(steps, 'step')} x {counted(rows, 'sequence')} ({writes}) of up to {args.max_new_tokens} response tokens, "
+        f"at most {most} tokens, from {counted(count, 'row')}"
+    )
