@@ -155,7 +155,8 @@ def test_a_row_takes_its_tokens_and_little_else(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert len(loaded.examples) == count
     # 6 tokens of 4 bytes, 32 for their places and 8 for two lengths; an array is at most an eighth larger than what it holds.
-    assert kept / count < 100
+    # Measured beside that: 115 kB that do not grow with the rows.
+    assert kept < 100 * count + 150_000
 
 
 def test_streams_of_datasets_are_not_read_as_rows() -> None:
