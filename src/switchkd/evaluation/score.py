@@ -305,7 +305,13 @@ def _null_for_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _write_answers(scored: Sequence[ScoredAnswer], set_name: str, folder: Path) -> None:
-    lines = "".join(json.dumps(_null_for_nan(asdict(answer))) + "\n" for answer in scored)
+def answers_file(folder: Path, set_name: str) -> Path:
+    """Where an evaluation into the folder keeps the answers to a set, a `ScoredAnswer` a line."""
     # A set's name can be a path, or hold a colon.
-    write_atomically(folder / f"answers_{re.sub(r'[^A-Za-z0-9.-]+', '_', set_name)}.jsonl", lines)
+    return folder / f"answers_{re.sub(r'[^A-Za-z0-9.-]+', '_', set_name)}.jsonl"
+
+
+def _write_answers(scored: Sequence[ScoredAnswer], set_name: str, folder: Path) -> None:
+    lines = "".join(json.dumps(_null_for_nan(asdict(answer))) + "
+" for answer in scored)
+    write_atomically(answers_file(folder, set_name), lines)
