@@ -49,7 +49,7 @@ def run_demo(changes: Mapping[str, Any], console: Console) -> None:
     values = _values(changes)
     study = study_from_values(values, "of the demo")
     planned, folder = plan_of(study), Path(study.output_dir)
-    _make_room(folder, _MARK + yaml.safe_dump(values, sort_keys=False))
+    make_room(folder, _MARK + yaml.safe_dump(values, sort_keys=False))
     console.print(
         Text(
             f"SWITCH beside plain on-policy text: the same student, loss, prompts and {study.budget}, one core each. "
@@ -85,7 +85,7 @@ def _values(changes: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _make_room(folder: Path, text: str) -> None:
+def make_room(folder: Path, text: str) -> None:
     """Make the folder that of this demo; raises UserError where anything but a demo is in it."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder with --output")

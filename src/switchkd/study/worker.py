@@ -26,11 +26,12 @@ from switchkd.models.load import load_pair, load_tokenizer
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.run.callbacks import read_log
 from switchkd.run.file import RunConfig
-from switchkd.run.folder import LOG_FILE, RUN_FILE, git_commit
+from switchkd.run.folder import FINISHED_FILE, LOG_FILE, git_commit
 from switchkd.run.launch import train_run
 from switchkd.study.file import StudyEvaluation
 from switchkd.study.plan import StudyRun
 from switchkd.study.rows import COSTS, ROW_FILE, TRAINING
+from switchkd.training.checkpoints import last_complete_checkpoint
 
 ANSWERS = "answers"
 
@@ -65,11 +66,11 @@ def carry_out(row: StudyRun, folder: Path, *, keep_model: bool) -> None:
 
 
 def _train(run: RunConfig, folder: Path) -> None:
-    begun = (folder / RUN_FILE).is_file()
-    if folder.exists() and not begun:
-        # Of an attempt that ended before its first step.
+    goes_on = (folder / FINISHED_FILE).is_file() or last_complete_checkpoint(folder) is not None
+    if folder.exists() and not goes_on:
+        # What an attempt has left that ended before its first checkpoint.
         shutil.rmtree(folder)
-    train_run(run, Console(highlight=False, width=120), resume=begun)
+    train_run(run, Console(highlight=False, width=120), resume=goes_on)
 
 
 def _measure(row: StudyRun, run: RunConfig, model: str, answers: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -145,8 +146,8 @@ def _stop_with_parent() -> None:
     """Stop as on SIGTERM once the study's process has gone: a run that nobody waits for saves and ends."""
 
     def watch() -> None:
-        # The study holds the other end, and never writes.
-        sys.stdin.buffer.read()
+        # The study holds the other end, and never writes. Not through sys.stdin, whose lock would be held at exit.
+        os.read(0, 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -159,10 +160,9 @@ def main() -> None:
     _stop_with_parent()
     try:
         carry_out(StudyRun(**spec["row"]), path.parent, keep_model=spec["keep_model"])
-    except Stopped as stopped:
-        sys.exit(str(stopped))
-    except UserError as error:
-        sys.exit(str(error))
+    except (Stopped, UserError) as message:
+        # In one line: the study shows the last one.
+        sys.exit(" ".join(str(message).split()))
 
 
 if __name__ == "__main__":

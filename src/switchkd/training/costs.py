@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.records import Rollout, Sampling
 from switchkd.rollout.engine import Engine, KeepTeacher, Progress, PromptLike
@@ -37,6 +38,10 @@ class Costs(TrainerCallback):
     def __init__(self, args: SwitchConfig) -> None:
         self.args = args
         self.spent = Spent()
+        if self.has_budget and args.world_size > 1:
+            raise UserError(
+                "max_seconds and max_generated_tokens count in one process, and this run has more; give max_steps instead"
+            )
         self.clock = time.process_time if args.device.type == "cpu" else time.perf_counter
         self.read_at = self.clock()
 
