@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def test_a_study_file_is_checked(models: Path, tmp_path: Path, changes: dict[str
 
 def test_a_plan_names_the_method_that_does_not_fit(models: Path, tmp_path: Path) -> None:
     wrong = study_of(models, tmp_path, methods={"kd": {"method": "kd", "student_share": 0.5}})
-    with pytest.raises(UserError, match="method 'kd': student_share is 0.5"):
+    with pytest.raises(UserError, match=r"method 'kd': student_share is 0\.5"):
         plan_of(wrong)
     endless = study_of(models, tmp_path, methods={"sft": {"method": "sft"}}, budget={"tokens": 9})
     with pytest.raises(UserError, match="nothing is written in such a run"):
@@ -190,7 +189,7 @@ def test_rows_of_other_machines_are_taken_as_done(
     assert "1 trainings and 2 evaluations of start and teacher to do, 3 rows are there" in shown
     assert [line.split("  ")[1] for line in shown.splitlines() if line.startswith("  ")] == ["done"] * 3 + ["to do"] * 3
     (folder / "rows.jsonl").write_text("no row\n")
-    with pytest.raises(UserError, match="rows.jsonl:1 is no finished row"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1 is no finished row"):
         finished_rows(folder)
 
 
@@ -206,7 +205,7 @@ def wait_for(folder: Path, pattern: str, seconds: float = 120) -> None:
 
 
 @pytest.fixture
-def killed_study(models: Path, tmp_path: Path) -> Iterator[StudyConfig]:
+def killed_study(models: Path, tmp_path: Path) -> StudyConfig:
     """A study of two runs, of which one cannot run, whose process was killed in the middle of the other."""
     # A checkpoint every second step, and enough steps for the kill to come before the last.
     methods = {"switch": {"threshold": 0.3}, "broken": {"method": "kd", "train_data": str(tmp_path / "nowhere.jsonl")}}
@@ -220,7 +219,7 @@ def killed_study(models: Path, tmp_path: Path) -> Iterator[StudyConfig]:
     ) as process:
         wait_for(Path(study.output_dir) / RUNS, "switch-*/run/checkpoint-*/trainer_state.json")
         os.kill(process.pid, signal.SIGKILL)
-    yield study
+    return study
 
 
 # Half a dozen processes import torch: that takes its time, and nothing less shows it.
@@ -278,11 +277,11 @@ def test_a_budget_of_tokens_ends_a_run_and_the_rate_follows_it(models: Path, tmp
     assert events[-1]["generated_tokens"] < 72
     assert [step["budget_used"] for step in steps] == sorted(step["budget_used"] for step in steps)
     assert steps[-2]["budget_used"] < 1 <= steps[-1]["budget_used"]
-    # The rate is set before a step's end, so it stands at what was used up when the step before it ended, or by whole steps of 50.
+    # The schedule is laid out over the 50 steps that there could be, and stands at a whole one of them.
     for step in steps:
-        tokens_before = 60 * (1 - step["learning_rate"] / 1e-3)
-        assert tokens_before == pytest.approx(60 * min(1, step["budget_used"]), abs=60 / 50 + 12)
-    assert steps[-1]["learning_rate"] < 0.3e-3
+        used = 1 - step["learning_rate"] / 1e-3
+        assert used == pytest.approx(min(1, step["budget_used"]), abs=1 / 50)
+    assert len(steps) < 15
 
 
 def test_a_budget_of_seconds_ends_a_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -312,6 +312,5 @@ def answers_file(folder: Path, set_name: str) -> Path:
 
 
 def _write_answers(scored: Sequence[ScoredAnswer], set_name: str, folder: Path) -> None:
-    lines = "".join(json.dumps(_null_for_nan(asdict(answer))) + "
-" for answer in scored)
+    lines = "".join(json.dumps(_null_for_nan(asdict(answer))) + "\n" for answer in scored)
     write_atomically(answers_file(folder, set_name), lines)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final, get_type_hints
 
 from switchkd.errors import UserError, did_you_mean
-from switchkd.evaluation.score import EvaluationSettings, Match
+from switchkd.evaluation.measures import Match
+from switchkd.evaluation.score import EvaluationSettings
 from switchkd.methods.config import SwitchConfig
 from switchkd.records import Sampling
 from switchkd.run.file import read_mapping, typed_setting
