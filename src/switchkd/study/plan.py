@@ -15,7 +15,7 @@ from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.methods.parts import described
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
-from switchkd.run.file import OWN_HINTS, SWITCH_FIELDS, RunConfig, run_from_values
+from switchkd.run.file import OWN_HINTS, RunConfig, run_defaults, run_from_values
 from switchkd.study.file import START, TEACHER, StudyConfig
 
 Kind = Literal["run", "start", "teacher"]
@@ -28,6 +28,7 @@ _UNDECIDING = {
     "report_to",
     "show_rollouts_every",
     "measure_every",
+    "rollout_rows",
     "teacher_text",
 }
 _UNDECIDING_PREFIXES = ("logging_", "log_", "save_", "hub_", "push_")
@@ -107,7 +108,7 @@ def _training(study: StudyConfig, method: str, setting: str, seed: int) -> Study
         raise UserError(
             f"{name}: the budget is {study.budget}, but nothing is written in such a run; give steps or seconds"
         )
-    deciding = {**_deciding(run), "row": _row_of(config)}
+    deciding = {**_deciding(run), "law": _law_of(config)}
     identity = _hash({"run": deciding, "evaluation": _given(study.evaluation)})
     return StudyRun("run", method, setting, seed, str(study.budget), values, evaluation, identity)
 
@@ -131,21 +132,22 @@ def _named_where_several(rows: Sequence[StudyRun]) -> list[StudyRun]:
 
 
 def _deciding(run: RunConfig) -> dict[str, Any]:
-    """The values in force that decide what the run leaves: ours, and those of transformers that were set."""
-    values = run.effective_settings()
-    keys = [key for key in values if key in OWN_HINTS or key in SWITCH_FIELDS or key in run.training]
-    unset = [key for key in keys if values[key] is None]
+    """The values that were set and decide what the run leaves. Defaults are left out, so that a new setting changes nothing."""
+    given = {**run.training, **{key: getattr(run, key) for key in OWN_HINTS}}
+    defaults = {**run_defaults(), **{each.name: each.default for each in fields(RunConfig)}}
     return {
-        key: values[key]
-        for key in sorted({*keys} - {*unset})
-        if key not in _UNDECIDING and not key.startswith(_UNDECIDING_PREFIXES)
+        key: described(value)
+        for key, value in given.items()
+        if value != defaults.get(key) and key not in _UNDECIDING and not key.startswith(_UNDECIDING_PREFIXES)
     }
 
 
-def _row_of(config: SwitchConfig) -> dict[str, Any]:
-    """What the method's row says beyond the defaults of all rows: where a row changes, its runs are other runs."""
+def _law_of(config: SwitchConfig) -> dict[str, Any]:
+    """The method's row, beyond the defaults of all rows, and who writes: where these change, a run of the same name is another."""
     row, plain = METHOD.make(config.method or ""), Method("")
-    return {key: described(getattr(row, key)) for key in REPLACEABLE if getattr(row, key) != getattr(plain, key)}
+    changed = {key: described(getattr(row, key)) for key in REPLACEABLE if getattr(row, key) != getattr(plain, key)}
+    auto = config.plan.auto_threshold
+    return {**changed, "policy": described(config.plan.policy), "auto": auto and asdict(auto)}
 
 
 def _given(part: Any) -> dict[str, Any]:

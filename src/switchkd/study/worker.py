@@ -77,17 +77,27 @@ def _measure(row: StudyRun, run: RunConfig, model: str, answers: Path) -> tuple[
     """The model's results on each set: those of each row, and their means."""
     config, given = run.config(), {**row.evaluation, "seeds": tuple(row.evaluation["seeds"])}
     evaluation = StudyEvaluation(**given)
-    is_student = row.kind == "start"
+    # What a run leaves is loaded as it is.
+    how: dict[str, dict[str, Any]] = {
+        "start": {
+            "student_drop_layers": run.student_drop_layers,
+            "student_quantization": run.student_quantization,
+            "model_init_kwargs": config.model_init_kwargs,
+        },
+        "teacher": {
+            "student_quantization": run.teacher_quantization,
+            "model_init_kwargs": config.teacher_model_init_kwargs,
+        },
+    }
     pair = load_pair(
         model,
         None,
         placement=config.placement,
-        student_drop_layers=run.student_drop_layers if is_student else None,
-        student_quantization=run.student_quantization if is_student else None,
         trust_remote_code=run.trust_remote_code,
+        **how.get(row.kind, {}),
     )
     assert pair.tokenizer is not None
-    if is_student and run.teacher not in (None, "self"):
+    if row.kind == "start" and run.teacher not in (None, "self"):
         teacher_tokenizer = load_tokenizer(str(run.teacher), trust_remote_code=run.trust_remote_code)
         set_template(pair.tokenizer, teacher_tokenizer, config.template_from)
     settings = evaluation.settings(config)
