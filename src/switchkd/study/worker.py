@@ -11,7 +11,6 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from rich.console import Console
