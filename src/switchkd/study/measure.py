@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from switchkd.data.sets import resolve
+from switchkd.errors import UserError
 from switchkd.evaluation.score import answers_file, evaluate
 from switchkd.models.chat import set_template
 from switchkd.models.load import load_pair, load_tokenizer
@@ -57,7 +57,7 @@ def measure(row: StudyRun, run: RunConfig, model: str, answers: Path) -> tuple[d
     scores = {}
     for name, result in found.sets.items():
         parts = {"all": result.overall, **result.by_bucket}
-        scores[name] = {part: {"rows": each.rows, **asdict(each.mean)} for part, each in parts.items()}
+        scores[name] = {part: {"rows": each.rows, **each.mean.flat()} for part, each in parts.items()}
     return {name: _by_row(answers_file(answers, name)) for name in evaluation.sets}, scores
 
 
@@ -69,6 +69,8 @@ def _by_row(path: Path) -> dict[str, Any]:
     by_seed: dict[int, list[dict[str, Any]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         answer = json.loads(line)
+        if answer["exact_match"] is None:
+            raise UserError(f"{answer['where']} has no reference; a study compares with references, leave the set out")
         by_seed.setdefault(answer["seed"], []).append(answer)
     first = next(iter(by_seed.values()))
     buckets = list(dict.fromkeys(answer["bucket"] for answer in first))
