@@ -12,6 +12,11 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from switchkd.cli.main import main
+from switchkd.study.plan import StudyRun
+from switchkd.study.pool import Failure
+from switchkd.study.progress import StudyProgress
+from switchkd.study.rows import RUNS
+from switchkd.study.worker import carry_out
 from tiny import tiny_pair, tiny_tokenizer
 
 
@@ -58,6 +63,19 @@ def write_run(models: Path, tmp_path: Path, **changes: Any) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False))
     return path
+
+
+def carry_out_here(
+    rows: Sequence[StudyRun], folder: Path, workers: int, progress: StudyProgress, *, keep_models: bool
+) -> list[Failure]:
+    """As `study.pool.run_all`, one after the other in this process."""
+    for row in rows:
+        place = folder / RUNS / row.folder_name
+        place.mkdir(parents=True)
+        progress.started(row, place)
+        carry_out(row, place, keep_model=keep_models)
+        progress.ended(row, None)
+    return []
 
 
 def switchkd(*arguments: str | Path) -> int:

@@ -181,7 +181,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(refused: Refused, models:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert "holds another run (finished)" in refused("train", run)
     assert "threshold is 0.1" in refused("train", run, "--resume", "--set", "threshold=0.1")
-    assert "holds a run that is no demo" in refused("demo", "--output", folder)
+    assert "holds no demo" in refused("demo", "--output", folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 

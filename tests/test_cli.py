@@ -14,9 +14,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
-from runs import switchkd, write_rows, write_run
+from runs import carry_out_here, switchkd, write_rows, write_run
 from switchkd import __version__
+from switchkd.cli.demo import make_room, verdict
 from switchkd.cli.main import app
+from switchkd.evaluation.intervals import Interval
 from switchkd.methods.plan import AutoThreshold
 from switchkd.models.pair import ModelPair
 from switchkd.records import FinishReason, Prompt, Rollout
@@ -26,6 +28,7 @@ from switchkd.run.callbacks import read_log
 from switchkd.run.file import HINTS
 from switchkd.run.recipes import recipes
 from switchkd.settings.components import settings_of
+from switchkd.study.summary import Line
 
 COMMANDS = get_command(app).commands
 
@@ -72,7 +75,7 @@ def test_the_options_of_a_command_are_called_as_in_a_run_file() -> None:
         *("ours", "theirs", "url", "key_env", "body", "parallel", "references", "estimate", "cache"),
         *("max_requests", "max_total_tokens"),
         *("run_file", "assignments", "resume", "output", "show", "steps", "name", "markdown", "help", "sets", "seeds"),
-        *("model", "prompt", "data", "limit", "no_repeat_ngram", "match", "force"),
+        *("model", "prompt", "data", "limit", "no_repeat_ngram", "match", "force", "study_file", "workers", "dry_run"),
     }
     assert names - own - {"teacher_share"} <= HINTS.keys()
     assert "teacher_share" in settings_of(AutoThreshold)
@@ -312,23 +315,50 @@ def test_measures_are_drawn_where_matplotlib_is_and_told_where_it_is_not(
         assert not (tmp_path / name).exists()
 
 
-def test_the_demo_leaves_a_run_and_replaces_an_earlier_one(
+# The embedded pair is what it is: two steps of 32 texts, and 24 answers.
+def test_the_demo_shows_its_table_and_replaces_an_earlier_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A row of each length instead of 64.
-    monkeypatch.setattr("switchkd.cli.demo.TEST_ROWS", 3)
+    # Without the processes, which would each import torch; tests/test_study.py has them.
+    monkeypatch.setattr("switchkd.study.launch.run_all", carry_out_here)
     folder = tmp_path / "demo"
-    folder.mkdir()
-    (folder / "run.yaml").write_text("run_name: switchkd demo\n")
-    (folder / "log.jsonl").write_text('{"stage": "", "step": 7, "loss": 1}\n')
-    assert switchkd("demo", "--output", folder, "--steps", "1") == 0
+    call = ("demo", "--output", folder, "--steps", "1", "--limit", "6")
+    assert switchkd(*call) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("short", "medium", "long", "before", "after", "written by the teacher"))
-    assert f"switchkd eval {folder}" in out
-    assert [event["step"] for event in read_log(folder / "log.jsonl") if "loss" in event] == [1]
+    assert all(name in out for name in ("short", "medium", "long", "on_policy", "teacher", "written by the teacher"))
+    assert "With prompts alone, SWITCH took the student from" in out
+    result = json.loads((folder / "demo.json").read_text())["exact_match"]
+    assert list(result) == ["start", "on_policy", "switch", "teacher"]
+    assert all(list(parts) == ["all", "short", "medium", "long"] for parts in result.values())
+    assert result["teacher"]["all"] > result["start"]["all"]
     suggested = next(line.split() for line in out.splitlines() if line.startswith("  switchkd rollout"))
-    assert switchkd(*suggested[1:], "--output", tmp_path / "rollouts.jsonl") == 0
-    assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
+    model = suggested[suggested.index("--student") + 1]
+    assert AutoModelForCausalLM.from_pretrained(model).config.model_type == "llama"
+    # Finished, so that the next demo begins anew.
+    (folder / "of-the-earlier").touch()
+    make_room(folder, (folder / "demo.yaml").read_text())
+    assert [path.name for path in folder.iterdir()] == ["demo.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "difference", "said"),
+    [
+        (7.0, Interval(10.0, 7.0, 13.0), "So it worked"),
+        (-1.0, Interval(4.0, 2.0, 6.0), "did not improve it"),
+        (7.0, Interval(-4.0, -6.0, -2.0), "on-policy text did better"),
+        (7.0, Interval(1.0, -2.0, 4.0), "may be chance"),
+    ],
+)
+def test_the_demo_says_what_happened(gain: float, difference: Interval, said: str) -> None:
+    def line(name: str, mean: float, **parts: Interval) -> Line:
+        return Line(name, "", "run", (1,), {part: Interval(mean, mean, mean) for part in ("all", "long")}, parts, {})
+
+    lines = {"start": line("start", 50.0), "on_policy": line("on_policy", 50.0 + gain - difference.mean)}
+    lines["switch"] = line("switch", 50.0 + gain, all=difference, long=difference)
+    told = verdict(lines)
+    assert said in told
+    assert f"from 50.0 to {50 + gain:.1f} % exact ({gain:+.1f})" in told
+    assert "differ most on long answers" in told
 
 
 def rollout_of(token_ids: tuple[int, ...], by_teacher: tuple[bool, ...], pair: ModelPair) -> Rollout:

@@ -35,6 +35,7 @@ FLOORS = [
     {"methods", "analysis"},
     {"report", "training"},
     {"run"},
+    {"study"},
     {"cli"},
     {"__main__"},
 ]

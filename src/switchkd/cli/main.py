@@ -7,13 +7,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from switchkd import __version__
+from switchkd.cli.compare import compare
 from switchkd.cli.evaluate import evaluate
 from switchkd.cli.foreseen import foreseen
 from switchkd.cli.help import OUTPUT, POLICY, Command, Commands, example, option
@@ -205,20 +206,24 @@ for look_up, shown in (
     app.command(cls=Command, rich_help_panel=LISTS, epilog=example(shown))(look_up)
 
 
+app.command(cls=Command, rich_help_panel=TRAIN, epilog=example("compare studies/methods.yaml --dry-run"))(compare)
+
+
 @app.command(cls=Command, rich_help_panel=TRAIN, epilog=example("demo --steps 20"))
 def demo(
-    output: Annotated[
-        Path, option(None, "FOLDER", "The run's folder; the run of an earlier demo there is replaced.")
-    ] = Path("runs/demo"),
+    output: Annotated[Path, option(None, "FOLDER", "The demo's folder; a finished demo there is replaced.")] = Path(
+        "runs/demo"
+    ),
     steps: Annotated[int | None, option(None, "N", "Training steps.", min=1)] = None,
-    seed: Annotated[int | None, option(None, "N", "Seed of the run.")] = None,
+    seed: Annotated[int | None, option(None, "N", "Seed of the training.")] = None,
+    limit: Annotated[int | None, option(None, "N", "Rows of the test set that are answered.", min=2)] = None,
     device: RunDevice = None,
 ) -> None:
-    """Distil the embedded student with SWITCH, in minutes on two CPU cores, and compare before with after."""
+    """Distil the embedded student with prompts alone, by SWITCH and on-policy side by side: minutes on two CPU cores."""
     from switchkd.cli.demo import run_demo
 
     quiet_transformers()
-    changes: dict[str, Any] = {"output_dir": str(output), "max_steps": steps, "seed": seed, "device": device}
+    changes = {"output_dir": str(output), "steps": steps, "seed": seed, "limit": limit, "device": device}
     run_demo({key: value for key, value in changes.items() if value is not None}, new_console())
 
 

@@ -157,8 +157,9 @@ class SwitchConfig(TrainingArguments):
     teacher_offload: Offload = setting(
         "none", "Where the teacher's weights are between rollouts: none (they stay), cpu or disk."
     )
+    max_seconds: float | None = setting(None, "End training after this many seconds of computing; see docs/compare.md.")
+    max_generated_tokens: int | None = setting(None, "End training once the models have written this many tokens.")
     skip_bad_rows: bool = setting(False, "Leave bad rows out, and say which, instead of stopping.")
-
     precision: str = setting(
         "auto", "What is computed in: float32, bf16 (autocast), or auto: bf16 on CUDA, else float32."
     )
@@ -302,8 +303,7 @@ class SwitchConfig(TrainingArguments):
                 )
         # Refused and not ignored: a setting that nothing reads is a run that is not what its author thinks.
         of_rollouts = ("policy", "teacher_text_share", "replay_capacity", "replay_share", "long_term_weight")
-        of_text = ("replayed_prefix", "length_growth", "rewrite")
-        for key in (*of_rollouts, *of_text, "teacher_text_divergence"):
+        for key in (*of_rollouts, "replayed_prefix", "length_growth", "rewrite", "teacher_text_divergence"):
             if getattr(self, key) and not (method.student_share or method.share_rise):
                 raise UserError(
                     f"{key} is {getattr(self, key)}, but method {self.method_name!r} has no rollouts here; leave it out"
@@ -314,7 +314,7 @@ class SwitchConfig(TrainingArguments):
             )
 
     def _check(self) -> None:
-        """Raise UserError for settings out of range that no component checks."""
+        """Raise UserError for settings that no component checks."""
         check_block_size(self.block_size)
         if self.rendering.train_turns == "all" and not self.plan.trains_data_alone:
             raise UserError(

@@ -30,7 +30,10 @@ _AT_LEAST_0 = (
     "warmup_steps",
     "eval_delay",
 )
-_ABOVE_0 = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "save_total_limit")
+_ABOVE_0 = (
+    *("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "save_total_limit"),
+    *("max_seconds", "max_generated_tokens"),
+)
 # The package that reports, where it has not the reporter's own name; TensorBoard's writer comes from either of two.
 _REPORTERS = {"azure_ml": "azureml", "comet_ml": "comet_ml", "flyte": "flytekit", "kubeflow": "kubeflow"}
 _TENSORBOARD = ("tensorboard", "tensorboardX")

@@ -91,6 +91,61 @@ def save_diagnosis(texts: Mapping[str, TextDiagnosis], path: Path) -> Path | Non
     return _save(figure, path)
 
 
+def save_scores(
+    scores: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]], label: str, path: Path
+) -> Path | None:
+    """Draw scores with their intervals into a PNG file: a panel for each set, in it a point for each part and method.
+
+    `scores` are (mean, low, high) by set, method and part; bounds may be NaN. Return the path, or None without matplotlib.
+    """
+    if find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * len(scores), 4.0), layout="constrained")
+    for axis, (name, methods) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True):
+        _draw_scores(axis, methods)
+        axis.set(title=name, ylabel=label)
+        axis.legend(fontsize="small")
+    return _save(figure, path)
+
+
+def save_demo(
+    scores: Mapping[str, Mapping[str, tuple[float, float, float]]], label: str, teacher_share: ByPosition, path: Path
+) -> Path | None:
+    """Draw exact match by method and part, (mean, low, high), and the teacher's share of SWITCH's text into a PNG file.
+
+    Return its path, or None where matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.4, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_scores(left, scores)
+    left.set(title="exact match, by length of the answer", ylabel=label)
+    left.legend(fontsize="small")
+    _draw_curve(right, teacher_share, "", "C0")
+    right.set(ylim=(0, None), title="share written by the teacher", xlabel="position in the response (tokens)")
+    return _save(figure, path)
+
+
+def _draw_scores(axis: Axes, methods: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> None:
+    """A point with its interval for each method, (mean, low, high), side by side in a group for each part."""
+    parts = list(next(iter(methods.values())))
+    for number, (method, of_part) in enumerate(methods.items()):
+        beside = 0.7 * ((number + 0.5) / len(methods) - 0.5)
+        places = [at + beside for at in range(len(parts))]
+        means, lows, highs = zip(*(of_part[part] for part in parts), strict=True)
+        lengths = [[mean - low for mean, low in zip(means, lows, strict=True)]]
+        lengths += [[high - mean for mean, high in zip(means, highs, strict=True)]]
+        # NaN draws nothing, and a bound never lies on the wrong side of its mean but for rounding.
+        lengths = [[max(0.0, each) if each == each else each for each in side] for side in lengths]
+        axis.errorbar(places, means, yerr=lengths, fmt="o", color=f"C{number}", capsize=2, label=method)
+    axis.set_xticks(range(len(parts)), parts)
+
+
 # Positions. A mean over a few dozen rows jumps from token to token, so a curve is the running mean over this window.
 _WINDOW = 9
 # A curve is dotted where fewer than this share of the rows get that far.

@@ -32,6 +32,7 @@ SHOWN = {
     "eval_numeric_match": "numeric match {:.1f}",
     "threshold": "threshold {:.3g}",
     "teacher_share": "teacher {:.0%}",
+    "budget_used": "budget {:.0%}",
     "response_tokens": "{:.0f} tokens",
     "rollout_tokens_per_second": "rollout {:,.0f} tok/s",
     "train_tokens_per_second": "train {:,.0f} tok/s",
@@ -75,7 +76,8 @@ class ConsoleProgress(TrainerCallback):
         self.bar.note = self.measured
         self.bar.update(self.task, completed=state.global_step)
         # A resumed run starts at another step than 0.
-        if state.global_step != self.first_step + 1 or not state.is_world_process_zero:
+        budgets = (getattr(args, "max_seconds", None), getattr(args, "max_generated_tokens", None))
+        if state.global_step != self.first_step + 1 or not state.is_world_process_zero or any(budgets):
             return
         step_seconds = time.perf_counter() - self.started_at
         steps = state.max_steps - self.first_step
@@ -123,6 +125,8 @@ class ConsoleProgress(TrainerCallback):
         elapsed = time.perf_counter() - self.started_at
         steps = max(1, state.global_step - self.first_step)
         left = elapsed / steps * (state.max_steps - state.global_step)
+        if used := logs.get("budget_used"):
+            left = min(left, elapsed * max(0, 1 / used - 1))
         self._print(
             f"{state.global_step}/{state.max_steps}  {line}  {duration(elapsed)} elapsed, about {duration(left)} left"
         )

@@ -64,7 +64,7 @@ class RunConfig:
 
     def effective_settings(self) -> dict[str, Any]:
         """All values that act, flat, without the stages, in the order of the run file; defaults of None are left out."""
-        defaults = {name: _default_of(each) for name, each in TRAINING_FIELDS.items()}
+        defaults = run_defaults()
         if not any("policy" in part for part in (self.training, *self.stages)):
             # Flat settings beside a policy of one's own would say the same thing twice.
             defaults |= {name: settings_of(Switch)[name].default for name in HEADLINE}
@@ -191,6 +191,11 @@ def _default_of(each: Field[Any]) -> Any:
     if each.default_factory is not MISSING:
         return each.default_factory()
     return None if each.default is MISSING else each.default
+
+
+def run_defaults() -> dict[str, Any]:
+    """The default of each setting of a trainer, None where it has none."""
+    return {name: _default_of(each) for name, each in TRAINING_FIELDS.items()}
 
 
 def typed_setting(key: str, value: Any, origin: str) -> Any:

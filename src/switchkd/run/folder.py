@@ -31,6 +31,8 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 _CHANGEABLE = [
     "max_steps",
     "num_train_epochs",
+    "max_seconds",
+    "max_generated_tokens",
     "rollout_rows",
     "show_rollouts_every",
     "data_dir",
@@ -137,12 +139,12 @@ def _environment() -> dict[str, Any]:
     return {
         **versions(),
         "python": sys.version.split()[0],
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "started": now(),
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The last commit that touched this package, where it runs from a checkout; None where it is installed."""
     command = ["git", "-C", str(Path(__file__).parents[1]), "log", "-1", "--format=%H", "--", "."]
     try:
@@ -158,7 +160,9 @@ def is_finished(stage: Stage) -> bool:
 
 
 def _length(stage: Stage) -> dict[str, float]:
-    return {"max_steps": stage.config.max_steps, "num_train_epochs": stage.config.num_train_epochs}
+    budget = {"max_seconds": stage.config.max_seconds, "max_generated_tokens": stage.config.max_generated_tokens}
+    steps = {"max_steps": stage.config.max_steps, "num_train_epochs": stage.config.num_train_epochs}
+    return steps | {key: value for key, value in budget.items() if value is not None}
 
 
 def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, stage: Stage, card: str) -> None:

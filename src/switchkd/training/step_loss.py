@@ -5,9 +5,9 @@ Shape letters: B rows, T positions, H hidden, N counted positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class StepLoss:
         self.student_head = pair.student_head
         self.teacher_head = None if plan.objective.divergence is None else pair.teacher_head
         self.start = StartModel(pair) if plan.objective.needs_start else None
+        # Told the role of each model that reads a batch.
+        self.on_forward: Callable[[Literal["student", "teacher"]], None] = lambda role: None
 
     def scored(self, sequences: Sequence[Example | Rollout]) -> Sequence[Example | Rollout]:
         """The sequences, each with the teacher's last hidden states that predict its response, (T, H) on its device.
@@ -55,6 +57,7 @@ class StepLoss:
         read: dict[int, Example | Rollout] = {}
         for group in groups_of_like_length(lengths, self.rows):
             batch = collate([unread[index] for index in group], self.pair.pad_id).to(teacher.device)
+            self.on_forward("teacher")
             with torch.no_grad():
                 output = backbone(teacher)(
                     input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
@@ -119,6 +122,7 @@ class StepLoss:
         """
         batch: Batch = inputs["batch"]
         weight_N, share_N, return_N = inputs["weights"]
+        self.on_forward("student")
         hidden_BTH = last_hidden(model, self.pair.student, batch.input_ids_BT, batch.attention_mask_BT)
         # The token at t is predicted at t - 1.
         mask_BT = batch.response_mask_BT[:, 1:]

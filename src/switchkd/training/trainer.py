@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -25,6 +25,7 @@ from switchkd.rollout.law import Student
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
+from switchkd.training.costs import Costs
 from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers, without_repeats
 from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
@@ -133,9 +134,11 @@ class SwitchTrainer(Trainer):
         with self._place.loaded():
             self.engine = engine or _engine(pair, args)
             self._loss = StepLoss(pair, plan, rows=args.train_batch_size)
+        self.costs = Costs(args)
+        self._loss.on_forward = self.costs.count
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
         self._text = StepText(args, pair, self._meters, self.train_dataset or ())
-        for callback in filter(None, (self._text.share, teacher_share_alarm(plan))):
+        for callback in filter(None, (self.costs, self._text.share, teacher_share_alarm(plan))):
             self.add_callback(callback)
         self._step_started, self._step_tokens = 0.0, 0
         self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
@@ -180,7 +183,8 @@ class SwitchTrainer(Trainer):
         if not loaded:
             return [], None
         with self._place.loaded(), self.pair.computing():
-            written = self._text.sequences_of_step(examples, self.state, self.engine, self.log)
+            engine = self.costs.counting(self.engine)
+            written = self._text.sequences_of_step(examples, self.state, engine, self.log)
             if not last:
                 # The other processes have rows, and wait for this one's gradient: one of a text that counts nowhere.
                 written.append(replace(loaded[-1][0], response_ids=()))
@@ -229,6 +233,9 @@ class SwitchTrainer(Trainer):
         if "loss" in logs:
             self._measure_speed()
             logs = {**logs, **self._meters.drain(self._gathered)}
+            logs |= {"budget_used": self.costs.used} if self.costs.has_budget else {}
+        if "train_runtime" in logs:
+            logs = {**logs, **asdict(self.costs.spent)}
         super().log(logs, start_time)
 
     def _gathered(self, values: Tensor) -> Tensor:
@@ -309,10 +316,17 @@ class SwitchTrainer(Trainer):
             self._text.replay.load(checkpoint)
         if self.plan.teacher_text is not None and self.pair.teacher is not None:
             with self._place.loaded(), self.pair.computing():
+                engine = self.costs.counting(self.engine)
                 self.train_dataset = teacher_text(
-                    self.plan.teacher_text, self.pair.teacher, self.train_dataset, self.engine, self.args
+                    self.plan.teacher_text, self.pair.teacher, self.train_dataset, engine, self.args
                 )
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As in `transformers.Trainer`, over the budget of the run where there is one."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self.costs.follow(scheduler, num_training_steps)
+        return scheduler
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{FOLDER_PREFIX}-{self.state.global_step}"

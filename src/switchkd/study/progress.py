@@ -1,0 +1,125 @@
+"""What a study shows while it runs: how many runs are done, how far those in flight are, and how long the rest will take."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from switchkd.progress import progress_bar
+from switchkd.report.terminal import duration
+from switchkd.run.folder import LOG_FILE
+from switchkd.study.plan import StudyRun
+from switchkd.study.rows import ROW_FILE, TRAINING
+
+
+class StudyProgress:
+    """A bar over all runs with a note of those in flight on a terminal, a line for each run that ends elsewhere and there.
+
+    Use in `with`. The estimate counts on the runs that are left to take as long as those that ended; before the first has ended,
+    it goes by how far those in flight are.
+    """
+
+    def __init__(self, console: Console, total: int, to_train: int, workers: int) -> None:
+        self.console = console
+        self.workers = workers
+        self.to_train = to_train
+        self.done = 0
+        self.total = total
+        self.in_flight: dict[str, tuple[StudyRun, Path, float]] = {}
+        self.seconds: list[float] = []
+        self.bar = progress_bar(console)
+        self.task = self.bar.add_task("runs", total=total)
+        self.looked_at = 0.0
+
+    def __enter__(self) -> StudyProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.stop()
+
+    def started(self, row: StudyRun, folder: Path) -> None:
+        """Take in a run that has just begun."""
+        self.in_flight[row.identity] = (row, folder, time.perf_counter())
+
+    def ended(self, row: StudyRun, reason: str | None) -> None:
+        """Say what came of a run; `reason` is why it failed, if it did."""
+        _, folder, started_at = self.in_flight.pop(row.identity)
+        took = time.perf_counter() - started_at
+        self.done += 1
+        self.bar.update(self.task, completed=self.done)
+        if row.kind == "run":
+            self.to_train -= 1
+            self.seconds += [] if reason else [took]
+        outcome = f"failed: {reason}" if reason else _scores(folder / ROW_FILE)
+        left = self.left()
+        more = f"; about {duration(left)} left" if left and self.done < self.total else ""
+        self._print(f"{self.done} of {self.total}  {row.name}: {outcome} ({duration(took)}){more}")
+
+    def left(self) -> float | None:
+        """Seconds that the study will still take; None while nothing tells."""
+        parts = {identity: _part_done(row, folder) for identity, (row, folder, _) in self._training().items()}
+        whole = fmean(self.seconds) if self.seconds else self._whole_by_parts(parts)
+        if whole is None:
+            return None
+        runs_left = self.to_train - sum(parts.values())
+        return whole * max(0.0, runs_left) / max(1, min(self.workers, self.to_train))
+
+    def look(self) -> None:
+        """Note how far the runs in flight are, once a second."""
+        if time.perf_counter() - self.looked_at < 1:
+            return
+        self.looked_at = time.perf_counter()
+        notes = [
+            f"{row.name} {_part_done(row, folder):.0%}" if row.kind == "run" else row.name
+            for row, folder, _ in self.in_flight.values()
+        ]
+        left = self.left()
+        self.bar.note = "; ".join(notes) + (f"; about {duration(left)} left" if left else "")
+
+    def _training(self) -> dict[str, tuple[StudyRun, Path, float]]:
+        return {key: each for key, each in self.in_flight.items() if each[0].kind == "run"}
+
+    def _whole_by_parts(self, parts: dict[str, float]) -> float | None:
+        """The seconds of a whole run, from how far the ones in flight are."""
+        wholes = [
+            (time.perf_counter() - self.in_flight[identity][2]) / part
+            for identity, part in parts.items()
+            if part > 0.02
+        ]
+        return fmean(wholes) if wholes else None
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _scores(path: Path) -> str:
+    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    return ", ".join(f"{name} {parts['all']['exact_match']:.1f} % exact" for name, parts in scores.items())
+
+
+def _part_done(row: StudyRun, folder: Path) -> float:
+    """The part of a run's training that is done, by its last log event, 0 to 1."""
+    path = folder / TRAINING / LOG_FILE
+    if not path.is_file():
+        return 0.0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8192))
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if "train_runtime" in event:
+            return 1.0
+        if "budget_used" in event:
+            return float(event["budget_used"])
+        if "loss" in event:
+            return float(event["step"]) / float(row.values["max_steps"])
+    return 0.0

@@ -1,0 +1,126 @@
+"""What a run has spent so far, and where its budget of seconds or tokens ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from switchkd.errors import UserError
+from switchkd.methods.config import SwitchConfig
+from switchkd.records import Rollout, Sampling
+from switchkd.rollout.engine import Engine, KeepTeacher, Progress, PromptLike
+from switchkd.rollout.law import Policy
+from switchkd.training.kept_state import kept_state
+
+
+@dataclass
+class Spent:
+    """Forwards of each model, of whatever size; tokens that either wrote; and seconds of training."""
+
+    student_forwards: int = 0
+    teacher_forwards: int = 0
+    generated_tokens: int = 0
+    training_seconds: float = 0.0
+
+
+class Costs(TrainerCallback):
+    """Counts what a run spends, and ends it where `max_seconds` or `max_generated_tokens` is used up.
+
+    On a CPU seconds are those that the process computed, all its threads together: a run that is paused, or that shares its core,
+    spends no more than one that is alone. Elsewhere they are the clock's. Checkpoints keep all of it.
+    """
+
+    def __init__(self, args: SwitchConfig) -> None:
+        self.args = args
+        self.spent = Spent()
+        if self.has_budget and args.world_size > 1:
+            raise UserError(
+                "max_seconds and max_generated_tokens count in one process, and this run has more; give max_steps instead"
+            )
+        self.clock = time.process_time if args.device.type == "cpu" else time.perf_counter
+        self.read_at = self.clock()
+
+    def counting(self, engine: Engine) -> Engine:
+        """The engine, whose forwards and tokens are counted."""
+        return _CountingEngine(engine, self.spent)
+
+    def count(self, role: Literal["student", "teacher"]) -> None:
+        """Count a forward of a model."""
+        name = f"{role}_forwards"
+        setattr(self.spent, name, getattr(self.spent, name) + 1)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether anything but steps ends the run."""
+        return bool(self.args.max_seconds or self.args.max_generated_tokens)
+
+    @property
+    def used(self) -> float:
+        """The part of the budget that is used up, from 0."""
+        limits = (
+            (self.spent.training_seconds, self.args.max_seconds),
+            (self.spent.generated_tokens, self.args.max_generated_tokens),
+        )
+        return max((spent / limit for spent, limit in limits if limit), default=0.0)
+
+    def follow(self, scheduler: Any, steps: int) -> None:
+        """Let the learning rate's schedule of `steps` run over the budget, if there is one.
+
+        After each step it stands as far along as the larger part that is used up: of the steps, or of the budget.
+        """
+        if self.has_budget and isinstance(scheduler, LambdaLR):
+            scheduler.lr_lambdas = [self._following(rate, steps) for rate in scheduler.lr_lambdas]
+
+    def _following(self, rate: Callable[[int], float], steps: int) -> Callable[[int], float]:
+        # A function: of any other object, torch would put all attributes into the checkpoint.
+        def follows(step: int) -> float:
+            return rate(min(steps, max(step, int(self.used * steps))))
+
+        return follows
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up what was spent before a checkpoint, and start the clock."""
+        for name, value in kept_state(state, "costs").items():
+            setattr(self.spent, name, value)
+        self.read_at = self.clock()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Read the clock, keep the totals, and stop at the budget's end."""
+        read_at = self.clock()
+        self.spent.training_seconds += read_at - self.read_at
+        self.read_at = read_at
+        kept_state(state, "costs").update(asdict(self.spent))
+        if self.has_budget and self.used >= 1:
+            control.should_training_stop = True
+
+
+class _CountingEngine:
+    """An engine that adds to `spent` what each of its calls did."""
+
+    def __init__(self, engine: Engine, spent: Spent) -> None:
+        self.engine = engine
+        self.spent = spent
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        policy: Policy,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        keep_teacher: KeepTeacher = None,
+        on_progress: Progress | None = None,
+    ) -> list[Rollout]:
+        rollouts = self.engine.generate(prompts, policy, sampling, seed, keep_teacher, on_progress)
+        self.spent.generated_tokens += sum(len(rollout.token_ids) for rollout in rollouts)
+        # Not every engine counts its forwards.
+        if (metrics := getattr(self.engine, "metrics", None)) is not None:
+            self.spent.student_forwards += metrics.student_forwards
+            self.spent.teacher_forwards += metrics.teacher_forwards
+        return rollouts

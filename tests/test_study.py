@@ -1,0 +1,293 @@
+"""Studies: what a file may say, which runs are the same, what tables hold, and that a kill changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from runs import save_pair, switchkd, write_rows, write_run
+from switchkd.errors import UserError
+from switchkd.run.callbacks import read_log
+from switchkd.study.file import StudyConfig, read_study, study_from_values
+from switchkd.study.launch import run_study
+from switchkd.study.plan import StudyRun, plan_of
+from switchkd.study.rows import RUNS, Row, as_csv, finished_rows
+from switchkd.study.summary import summarize_study
+from switchkd.study.tables import grids
+from switchkd.study.worker import carry_out
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_pair(folder)
+    rows = [{"prompt": f"w{30 + n} says", "completion": "sun", "bucket": "even" if n % 2 else "odd"} for n in range(6)]
+    write_rows(folder / "test.jsonl", rows)
+    return folder
+
+
+def values_of(models: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    run = {
+        "student": str(models / "student"),
+        "teacher": str(models / "teacher"),
+        "train_data": str(models / "data.jsonl"),
+        "max_new_tokens": 6,
+        "max_prompt_tokens": 16,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+    }
+    return {
+        "run": run,
+        "methods": {"on-policy": {"method": "imitkd"}, "switch": {"threshold": 0.3}},
+        "seeds": [1, 2],
+        "budget": {"steps": 3},
+        "evaluation": {"sets": [str(models / "test.jsonl")]},
+        "output_dir": str(folder / "study"),
+        **changes,
+    }
+
+
+def study_of(models: Path, folder: Path, **changes: Any) -> StudyConfig:
+    return study_from_values(values_of(models, folder, **changes), "of a test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"metods": {}}, "did you mean 'methods'?"),
+        ({"budget": {"steps": 3, "seconds": 2}}, "exactly one of steps, seconds and tokens"),
+        ({"budget": {"step": 3}}, "did you mean 'steps'?"),
+        ({"budget": {"seconds": "long"}}, "seconds is 'long'"),
+        ({"baseline": "swich"}, "did you mean 'switch'?"),
+        ({"methods": {"a": {"max_steps": 3}}}, "budget says how long a run is"),
+        ({"methods": {"a": {"treshold": 3}}}, "did you mean 'threshold'?"),
+        ({"methods": {"start": {"method": "kd"}}}, "give another name"),
+        ({"seeds": [1, 1]}, "give each once"),
+        ({"evaluation": {"sets": ["world:test"], "limits": 2}}, "did you mean 'limit'?"),
+        ({"evaluation": {"limit": 2}}, "sets is missing"),
+    ],
+)
+def test_a_study_file_is_checked(models: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        study_of(models, tmp_path, **changes)
+    assert said in str(error.value)
+
+
+def test_a_plan_names_the_method_that_does_not_fit(models: Path, tmp_path: Path) -> None:
+    wrong = study_of(models, tmp_path, methods={"kd": {"method": "kd", "student_share": 0.5}})
+    with pytest.raises(UserError, match=r"method 'kd': student_share is 0\.5"):
+        plan_of(wrong)
+    endless = study_of(models, tmp_path, methods={"sft": {"method": "sft"}}, budget={"tokens": 9})
+    with pytest.raises(UserError, match="nothing is written in such a run"):
+        plan_of(endless)
+    same = study_of(models, tmp_path, methods={"a": {"method": "kd"}, "b": {"method": "kd", "logging_steps": 2}})
+    with pytest.raises(UserError, match="a, seed 1 and b, seed 1 are the same run"):
+        plan_of(same)
+
+
+def test_a_plan_has_seeds_in_turn_then_start_and_teacher(models: Path, tmp_path: Path) -> None:
+    names = [row.name for row in plan_of(study_of(models, tmp_path))]
+    of_runs = ["on-policy, seed 1", "switch, seed 1", "on-policy, seed 2", "switch, seed 2"]
+    assert names == [*of_runs, "start", "teacher"]
+
+
+def test_an_identity_holds_what_decides_and_nothing_else(models: Path, tmp_path: Path) -> None:
+    def identities(**changes: Any) -> list[str]:
+        return [row.identity for row in plan_of(study_of(models, tmp_path, **changes))]
+
+    plain = identities()
+    renamed = {"p": {"method": "imitkd"}, "q": {"threshold": 0.3}}
+    assert identities(workers=7, output_dir="elsewhere", keep_models=True, methods=renamed) == plain
+    assert not {*identities(budget={"steps": 4})[:4]} & {*plain}
+    assert identities(budget={"steps": 4})[4:] == plain[4:]
+    sampled = {"sets": [str(models / "test.jsonl")], "temperature": 1.0}
+    assert not {*identities(evaluation=sampled)} & {*plain}
+    assert identities(seeds=[2, 3])[:2] == plain[2:4]
+
+
+def row_of(method: str, seed: int | None, exact: str, **more: Any) -> Row:
+    """A finished row of four rows to answer, the last two in the bucket long."""
+    kept = {"rows": [0, 1, 2, 3], "buckets": ["short", "long"], "bucket_of": [0, 0, 1, 1]}
+    kept |= {"exact_match": [exact], "rouge_l": [[50.0] * 4]}
+    scores = {"all": {"exact_match": 25.0 * exact.count("1"), "rouge_l": 50.0}}
+    kind = method if method in ("start", "teacher") else "run"
+    names = ("steps", "student_forwards", "teacher_forwards", "generated_tokens", "training_seconds")
+    costs = dict.fromkeys(names, 100 + (seed or 0)) if kind == "run" else {}
+    whence = dict.fromkeys(("version", "commit", "machine", "date"), "-")
+    who = {"kind": kind, "method": method, "setting": "", "seed": seed, "budget": "3 steps", **whence}
+    return {
+        **who,
+        "identity": f"{method}{seed}",
+        "scores": {"set": scores},
+        "sets": {"set": kept},
+        "costs": costs,
+        **more,
+    }
+
+
+ROWS = [
+    row_of("on-policy", 1, "1000"), row_of("switch", 1, "1110"),
+    row_of("on-policy", 2, "0100"), row_of("switch", 2, "1111"),
+    row_of("switch", 3, "0000"), row_of("start", None, "1100"),
+]  # fmt: skip
+
+
+def test_scores_are_over_seeds_and_differences_pair_rows_under_the_same_seed() -> None:
+    start, on_policy, switch = summarize_study(ROWS, "set", "exact_match", "on-policy")
+    assert [line.name for line in (start, on_policy, switch)] == ["start", "on-policy", "switch"]
+    assert switch.seeds == (1, 2, 3)
+    assert switch.scores["all"].mean == pytest.approx(100 * (0.75 + 1 + 0) / 3)
+    assert switch.scores["long"].mean == pytest.approx(100 * (0.5 + 1 + 0) / 3)
+    # Seed 3 has no partner.
+    assert switch.difference["all"].mean == pytest.approx(100 * (0.5 + 0.75) / 2)
+    assert switch.difference["short"].mean == pytest.approx(50.0)
+    assert not on_policy.difference
+    # What has no seed is compared with each: 50 % against 25 % and 25 %.
+    assert start.difference["all"].mean == pytest.approx(25.0)
+    assert switch.costs["steps"] == pytest.approx(102)
+    assert not start.costs
+
+
+def test_tables_and_csv_hold_the_same_numbers(models: Path, tmp_path: Path) -> None:
+    evaluation = replace(study_of(models, tmp_path).evaluation, sets=["set"])
+    study = replace(study_of(models, tmp_path, baseline="on-policy"), evaluation=evaluation)
+    tables = {grid.title: grid for grid in grids(study, ROWS)}
+    assert tables["set: exact match, %"].lines[2][:2] == ("switch", "3")
+    difference = tables["set: exact match, %, minus on-policy"].lines[1]
+    assert difference[1].startswith("**+62.5 (")
+    assert "| switch | 102 | 102 | 102 | 102 | 1 min 42 s |" in tables["Costs of a run, means over seeds"].markdown()
+    lines = list(csv.DictReader(io.StringIO(as_csv(ROWS))))
+    assert [line["set all exact_match"] for line in lines] == ["25.0", "75.0", "25.0", "100.0", "0.0", "50.0"]
+    assert lines[5]["seed"] == lines[5]["training_seconds"] == ""
+
+
+def test_rows_of_other_machines_are_taken_as_done(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = study_of(models, tmp_path)
+    folder = Path(study.output_dir)
+    folder.mkdir()
+    made_elsewhere = [row_of(row.method, row.seed, "1000", identity=row.identity) for row in plan_of(study)[:3]]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_elsewhere))
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values_of(models, tmp_path)))
+    assert switchkd("compare", path, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "1 trainings and 2 evaluations of start and teacher to do, 3 rows are there" in shown
+    assert [line.split("  ")[1] for line in shown.splitlines() if line.startswith("  ")] == ["done"] * 3 + ["to do"] * 3
+    (folder / "rows.jsonl").write_text("no row\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1 is no finished row"):
+        finished_rows(folder)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def wait_for(folder: Path, pattern: str, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < until, f"no {pattern} after {seconds} s"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def killed_study(models: Path, tmp_path: Path) -> StudyConfig:
+    """A study of two runs, of which one cannot run, whose process was killed in the middle of the other."""
+    # A checkpoint every second step, and enough steps for the kill to come before the last.
+    methods = {"switch": {"threshold": 0.3}, "broken": {"method": "kd", "train_data": str(tmp_path / "nowhere.jsonl")}}
+    values = values_of(models, tmp_path, methods=methods, seeds=[1], budget={"steps": 60}, workers=2)
+    values["run"]["save_steps"] = 2
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    study = read_study(path)
+    with subprocess.Popen(
+        [sys.executable, "-m", "switchkd", "compare", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        wait_for(Path(study.output_dir) / RUNS, "switch-*/run/checkpoint-*/trainer_state.json")
+        os.kill(process.pid, signal.SIGKILL)
+    return study
+
+
+# Half a dozen processes import torch: that takes its time, and nothing less shows it.
+def test_a_killed_study_ends_as_one_that_was_not(killed_study: StudyConfig, tmp_path: Path) -> None:
+    study, folder = killed_study, Path(killed_study.output_dir)
+    switch = plan_of(study)[0]
+    place = folder / RUNS / switch.folder_name
+    assert not (place / "row.json").is_file()
+    with pytest.raises(UserError) as failed:
+        run_study(study, quiet())
+    assert "1 of 4 runs failed" in str(failed.value)
+    assert "broken, seed 1: there is no file" in str(failed.value)
+    assert "Goes on from" in (place / "output.txt").read_text()
+    # What is left of a run is what was measured.
+    assert not [*place.glob("run/checkpoint-*"), *place.glob("run/*.safetensors")]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    carry_out(switch, alone, keep_model=False)
+    expected, found = (json.loads((each / "row.json").read_text()) for each in (alone, place))
+    for row in (expected, found):
+        assert row["costs"].pop("training_seconds") > 0
+        row.pop("date")
+    assert found == expected
+    assert found["costs"]["steps"] == 60
+    assert found["costs"]["student_forwards"] > 60
+    assert {row["kind"] for row in finished_rows(folder).values()} == {"run", "start", "teacher"}
+    assert (folder / "study.md").read_text().count("| switch | 1 |") == 2
+
+
+def test_what_is_done_is_not_run_again(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(models, tmp_path, methods={"switch": {"threshold": 0.3}}, seeds=[1])
+    (row, *_) = plan_of(study)
+    place = Path(study.output_dir) / RUNS / row.folder_name
+    place.mkdir(parents=True)
+    carry_out(row, place, keep_model=False)
+    asked: list[StudyRun] = []
+    monkeypatch.setattr("switchkd.study.launch.run_all", lambda rows, *_, **__: asked.extend(rows) or [])
+    (kept,) = run_study(study, quiet())
+    assert [each.name for each in asked] == ["start", "teacher"]
+    assert kept["scores"][str(models / "test.jsonl")]["even"]["rows"] == 3
+    assert len(kept["sets"][str(models / "test.jsonl")]["exact_match"][0]) == 6
+
+
+def events_of(models: Path, tmp_path: Path, **changes: Any) -> list[dict[str, Any]]:
+    run = write_run(models, tmp_path, max_steps=50, learning_rate=1e-3, lr_scheduler_type="linear", **changes)
+    assert switchkd("train", run) == 0
+    return read_log(tmp_path / "out" / "log.jsonl")
+
+
+def test_a_budget_of_tokens_ends_a_run_and_the_rate_follows_it(models: Path, tmp_path: Path) -> None:
+    events = events_of(models, tmp_path, max_generated_tokens=60)
+    steps = [event for event in events if "loss" in event]
+    assert events[-1]["generated_tokens"] >= 60
+    # Each step writes at most 2 x 6 tokens, and the one that crosses the line is the last.
+    assert events[-1]["generated_tokens"] < 72
+    assert [step["budget_used"] for step in steps] == sorted(step["budget_used"] for step in steps)
+    assert steps[-2]["budget_used"] < 1 <= steps[-1]["budget_used"]
+    # The schedule is laid out over the 50 steps that there could be, and stands at a whole one of them.
+    for step in steps:
+        used = 1 - step["learning_rate"] / 1e-3
+        assert used == pytest.approx(min(1, step["budget_used"]), abs=1 / 50)
+    assert len(steps) < 15
+
+
+def test_a_budget_of_seconds_ends_a_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that is a second further at each look: one look at the start, one at each step's end.
+    clock = iter(range(1000))
+    monkeypatch.setattr("switchkd.training.costs.time.process_time", lambda: float(next(clock)))
+    events = events_of(models, tmp_path, max_seconds=3)
+    assert [event["budget_used"] for event in events if "loss" in event] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert events[-1]["training_seconds"] == 3
