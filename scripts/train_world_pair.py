@@ -1,8 +1,10 @@
 """Train the tokenizer, the teacher and the student of the small world from nothing.
 
     python scripts/train_world_pair.py [--role teacher|student|both] [--resume]
+    python scripts/train_world_pair.py --role student-small --out FOLDER [--steps 700] [--name NAME]
 
-Writes src/switchkd/assets/world/{teacher,student}; a checkpoint and the log lie in --work.
+Writes src/switchkd/assets/world/{teacher,student}, or with --out the folder FOLDER/NAME with the model and its log beside it.
+A checkpoint lies in --work.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from switchkd.data import world
 SIZES = {  # width, layers, heads, mlp, steps
     "teacher": (96, 4, 6, 256, 4000),
     "student": (64, 3, 4, 160, 1250),
+    # For the question how large a gap to the teacher may be; these do not ship.
+    "student-small": (40, 3, 4, 64, 1250),
+    "student-large": (80, 4, 5, 216, 1250),
 }
 BATCH_TOKENS = 3600
 Row = dict[str, str]
@@ -176,7 +181,8 @@ def train(role: str, args: argparse.Namespace) -> None:
     tokenizer = build_tokenizer(args.seed)
     model = build_model(role, tokenizer, args.seed)
     steps = args.steps or SIZES[role][-1]
-    log_path, checkpoint = args.work / f"{role}.jsonl", args.work / f"{role}.pt"
+    name, folder = args.name or role, args.out or args.assets
+    log_path, checkpoint = args.work / f"{name}.jsonl", args.work / f"{name}.pt"
 
     def log(**entry: object) -> None:
         line = json.dumps({"role": role, **entry})
@@ -246,7 +252,7 @@ def train(role: str, args: argparse.Namespace) -> None:
             torch.save(state, fresh)
             fresh.replace(checkpoint)
             if not args.pilot:
-                save(model, tokenizer, args.assets / role)
+                save(model, tokenizer, folder / name)
     table: dict[str, dict[str, float]] = {}
     for bucket in world.BUCKETS:
         rows = world.make_rows("test", args.final, seed=args.seed + 1, bucket=bucket)
@@ -258,14 +264,17 @@ def train(role: str, args: argparse.Namespace) -> None:
             table[bucket][task] = round(sum(own) / len(own), 3)
     log(final=table, rows_per_bucket=args.final, seconds=round(before + time.time() - began))
     if not args.pilot:
-        shutil.copy(log_path, args.assets.parents[3] / "docs/results" / f"world-{role}.jsonl")
+        logs = args.out or args.assets.parents[3] / "docs/results"
+        shutil.copy(log_path, logs / f"world-{name}.jsonl")
 
 
 def main() -> None:
     """Read the arguments and train what was asked for."""
     home = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--role", choices=("teacher", "student", "both"), default="both")
+    parser.add_argument(
+        "--role", choices=(*SIZES, "both"), default="both", help="both: the shipped teacher and student"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="instead of the role's own number")
     parser.add_argument("--every", type=int, default=200, help="steps between log lines")
@@ -276,9 +285,13 @@ def main() -> None:
     parser.add_argument("--drill", type=int, default=300, help="first steps that only teach looking up")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--pilot", action="store_true", help="leave the assets alone")
+    parser.add_argument("--out", type=Path, help="save here, and leave the assets alone")
+    parser.add_argument("--name", help="of the folder in --out; the role if left out")
     parser.add_argument("--assets", type=Path, default=home / "src/switchkd/assets/world")
     parser.add_argument("--work", type=Path, default=Path("/tmp/world-pair"))
     args = parser.parse_args()
+    if args.name and (args.role == "both" or not args.out):
+        parser.error("--name goes with --out and one role")
     args.work.mkdir(parents=True, exist_ok=True)
     for role in ("teacher", "student") if args.role == "both" else (args.role,):
         train(role, args)
