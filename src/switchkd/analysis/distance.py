@@ -117,6 +117,10 @@ class Distance:
     reverse: SequenceKL
     forward: SequenceKL
 
+    def as_json(self) -> dict[str, Any]:
+        """Both as JSON values."""
+        return {"reverse_kl": self.reverse.as_json(), "forward_kl": self.forward.as_json()}
+
 
 def distance_to_teacher(
     pair: ModelPair,
