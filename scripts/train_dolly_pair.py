@@ -77,7 +77,7 @@ def build_model(role: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Lla
 
 def encode(texts: list[Text], tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
     """Return the ids of prompt, answer and end, cut after LONGEST; prompts that leave no room are left out."""
-    prompts, answers = (tokenizer([text[part] for text in texts])["input_ids"] for part in (0, 1))
+    prompts, answers = (tokenizer([text[part] for text in texts], verbose=False)["input_ids"] for part in (0, 1))
     both = zip(prompts, answers, strict=True)
     rows = [((prompt + answer + [tokenizer.eos_token_id])[:LONGEST], len(prompt)) for prompt, answer in both]
     return [(ids, prompt) for ids, prompt in rows if prompt < LONGEST - 16]
