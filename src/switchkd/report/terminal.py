@@ -267,7 +267,7 @@ def distance_table(distance: Distance) -> Table:
     )
     table = Table(box=box.SIMPLE, caption=Text(caption), caption_justify="left")
     table.add_column("positions", no_wrap=True)
-    for name in ("student || teacher", "teacher || student"):
+    for name in ("student ||\nteacher", "teacher ||\nstudent"):
         table.add_column("rows", justify="right", no_wrap=True)
         table.add_column(f"KL({name})", justify="right", no_wrap=True)
     both = (distance.reverse, distance.forward)
