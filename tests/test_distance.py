@@ -67,12 +67,12 @@ def test_the_mean_over_all_responses_is_the_divergence_of_the_two_laws(
 
 def test_samples_give_it_within_their_standard_error(small: ModelPair) -> None:
     student, teacher = laws(small)
-    prompts = [Prompt(PROMPT, number) for number in range(400)]
+    prompts = [Prompt(PROMPT, number) for number in range(200)]
     found = distance_to_teacher(small, prompts, max_new_tokens=NEW_TOKENS, seed=5)
     for estimate, exact in ((found.reverse, kl(student, teacher)), (found.forward, kl(teacher, student))):
         # A right estimate fails at 4 standard errors for one seed in 16,000, and the seed is fixed.
         assert abs(estimate.mean - exact) < 4 * estimate.standard_error
-        assert estimate.standard_error < 0.1 * exact
+        assert estimate.standard_error < 0.2 * exact
 
 
 def test_equal_models_are_at_no_distance() -> None:
