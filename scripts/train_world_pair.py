@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from switchkd.data import world
 from switchkd.data.free_world import WORLDS
-from switchkd.evaluation.score import exact_match
+from switchkd.evaluation.measures import exact_match
 
 SIZES = {  # width, layers, heads, mlp, steps
     "teacher": (96, 4, 6, 256, 4000),

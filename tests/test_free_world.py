@@ -16,7 +16,8 @@ from switchkd.data.free_world import FREE
 from switchkd.data.rows import read_rows
 from switchkd.data.sets import resolve
 from switchkd.data.shapes import row_text
-from switchkd.evaluation.score import EvaluationSettings, evaluate, exact_match
+from switchkd.evaluation.measures import exact_match
+from switchkd.evaluation.score import EvaluationSettings, evaluate
 from switchkd.records import Sampling
 from test_evaluation import Parrot
 from test_world import ASSETS
