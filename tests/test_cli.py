@@ -289,6 +289,9 @@ def test_diagnose_shows_three_texts(models: Path, tmp_path: Path, capsys: pytest
     assert list(texts) == ["student", "switch", "teacher"]
     assert texts["switch"]["policy"]["threshold"] == 0.2
     assert all(name in shown for name in texts)
+    distance = json.loads((tmp_path / "diagnosis.json").read_text())["distance"]
+    assert f"{distance['reverse_kl']['mean']:.4g} ±" in shown
+    assert f"{distance['forward_kl']['per_token']:.4g} ±" in shown
     assert switchkd("diagnose", *pair, *short, "--threshold", "0.2", "--teacher-share", "0.3") == 2
     assert "give one of them" in capsys.readouterr().err
     # The share is looked for where no threshold is given; one token more or less of a dozen is 8 %.

@@ -1,6 +1,8 @@
 from .analysis.calibration import Calibration as Calibration
 from .analysis.calibration import calibrate as calibrate
 from .analysis.diagnosis import diagnose as diagnose
+from .analysis.distance import Distance as Distance
+from .analysis.distance import distance_to_teacher as distance_to_teacher
 from .distributions.divergences import AdaptiveKL as AdaptiveKL
 from .distributions.divergences import AlphaBeta as AlphaBeta
 from .distributions.divergences import Divergence as Divergence

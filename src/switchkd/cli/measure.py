@@ -125,12 +125,14 @@ def diagnose(
 ) -> None:
     """Measure whether the teacher misguides: what it makes of text by the student, by SWITCH and by itself.
 
+    It also tells how far apart the two models are as writers of whole responses, at temperature 1.
     SWITCH's settings are options as well, such as --threshold 0.3 (switchkd settings policy).
     """
     from switchkd.analysis.calibration import calibrate as solve
     from switchkd.analysis.diagnosis import diagnose as measure
+    from switchkd.analysis.distance import distance_to_teacher
     from switchkd.report.plots import save_diagnosis
-    from switchkd.report.terminal import diagnosis_table, prefix_table
+    from switchkd.report.terminal import diagnosis_table, distance_table, prefix_table
 
     quiet_transformers()
     finds_threshold = "threshold" not in policy_settings(context, "switch")
@@ -144,14 +146,15 @@ def diagnose(
             wanted = DEFAULT_SHARE if teacher_share is None else teacher_share
             switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=options.seed).policy
         texts = measure(pair, prompts, sampling, switch=switch, seed=options.seed, engine=engine)
-    console.print(diagnosis_table(texts))
-    console.print(prefix_table(texts))
+        distance = distance_to_teacher(
+            pair, prompts, max_new_tokens=options.max_new_tokens, seed=options.seed, engine=engine
+        )
+    for table in (diagnosis_table(texts), prefix_table(texts), distance_table(distance)):
+        console.print(table)
     place = output / "diagnosis.json"
+    settings = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens, "seed": options.seed}
     by_text = {name: text.as_json() for name, text in texts.items()}
-    _write(
-        place,
-        {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens, "seed": options.seed, "texts": by_text},
-    )
+    _write(place, {**settings, "texts": by_text, "distance": distance.as_json()})
     plot = save_diagnosis(texts, place.with_suffix(".png"))
     by_teacher = f"threshold {switch.threshold:.3g}: {texts['switch'].teacher_share:.1%} of its tokens by the teacher"
     console.print(Text(f"SWITCH with {by_teacher}"), soft_wrap=True)

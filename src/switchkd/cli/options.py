@@ -180,9 +180,10 @@ class EvaluationOptions:
     no_repeat_ngram: Annotated[
         int, option(SAMPLING, "N", "Forbid repeated n-grams; published tables use 6.", min=0)
     ] = 0
-    match: Annotated[str, option(OUTPUT, "WORD", "Exact match by text, or numeric: numbers count by their value.")] = (
-        "text"
-    )
+    match: Annotated[
+        str,
+        option(OUTPUT, "WORD", "Exact match by text, numeric: numbers count by their value, or lines: in any order."),
+    ] = "text"
     eval_scores: Annotated[
         str, option(OUTPUT, "NAME,...", "Scores beside these: module:FUNCTION, which takes prompt, answer, references.")
     ] = ""

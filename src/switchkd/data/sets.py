@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.data.columns import with_columns
+from switchkd.data.free_world import WORLDS
 from switchkd.data.rows import (
     HubOutOfReachError,
     Rows,
@@ -105,11 +106,12 @@ def load_set(name: str, split: str = "eval", data_dir: str | Path | None = None)
         ) from error
 
 
-def load_world(split: str, bucket: str | None = None, limit: int | None = None) -> Rows:
-    """The first `limit` rows of the embedded world (by default 4,096 to train, 192 to test), always the same.
+def load_world(split: str, bucket: str | None = None, limit: int | None = None, name: str = "world") -> Rows:
+    """The first `limit` rows of an embedded world (by default 4,096 to train, 192 to test), always the same.
 
-    `split` is "train" or "test" ("eval" means test); `bucket` is a length, "short", "medium" or "long", or None for all
-    in turn. Raises UserError for another split or bucket.
+    `name` is "world", or "world-free" where prompts have more than one right answer. `split` is "train" or "test" ("eval"
+    means test); `bucket` is a length, "short", "medium" or "long", or None for all in turn. Raises UserError for another split
+    or bucket.
     """
     if split not in ("train", "test", "eval"):
         raise UserError(f"the world has no split {split!r}; it has train and test")
@@ -117,7 +119,7 @@ def load_world(split: str, bucket: str | None = None, limit: int | None = None) 
         raise UserError(f"the world has no bucket {bucket!r}; it has {', '.join(BUCKETS)}")
     world_split: Split = "train" if split == "train" else "test"
     count = WORLD_ROWS[world_split] if limit is None else limit
-    return read_rows(make_rows(world_split, count, seed=WORLD_SEED, bucket=bucket))
+    return read_rows(make_rows(world_split, count, seed=WORLD_SEED, bucket=bucket, world=WORLDS[name]))
 
 
 def resolve(
@@ -133,9 +135,10 @@ def resolve(
     """The rows that a data source in a run file or on the command line stands for; with `limit`, the first ones.
 
     `source` is a file, NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT where NAME is an instruction set, a local data set folder
-    or a hub name, or world, world:SPLIT or world:SPLIT:BUCKET; a mapping with the keys of `Source`; or a list of these, mixed
-    by weight and `seed`. `split` counts where the source says none. `columns` are those of sources that bring none, named sets
-    aside. Of a streamed set, `limit` or else `stream_rows` rows are read. Raises UserError for an unknown data set.
+    or a hub name, or WORLD, WORLD:SPLIT or WORLD:SPLIT:BUCKET where WORLD is world or world-free; a mapping with the keys of
+    `Source`; or a list of these, mixed by weight and `seed`. `split` counts where the source says none. `columns` are those of
+    sources that bring none, named sets aside. Of a streamed set, `limit` or else `stream_rows` rows are read. Raises UserError
+    for an unknown data set.
     """
     sources = sources_of(source)
     parts: list[tuple[Rows | list[SourceRow], float]] = []
@@ -145,7 +148,7 @@ def resolve(
             if each.streaming
             else _rows_of(each, split, data_dir, limit)
         )
-        named = each.path in SETS or each.path == "world"
+        named = each.path in SETS or each.path in WORLDS
         parts.append((with_columns(rows, each.columns or (None if named else columns)), each.weight))
     if len(parts) > 1 or sources[0].weight != 1:
         return mixed(parts, seed) if limit is None else mixed(parts, seed)[:limit]
@@ -155,15 +158,15 @@ def resolve(
 
 def _rows_of(source: Source, split: str, data_dir: str | Path | None, limit: int | None) -> Rows:
     name, chosen_split = source.path, source.split or split
-    if name == "world":
-        return load_world(chosen_split, source.name, limit)
+    if name in WORLDS:
+        return load_world(chosen_split, source.name, limit, name)
     if name in SETS:
         if source.name:
             raise UserError(f"{name} has no configurations; write {name} or {name}:SPLIT, and not {source.name!r}")
         return load_set(name, chosen_split, data_dir)
     # A misspelled set would otherwise be looked up on the hub, and fail there with an error about the network.
     if not is_data_file(Path(name)) and "/" not in name and not Path(name).exists():
-        choices = ", ".join([*SETS, "world"])
+        choices = ", ".join([*SETS, *WORLDS])
         raise UserError(f"there is no data set {name!r}; known are {choices}, or give a file or a hub name OWNER/NAME")
     if is_data_file(Path(name)) or Path(name).is_file():
         return read_rows(name)

@@ -74,6 +74,8 @@ def _from_conversations(columns: Mapping[str, Any]) -> RowText:
 
 def _from_prompt(columns: Mapping[str, Any]) -> RowText:
     prompt, completion = columns["prompt"], columns.get("completion", "")
+    if isinstance(prompt, str) and isinstance(completion, list) and completion and isinstance(completion[0], str):
+        return RowText(_text(prompt, "prompt"), tuple(_text(text, "completion") for text in completion))
     if isinstance(completion, list):
         answer = _chat(completion, "completion")
         if len(answer) != 1 or answer[0]["role"] != "assistant":

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from switchkd.data.free_world import WORLDS
 from switchkd.data.rows import Rows, SourceRow, is_data_file
 from switchkd.errors import UserError, did_you_mean
 from switchkd.settings.components import setting, settings_of
@@ -87,9 +88,9 @@ def _of_name(source: Source) -> Source:
         )
     if rest and (source.split or source.name):
         raise UserError(f"{source.path!r} names a split, and so does the mapping; leave one out")
-    # The world has lengths instead of configurations.
+    # A world has lengths instead of configurations.
     split, name = (
-        (rest if path == "world" else rest[::-1]) + [None] * (2 - len(rest)) if rest else (source.split, source.name)
+        (rest if path in WORLDS else rest[::-1]) + [None] * (2 - len(rest)) if rest else (source.split, source.name)
     )
     return replace(source, path=path, split=split, name=name)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from switchkd.errors import UserError, did_you_mean
 from switchkd.settings.components import imported
 
-Match = Literal["text", "numeric"]
+Match = Literal["text", "numeric", "lines"]
 # A sign belongs to a number only where no word or number ends before it: 5-3 has none.
 _NUMBER = re.compile(r"((?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?)", re.ASCII)
 
@@ -37,10 +37,15 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 def exact_match(answer: str, references: Sequence[str], match: Match = "text") -> bool:
     """Whether the answer is one of the references but for case, punctuation and spaces.
 
-    With `match` "numeric", numbers count by their value: -5 is not 5, 3.5 is not 35, and 1,000.0 is 1000.
+    With `match` "numeric", numbers count by their value: -5 is not 5, 3.5 is not 35, and 1,000.0 is 1000. With "lines", lines
+    may come in any order.
     """
-    read = _normalized if match == "text" else _words_and_numbers
+    read = _READ_AS[match]
     return read(answer) in [read(reference) for reference in references]
+
+
+def _lines(text: str) -> list[str]:
+    return sorted(normal for line in text.splitlines() if (normal := _normalized(line)))
 
 
 def _words_and_numbers(text: str) -> list[str | Decimal]:
@@ -53,6 +58,9 @@ def _words_and_numbers(text: str) -> list[str | Decimal]:
 
 def _normalized(text: str) -> str:
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+_READ_AS: dict[Match, Callable[[str], Any]] = {"text": _normalized, "numeric": _words_and_numbers, "lines": _lines}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ RESULT_FILE = "eval.json"
 class EvaluationSettings:
     """How answers are drawn, and which prompts are answered, rendered and matched how. Raises UserError where there is no seed.
 
-    `scores` are taken beside ROUGE-L and exact match.
+    `scores` are taken beside ROUGE-L and exact match. A row whose column "match" holds a kind of match is compared in that way
+    instead, as those of world-free are.
     """
 
     sampling: Sampling = Sampling()
@@ -253,13 +254,19 @@ def _score(
                 answer=answer.text,
                 references=references,
                 rouge_l=rouge_l(answer.text, references) if references else None,
-                exact_match=exact_match(answer.text, references, settings.match) if references else None,
+                exact_match=exact_match(answer.text, references, _match_of(row, settings)) if references else None,
                 tokens=answer.tokens,
                 finish_reason=answer.finish_reason,
                 scores={score.name: score(prompt, answer.text, references) for score in settings.scores},
             )
         )
     return scored
+
+
+def _match_of(row: SourceRow, settings: EvaluationSettings) -> Match:
+    # Sets of others may have a column of that name, about something else.
+    said: Match | None = next((each for each in get_args(Match) if each == row.columns.get("match")), None)
+    return said or settings.match
 
 
 def _set_result(scored: Sequence[ScoredAnswer], loaded: Loaded) -> SetResult:

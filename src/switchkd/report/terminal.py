@@ -19,8 +19,9 @@ from rich.text import Text
 
 from switchkd.analysis.calibration import Calibration
 from switchkd.analysis.diagnosis import TextDiagnosis
+from switchkd.analysis.distance import Distance
 from switchkd.evaluation.score import Evaluation
-from switchkd.positions import BUCKET_ENDS, Bucket, ByPosition
+from switchkd.positions import BUCKET_ENDS, BUCKET_NAMES, Bucket, ByPosition
 from switchkd.records import Rollout, teacher_share_of
 
 if TYPE_CHECKING:
@@ -256,6 +257,30 @@ def prefix_table(texts: Mapping[str, TextDiagnosis]) -> Table:
             cells = (f"{bucket.mean:.2f}", f"{trust.mean:.1%}", margin, f"{found.behind[last]:.0%}")
             table.add_row("" if index else bucket.name, name, *cells)
         table.add_section()
+    return table
+
+
+def distance_table(distance: Distance) -> Table:
+    """A line for each bucket of positions and one for whole responses: KL(student || teacher) and KL(teacher || student)."""
+    caption = (
+        "each on its own writer's text at temperature 1, nats a token; a response: nats, ± standard error over prompts"
+    )
+    table = Table(box=box.SIMPLE, caption=Text(caption), caption_justify="left")
+    table.add_column("positions", no_wrap=True)
+    for name in ("student ||\nteacher", "teacher ||\nstudent"):
+        table.add_column("rows", justify="right", no_wrap=True)
+        table.add_column(f"KL({name})", justify="right", no_wrap=True)
+    both = (distance.reverse, distance.forward)
+    buckets = [
+        {bucket.name: (_rows(bucket), f"{bucket.mean:.4f}") for bucket in kl.by_position.buckets()} for kl in both
+    ]
+    for position in BUCKET_NAMES:
+        if cells := [each.get(position, ("-", "-")) for each in buckets if position in buckets[0] | buckets[1]]:
+            table.add_row(position, *chain.from_iterable(cells))
+    table.add_section()
+    for label, value, error in (("a token", "per_token", "per_token_error"), ("a response", "mean", "standard_error")):
+        found = [(str(len(kl.tokens)), f"{getattr(kl, value):.4g} ± {getattr(kl, error):.2g}") for kl in both]
+        table.add_row(label, *chain.from_iterable(found))
     return table
 
 

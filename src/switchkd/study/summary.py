@@ -91,8 +91,9 @@ def by_row(row: Row, set_name: str, measure: Measure) -> Values:
     """A finished row's score of each row of a set, 0 to 100, the mean over the seeds of its sampling."""
     kept = row["sets"][set_name][measure]
     if measure == "exact_match":
-        return 100 * np.array([[int(digit) for digit in digits] for digits in kept], dtype=np.float64).mean(axis=0)
-    return np.array(kept, dtype=np.float64).mean(axis=0)
+        kept = [[100 * int(digit) for digit in digits] for digits in kept]
+    mean: Values = np.array(kept, dtype=np.float64).mean(axis=0)
+    return mean
 
 
 def _parts(row: Row, set_name: str) -> dict[str, Any]:

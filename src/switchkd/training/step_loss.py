@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from switchkd.data.collate import collate, groups_of_like_length, micro_batches, response_ids
+from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.loss.objective import Counted, Report, distillation_loss
 from switchkd.loss.policy_gradient import importance_and_returns
 from switchkd.loss.signals import DenseTeacher
+from switchkd.loss.states import response_states
 from switchkd.loss.weight import product_of
 from switchkd.methods.plan import Plan
-from switchkd.models.heads import backbone, last_hidden, put_tap
+from switchkd.models.heads import last_hidden, put_tap
 from switchkd.models.pair import ModelPair
 from switchkd.records import Batch, Example, Rollout
 from switchkd.training.start_model import StartModel
@@ -53,19 +54,12 @@ class StepLoss:
         if self.teacher_head is None or teacher is None:
             return sequences
         unread = [*{id(each): each for each in sequences if each.teacher_hidden is None}.values()]
-        lengths = [len(sequence.prompt.token_ids) + len(response_ids(sequence)) for sequence in unread]
-        read: dict[int, Example | Rollout] = {}
-        for group in groups_of_like_length(lengths, self.rows):
-            batch = collate([unread[index] for index in group], self.pair.pad_id).to(teacher.device)
-            self.on_forward("teacher")
-            with torch.no_grad():
-                output = backbone(teacher)(
-                    input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
-                )
-            states_BTH, masks_BT = output.last_hidden_state, batch.response_mask_BT
-            for index, hidden_TH, mask_T in zip(group, states_BTH, masks_BT, strict=True):
-                # The token at t is predicted at t - 1.
-                read[id(unread[index])] = replace(unread[index], teacher_hidden=hidden_TH[:-1][mask_T[1:]])
+        states = response_states(
+            teacher, unread, pad_id=self.pair.pad_id, rows=self.rows, on_forward=lambda: self.on_forward("teacher")
+        )
+        read: dict[int, Example | Rollout] = {
+            id(unread[index]): replace(unread[index], teacher_hidden=hidden_TH) for index, hidden_TH in states
+        }
         return [read.get(id(sequence), sequence) for sequence in sequences]
 
     def micro_batches(self, sequences: Sequence[Example | Rollout], size: int) -> list[dict[str, Any]]:
