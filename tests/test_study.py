@@ -19,7 +19,9 @@ import yaml
 from rich.console import Console
 
 from runs import save_pair, switchkd, write_rows, write_run
+from switchkd.analysis.distance import distance_to_teacher
 from switchkd.errors import UserError
+from switchkd.models.load import load_pair
 from switchkd.run.callbacks import read_log
 from switchkd.study.file import StudyConfig, read_study, study_from_values
 from switchkd.study.launch import run_study
@@ -261,6 +263,32 @@ def test_what_is_done_is_not_run_again(models: Path, tmp_path: Path, monkeypatch
     assert [each.name for each in asked] == ["start", "teacher"]
     assert kept["scores"][str(models / "test.jsonl")]["even"]["rows"] == 3
     assert len(kept["sets"][str(models / "test.jsonl")]["exact_match"][0]) == 6
+
+
+def test_the_distance_to_the_teacher_is_a_measure_like_the_others(models: Path, tmp_path: Path) -> None:
+    name = str(models / "test.jsonl")
+    methods, evaluation = {"on-policy": {"method": "imitkd"}}, {"sets": [name], "distance": True}
+    study = study_of(models, tmp_path, methods=methods, seeds=[1], baseline="start", evaluation=evaluation)
+    rows = []
+    for row in plan_of(study):
+        place = tmp_path / row.folder_name
+        place.mkdir()
+        carry_out(row, place, keep_model=True)
+        rows.append(json.loads((place / "row.json").read_text()))
+    tables = {grid.title: grid for grid in grids(study, rows)}
+    table = tables[f"{name}: KL(student || teacher), nats a response"]
+    # Not of the teacher itself.
+    assert [line[0] for line in table.lines] == ["start", "on-policy"]
+    assert [*tables].count(f"{name}: KL(teacher || student), nats a response, minus start") == 1
+    pair = load_pair(str(tmp_path / plan_of(study)[0].folder_name / "run"), str(models / "teacher"))
+    asked = [json.loads(line)["prompt"] for line in (models / "test.jsonl").read_text().splitlines()]
+    assert pair.tokenizer is not None
+    prompts = [pair.tokenizer(prompt)["input_ids"] for prompt in asked]
+    expected = distance_to_teacher(pair, prompts, max_new_tokens=6, seed=10)
+    # Kept to five places.
+    assert rows[0]["sets"][name]["reverse_kl"][0] == pytest.approx(expected.reverse.per_sequence, abs=1e-5)
+    assert rows[0]["scores"][name]["odd"]["forward_kl"] == pytest.approx(expected.forward.by(list("oeoeoe"))["o"].mean)
+    assert f"{expected.reverse.mean:.3f}" in as_csv(rows)
 
 
 def events_of(models: Path, tmp_path: Path, **changes: Any) -> list[dict[str, Any]]:

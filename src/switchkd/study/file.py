@@ -74,7 +74,8 @@ class StudyEvaluation:
     top_p: float = setting(1.0, "Nucleus; 1 keeps every token.")
     seeds: tuple[int, ...] = setting((10,), "Seeds of the sampling.")
     max_new_tokens: int | None = setting(None, "Longest answer; by default as in the run.")
-    match: Match = setting("text", "Exact match by text, or numeric.")
+    match: Match = setting("text", "Exact match by text, numeric or lines.")
+    distance: bool = setting(False, "Both KL divergences a response to the teacher too, on a sample for each row.")
 
     def settings(self, run: SwitchConfig) -> EvaluationSettings:
         """As `evaluate` takes them, for the student of a run."""

@@ -19,6 +19,8 @@ ROWS_FILE, CSV_FILE = "rows.jsonl", "study.csv"
 RUNS, TRAINING, ROW_FILE = "runs", "run", "row.json"
 # Of a whole run; see training/costs.py.
 COSTS = ("steps", "student_forwards", "teacher_forwards", "generated_tokens", "training_seconds")
+# Where a study asks for the distance to the teacher.
+DISTANCES = ("reverse_kl", "forward_kl")
 _WHO = ("kind", "method", "setting", "seed", "budget")
 _WHENCE = ("version", "commit", "machine", "date", "identity")
 
@@ -78,7 +80,7 @@ def _flat(row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {key: row[key] for key in _WHO}
     for name, parts in row["scores"].items():
         for part, scores in parts.items():
-            for measure in ("exact_match", "rouge_l"):
+            for measure in ("exact_match", "rouge_l", *(name for name in DISTANCES if name in scores)):
                 flat[f"{name} {part} {measure}"] = round(scores[measure], 3)
     flat |= {key: _rounded(row["costs"].get(key, "")) for key in COSTS}
     return flat | {key: row[key] for key in _WHENCE}

@@ -12,8 +12,13 @@ import numpy as np
 from switchkd.evaluation.intervals import Interval, Values, over_rows, over_rows_and_seeds, over_seeds
 from switchkd.study.rows import COSTS, Row
 
-Measure = Literal["exact_match", "rouge_l"]
-MEASURES: dict[Measure, str] = {"exact_match": "exact match, %", "rouge_l": "ROUGE-L"}
+Measure = Literal["exact_match", "rouge_l", "reverse_kl", "forward_kl"]
+MEASURES: dict[Measure, str] = {
+    "exact_match": "exact match, %",
+    "rouge_l": "ROUGE-L",
+    "reverse_kl": "KL(student || teacher), nats a response",
+    "forward_kl": "KL(teacher || student), nats a response",
+}
 ALL = "all"
 Key = tuple[str, str]
 
@@ -41,12 +46,20 @@ class Line:
 
 
 def summarize_study(rows: Sequence[Row], set_name: str, measure: Measure, baseline: str) -> list[Line]:
-    """The lines of a table: starts, methods in the order of the rows, teachers; scores from 0 to 100."""
+    """The lines of a table: starts, methods in the order of the rows, teachers; of rows that have the measure.
+
+    Exact match and ROUGE-L are 0 to 100.
+    """
     groups: dict[Key, list[Row]] = {}
-    for row in rows:
+    for row in measured(rows, set_name, measure):
         groups.setdefault((row["method"], row["setting"]), []).append(row)
     order = sorted(groups.items(), key=lambda item: ("start", "run", "teacher").index(item[1][0]["kind"]))
     return [_line(group, _baseline_of(groups, key, baseline), set_name, measure) for key, group in order]
+
+
+def measured(rows: Sequence[Row], set_name: str, measure: Measure) -> list[Row]:
+    """The finished rows that have a measure of a set."""
+    return [row for row in rows if measure in row["sets"][set_name]]
 
 
 def _baseline_of(groups: Mapping[Key, list[Row]], key: Key, baseline: str) -> list[Row]:
@@ -88,7 +101,7 @@ def _differences(values: Mapping[Any, Values], baseline: list[Row], set_name: st
 
 
 def by_row(row: Row, set_name: str, measure: Measure) -> Values:
-    """A finished row's score of each row of a set, 0 to 100, the mean over the seeds of its sampling."""
+    """A finished row's measure of each row of a set, the mean over the seeds of its sampling."""
     kept = row["sets"][set_name][measure]
     if measure == "exact_match":
         kept = [[100 * int(digit) for digit in digits] for digits in kept]

@@ -13,7 +13,7 @@ from switchkd.evaluation.intervals import Interval
 from switchkd.report.terminal import duration
 from switchkd.study.file import StudyConfig
 from switchkd.study.rows import Row
-from switchkd.study.summary import MEASURES, Line, summarize_study
+from switchkd.study.summary import MEASURES, Line, measured, summarize_study
 
 _MEANING = """How to read it. A score is the mean over the seeds of training. What stands behind ± is half of its 95 % interval:
 over seeds (Student's t) where there are two or more, and over rows (bootstrap) for a single one, for start and for teacher.
@@ -51,6 +51,8 @@ def grids(study: StudyConfig, rows: Sequence[Row]) -> list[Grid]:
     found, lines = list[Grid](), list[Line]()
     for name in study.evaluation.sets:
         for measure, title in MEASURES.items():
+            if not measured(rows, name, measure):
+                continue
             lines = summarize_study(rows, name, measure, study.compared_with)
             found.append(scores_grid(lines, f"{name}: {title}"))
             if any(line.difference for line in lines):
