@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers.utils import logging
 
 from pairs import DEMO, VOCABULARIES, load, prompts_for, without_ends
 from rollout import DOCUMENT, Report, policy_with_share
@@ -155,7 +156,7 @@ def _verdict(reached: bool) -> str:
     return "reached" if reached else "missed"
 
 
-def run(case: str, old: Path, repeats: int) -> Report:
+def run(case: str, names: Sequence[str] | None, old: Path, repeats: int, *, compiles: bool) -> Report:
     """The table of a case."""
     report = Report(
         case.capitalize(),
@@ -165,11 +166,14 @@ def run(case: str, old: Path, repeats: int) -> Report:
         ),
         [],
     )  # fmt: skip
-    sides = {OLD: old, NEW: HERE} | ({} if case == "evaluation" else {COMPILED: HERE})
+    sides = {OLD: old, NEW: HERE} | ({} if case == "evaluation" or not compiles else {COMPILED: HERE})
     for name, new_tokens in CASES[case]:
+        if name not in (names or [name]):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found, compiling = measure(task_of(case, name, new_tokens, Path(folder)), sides, repeats)
         report.rows += [row(name, side, found, compiling) for side in sides]
+        print(*report.rows[-len(sides) :], sep="\n", flush=True)
     return report
 
 
@@ -177,20 +181,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--old", type=Path, required=True, help="a checkout of the other commit")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[case for case in CASES if case != "quick"])
+    parser.add_argument("--models", nargs="+", help="those of the cases alone")
+    parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side; the median counts")
     parser.add_argument("--write", action="store_true", help="update the sections in the document")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
+    logging.disable_progress_bar()
     console = Console(width=None if Console().is_terminal else 180)
     git = ["git", "-C", str(options.old), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     for case in options.cases:
-        report = run(case, options.old, options.repeats)
+        report = run(case, options.models, options.old, options.repeats, compiles=not options.eager)
         found = f"{conditions()}; against commit {commit}; median of {options.repeats} by turns."
         console.print(report.table(), found)
         if options.write:
-            write_section(options.document, f"commits {case}", f"{found}\n\n{report.markdown()}")
+            write_section(
+                options.document, " ".join([case, *(options.models or [])]), f"{found}\n\n{report.markdown()}"
+            )
 
 
 if __name__ == "__main__":

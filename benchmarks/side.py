@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from switchkd import ModelPair, Prompt, Sampling, SpeculativeEngine, Switch, load_pair
 
@@ -115,6 +116,7 @@ def _digest(value: object) -> str:
 def main() -> None:
     """Do the task of the command line for each line of the input."""
     task = json.loads(sys.argv[1])
+    logging.disable_progress_bar()
     torch.set_num_threads(task["threads"])
     run = {"rollouts": rollouts, "answers": answers}[task["kind"]](task)
     for _ in sys.stdin:
