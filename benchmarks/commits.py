@@ -34,9 +34,9 @@ from timing import THREADS, conditions, write_section
 HERE = Path(__file__).parents[1]
 OLD, NEW, COMPILED = "old commit", "eager", "compiled"
 CASES = {
-    "vocabulary": [(name, 48) for name in VOCABULARIES if name != "50k"],
+    "vocabulary": [(name, 32) for name in VOCABULARIES if name != "50k"],
     "compiled": [(DEMO, 128), ("5M/40M", 128)],
-    "evaluation": [(DEMO, 224)],
+    "evaluation": [(DEMO, 96)],
     "quick": [("quick", 8)],
 }
 MS_A_TOKEN, HEADS = 2.0, 1.0  # At 131,072 ids: in all, and beyond the heads in units of what those take.
@@ -136,6 +136,7 @@ def row(name: str, side: str, found: dict[str, dict[str, Any]], compiling: dict[
         targets += [f"{HEADS:g} beyond the heads {_verdict(beyond is not None and beyond <= HEADS)}"]
     if side == COMPILED and name in TIMES_FASTER:
         targets = [f"{TIMES_FASTER[name]} {_verdict(times >= TIMES_FASTER[name])}"]
+    parts = " / ".join(f"{part / sum(mine['parts']):.0%}" for part in mine.get("parts", []))
     seconds = [f"{value:.0f} s" for value in compiling.values()] if side == COMPILED else []
     return (
         name,
@@ -144,6 +145,7 @@ def row(name: str, side: str, found: dict[str, dict[str, Any]], compiling: dict[
         f"{mine['seconds']:.2f} s",
         f"{cost:.2f} ms",
         f"{mine['tokens'] / mine['seconds']:,.0f}",
+        parts,
         "" if beyond is None else f"{beyond:.2f}",
         f"{times:.2f}",
         "; ".join(targets),
@@ -161,7 +163,8 @@ def run(case: str, names: Sequence[str] | None, old: Path, repeats: int, *, comp
     report = Report(
         case.capitalize(),
         (
-            "pair", "side", "teacher share", "a call", "a token", "tokens/s", "beyond heads / heads",
+            "pair", "side", "teacher share", "a call", "a token", "tokens/s", "student / teacher / decision",
+            "beyond heads / heads",
             "times faster", "target", "same rows", "compiling, then in a second process",
         ),
         [],

@@ -76,7 +76,7 @@ def rollouts(task: Answer) -> Callable[[], Answer]:
             "heads": heads.seconds,
             "tokens": len(writers),
             "share": sum(writers) / len(writers),
-            "kept": engine.metrics.acceptance,
+            "parts": [engine.metrics.seconds[part] for part in ("student", "teacher", "policy")],
             "texts": [_digest(rollout.token_ids) for rollout in found],
         }
 
