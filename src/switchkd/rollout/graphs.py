@@ -26,12 +26,12 @@ Compile = Literal["auto", True, False]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# Narrower ones would save little attention and cost a minute of compiling each.
+# Narrower ones cost half a minute of compiling each.
 _NARROWEST = 256
 # Widths by doubling, times block sizes, times models of one process; torch stops at 8.
 _MOST_GRAPHS = 256
-# The noise's hash uses each value twice, and what is not made a value of its own is compiled twice at each use: its graph took a
-# minute at torch's 30. Loops are joined again afterwards.
+# The noise's hash uses each value twice, and torch computes it anew at each use unless it has more operations than this. At torch's
+# own 30 a draw takes twelve times as long. Loops are joined again afterwards.
 _MOST_OPERATIONS = 4
 _states = itertools.count()
 
