@@ -35,11 +35,11 @@ from timing import THREADS, TRL_MISSING, conditions, has_trl, write_section
 
 TRL, ON_POLICY, SWITCH = "TRL", "ours, on-policy", "ours, SWITCH"
 GRAPHS = ", compiled"
-# Batch sizes by pair: about half an hour on two cores.
+# Batch sizes by pair.
 PLAN: dict[str, tuple[int, ...]] = {
     DEMO: (8, 32), "5M/40M": (8, 32), "10M/120M": (8, 32), "50k": (8,), "131k": (8,), SMOLLM: (8, 16)
 }  # fmt: skip
-# Longer responses of the large vocabularies and the real model would take minutes a step.
+# Shorter than 96 where a step is long.
 NEW_TOKENS = {"quick": 8, "50k": 32, "131k": 32, SMOLLM: 32}
 QUICK: dict[str, tuple[int, ...]] = {"quick": (4,)}
 # The most that a step may take, as a multiple of TRL's time: by default, and by pair and batch.
