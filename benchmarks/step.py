@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from pairs import DEMO, RANDOM_PAIRS, cost_ratio, load, prompts_for, without_ends
+from pairs import DEMO, SMOLLM, cost_ratio, load, prompts_for, without_ends
 from rollout import DOCUMENT, Report, policy_with_share
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
@@ -33,11 +34,19 @@ from switchkd.training.trainer import SwitchTrainer
 from timing import THREADS, TRL_MISSING, conditions, has_trl, write_section
 
 TRL, ON_POLICY, SWITCH = "TRL", "ours, on-policy", "ours, SWITCH"
-# Batch sizes by pair: about five minutes on two cores.
-PLAN: dict[str, tuple[int, ...]] = {DEMO: (8, 32), "5M/40M": (8, 32), "10M/120M": (8,)}
+GRAPHS = ", compiled"
+# Batch sizes by pair.
+PLAN: dict[str, tuple[int, ...]] = {
+    DEMO: (8, 32), "5M/40M": (8, 32), "10M/120M": (8, 32), "50k": (8,), "131k": (8,), SMOLLM: (8, 16)
+}  # fmt: skip
+# Shorter than 96 where a step is long.
+NEW_TOKENS = {"quick": 8, "50k": 32, "131k": 32, SMOLLM: 32}
 QUICK: dict[str, tuple[int, ...]] = {"quick": (4,)}
-# The most that a step may take, as a multiple of TRL's time.
+# The most that a step may take, as a multiple of TRL's time: by default, and by pair and batch.
 TARGETS = {ON_POLICY: 0.8, SWITCH: 1.25}
+OWN_TARGETS: dict[str, dict[int, float]] = {
+    DEMO: {8: 1.2}, "5M/40M": {8: 1.9, 32: 0.95}, "10M/120M": {32: 0.95}, "50k": {8: 1.0}, "131k": {8: 1.0}
+}  # fmt: skip
 SHARE = 0.5
 # So small that the student hardly changes: the shares and lengths of the first step are those of the last.
 LEARNING_RATE = 1e-7
@@ -48,8 +57,13 @@ UNCOUNTED = 2
 class Clock(TrainerCallback):
     """When steps ended and what was logged. A step lasts from the end of the previous one, so that nothing is left out."""
 
+    begun: float = 0.0
     ends: list[float] = field(default_factory=list)
     logs: list[dict[str, float]] = field(default_factory=list)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self.begun = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Stop the clock."""
@@ -59,6 +73,10 @@ class Clock(TrainerCallback):
         """Keep what a step logged."""
         if "loss" in logs:
             self.logs.append(logs)
+
+    def first(self) -> float:
+        """The seconds of the first step, which compiles."""
+        return self.ends[0] - self.begun
 
     def seconds(self) -> list[float]:
         """The seconds of each step that counts."""
@@ -109,6 +127,7 @@ class Measured:
     generating: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
+    compiling: float = 0.0
 
 
 def train_ours(task: Task, folder: str, measured: Measured, **settings: Any) -> None:
@@ -125,6 +144,7 @@ def train_ours(task: Task, folder: str, measured: Measured, **settings: Any) -> 
     )
     _train(trainer)
     measured.seconds += clock.seconds()
+    measured.compiling = max(measured.compiling, clock.first() - median(clock.seconds()))
     for log in clock.logs[UNCOUNTED:]:
         tokens = log["response_tokens"] * len(task.prompts)
         measured.tokens.append(tokens)
@@ -185,15 +205,27 @@ def tokenizer_of_numbers(pair: ModelPair) -> Any:
     )
 
 
-def measure(name: str, task: Task, policy: Switch, blocks: int) -> list[tuple[str, ...]]:
+def sides_of(task: Task, policy: Switch, compiles: Sequence[bool]) -> dict[str, Callable[[str, Measured], None]]:
+    """Each side of the comparison: adds a block of its steps to what is measured, in a folder."""
+    methods: dict[str, dict[str, Any]] = {
+        ON_POLICY: {"method": "gkd", "student_share": 1.0},
+        SWITCH: {"method": "switch", "threshold": policy.threshold, "decay": "constant"},
+    }
+    return {
+        side + (GRAPHS if compile else ""): partial(_train_ours_with, task, settings | {"compile": compile})
+        for side, settings in methods.items()
+        for compile in compiles
+    }
+
+
+def _train_ours_with(task: Task, settings: dict[str, Any], folder: str, measured: Measured) -> None:
+    train_ours(task, folder, measured, **settings)
+
+
+def measure(name: str, task: Task, policy: Switch, blocks: int, compiles: Sequence[bool]) -> list[tuple[str, ...]]:
     """The rows of the table, one a side."""
     batch, wanted = len(task.prompts), len(task.prompts) * task.new_tokens
-    sides: dict[str, Callable[[str, Measured], None]] = {
-        ON_POLICY: lambda folder, measured: train_ours(task, folder, measured, method="gkd", student_share=1.0),
-        SWITCH: lambda folder, measured: train_ours(
-            task, folder, measured, method="switch", threshold=policy.threshold, decay="constant"
-        ),
-    }
+    sides = sides_of(task, policy, compiles)
     if has_trl():
         sides = {TRL: lambda folder, measured: train_trl(task, folder, measured), **sides}
     results = {side: Measured() for side in sides}
@@ -207,7 +239,9 @@ def measure(name: str, task: Task, policy: Switch, blocks: int) -> list[tuple[st
             raise SystemExit(f"{side} trained on {measured.tokens} tokens a step, not on {wanted}")
         seconds, generating = median(measured.seconds), median(measured.generating)
         ratio = seconds / median(results[TRL].seconds) if TRL in results else None
-        target = TARGETS.get(side)
+        kind = side.removesuffix(GRAPHS)
+        target = OWN_TARGETS.get(name, {}).get(batch) if kind == SWITCH else None
+        target = target or TARGETS.get(kind)
         rows.append(
             (
                 name,
@@ -221,37 +255,41 @@ def measure(name: str, task: Task, policy: Switch, blocks: int) -> list[tuple[st
                 f"{seconds - generating:.2f} s",
                 "" if ratio is None or target is None else f"{ratio:.2f}",
                 "" if ratio is None or target is None else f"{target} {'reached' if ratio <= target else 'missed'}",
+                f"{measured.compiling:.0f} s" if side.endswith(GRAPHS) else "",
             )
         )
     return rows
 
 
-def run(plan: dict[str, tuple[int, ...]], new_tokens: int, blocks: int, counted: int, console: Console) -> Report:
+def run(
+    plan: dict[str, tuple[int, ...]], blocks: int, counted: int, compiles: Sequence[bool], console: Console
+) -> Report:
     """The table."""
     report = Report(
-        f"Responses of {new_tokens} tokens, reverse KL, float32",
+        "Reverse KL, float32",
         (
             "pair", "cost ratio", "batch", "side", "teacher share", "tokens a step", "step", "generation", "the rest",
-            "ours / TRL", "target",
+            "ours / TRL", "target", "compiling",
         ),
         [],
     )  # fmt: skip
     for name, batches in plan.items():
         with console.status(f"measuring {name}"):
             pair = load(name)
-            prompts = prompts_for(pair, max(8, *batches))
+            prompts, new_tokens = prompts_for(pair, max(8, *batches)), NEW_TOKENS.get(name, 96)
             pair = without_ends(pair)
             policy = policy_with_share(pair, prompts[:8], SHARE, Sampling(max_new_tokens=new_tokens))
             assert isinstance(policy, Switch)
             for batch in batches:
                 task = Task(pair, prompts[:batch], new_tokens, steps=UNCOUNTED + counted)
-                report.rows += measure(name, task, policy, blocks)
+                report.rows += measure(name, task, policy, blocks, compiles)
     return report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=[DEMO, *RANDOM_PAIRS], help="default: all but quick")
+    parser.add_argument("--models", nargs="+", choices=[*PLAN, "quick"], help="default: all but quick")
+    parser.add_argument("--compile", nargs="+", choices=["false", "true"], default=["false", "true"], help="our sides")
     parser.add_argument("--batch", nargs="+", type=int, help="batch sizes")
     parser.add_argument("--blocks", type=int, default=2, help="turns of each side; three steps of each count")
     parser.add_argument("--quick", action="store_true", help="a tiny pair, once: does it run?")
@@ -263,8 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.batch:
         plan = dict.fromkeys(plan, tuple(options.batch))
     console = Console(width=None if Console().is_terminal else 180)
-    blocks, counted, new_tokens = (1, 1, 8) if options.quick else (options.blocks, 3, 96)
-    report = run(plan, new_tokens, blocks, counted, console)
+    blocks, counted, compiles = options.blocks, 3, [each == "true" for each in options.compile]
+    if options.quick:
+        blocks, counted, compiles = 1, 1, [False]
+    report = run(plan, blocks, counted, compiles, console)
     found = f"{conditions()}; median of {blocks * counted}"
     missing = [] if has_trl() else [TRL_MISSING]
     console.print(report.table(), found, *missing, sep="\n")
@@ -273,11 +313,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "A step is all of it: generation, the teacher, forward, backward, AdamW, logging. TRL's side is its "
             "DistillationTrainer with beta 1 and its generation by transformers, in float32 and without gradient "
             "checkpointing (its defaults are bfloat16 and with). Texts never end, so every side trains on the same number of "
-            "tokens. The shares are those of the steps."
+            "tokens: 32 of a large vocabulary or real weights, else 96. The shares are those of the steps; compiling is the "
+            "first step beyond the others."
         )
         write_section(
             options.document,
-            "step",
+            # A part of the plan keeps to a section of its own.
+            " ".join(["step", *(options.models or [])]),
             "\n\n".join(["## A training step", found + ".", about, *missing, report.markdown()]),
         )
         console.print(f"written to {options.document}")

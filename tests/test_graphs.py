@@ -190,7 +190,7 @@ def test_what_compile_says() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert [graphs.compiles(each, cpu) for each in (True, False, "auto")] == [True, False, False]
     assert [graphs.compiles(each, cuda) for each in (True, False, "auto")] == [True, False, True]
-    assert [graphs.bucket(least) for least in (1, 64, 65, 300)] == [64, 64, 128, 512]
+    assert [graphs.bucket(least) for least in (1, 256, 257, 600)] == [256, 256, 512, 1024]
     with pytest.raises(UserError, match="compile is 'yes'"):
         SpeculativeEngine(tiny_pair("llama"), compile="yes")  # type: ignore[arg-type]
 

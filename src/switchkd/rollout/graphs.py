@@ -26,9 +26,13 @@ Compile = Literal["auto", True, False]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_NARROWEST = 64
+# Narrower ones cost half a minute of compiling each.
+_NARROWEST = 256
 # Widths by doubling, times block sizes, times models of one process; torch stops at 8.
 _MOST_GRAPHS = 256
+# The noise's hash uses each value twice, and torch computes it anew at each use unless it has more operations than this. At torch's
+# own 30 a draw takes twelve times as long. Loops are joined again afterwards.
+_MOST_OPERATIONS = 4
 _states = itertools.count()
 
 
@@ -44,7 +48,7 @@ def compiles(compile: Compile, device: torch.device) -> bool:
 
 
 def bucket(least: int) -> int:
-    """The smallest power of two that is at least `least`, and at least 64."""
+    """The smallest power of two that is at least `least`, and at least 256."""
     return max(_NARROWEST, 1 << (least - 1).bit_length())
 
 
@@ -87,13 +91,11 @@ class Graph(Generic[_P, _R]):
             return self.function(*args, **kwargs)
 
     def _run(self, compiled: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if self.packs_weights:
+        if not self.on_cuda:
             from torch._inductor import config
 
-            with config.patch(freezing=True):
+            with config.patch(freezing=self.packs_weights, realize_opcount_threshold=_MOST_OPERATIONS):
                 return compiled(*args, **kwargs)
-        if not self.on_cuda:
-            return compiled(*args, **kwargs)
         torch.compiler.cudagraph_mark_step_begin()
         # A CUDA graph writes its results to the same memory each time.
         return cast(_R, tree_map_only(torch.Tensor, torch.clone, compiled(*args, **kwargs)))
