@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def killed_study(models: Path, tmp_path: Path) -> StudyConfig:
     values = values_of(models, tmp_path, methods=methods, seeds=[1], budget={"steps": 60}, workers=2)
     values["run"]["save_steps"] = 2
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     study = read_study(path)
     with subprocess.Popen(
         [sys.executable, "-m", "switchkd", "compare", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -305,10 +306,10 @@ def test_a_budget_of_tokens_ends_a_run_and_the_rate_follows_it(models: Path, tmp
     assert events[-1]["generated_tokens"] < 72
     assert [step["budget_used"] for step in steps] == sorted(step["budget_used"] for step in steps)
     assert steps[-2]["budget_used"] < 1 <= steps[-1]["budget_used"]
-    # The schedule is laid out over the 50 steps that there could be, and stands at a whole one of them.
-    for step in steps:
-        used = 1 - step["learning_rate"] / 1e-3
-        assert used == pytest.approx(min(1, step["budget_used"]), abs=1 / 50)
+    # A step's rate is set at the end of the one before. The schedule is laid out over the 50 steps that there could be, and stands
+    # at a whole one of them.
+    for before, step in pairwise(steps):
+        assert 1 - step["learning_rate"] / 1e-3 == pytest.approx(before["budget_used"], abs=1 / 50)
     assert len(steps) < 15
 
 

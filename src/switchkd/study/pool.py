@@ -51,6 +51,13 @@ class _Worker:
                 stderr=subprocess.STDOUT,
             )
 
+    def has_ended(self) -> bool:
+        """Whether the process is gone; its pipe is then closed."""
+        ended = self.process.poll() is not None
+        if ended and self.process.stdin is not None:
+            self.process.stdin.close()
+        return ended
+
     def failure(self) -> Failure | None:
         """Why the ended process left no row; None where it left one."""
         if self.process.returncode == 0 and (self.folder / ROW_FILE).is_file():
@@ -84,7 +91,7 @@ def run_all(
                 at_work.append(_Worker(row, place, keep_model=keep_models))
                 progress.started(row, place)
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            for worker in [each for each in at_work if each.process.poll() is not None]:
+            for worker in [each for each in at_work if each.has_ended()]:
                 at_work.remove(worker)
                 failure = worker.failure()
                 failures += [failure] if failure else []
@@ -106,6 +113,7 @@ def _stop(at_work: Sequence[_Worker]) -> None:
             worker.process.send_signal(signal.SIGTERM)
         for worker in at_work:
             worker.process.wait()
+            worker.has_ended()
     except KeyboardInterrupt:
         for worker in at_work:
             worker.process.kill()

@@ -103,7 +103,7 @@ class SwitchTrainer(Trainer):
     ) -> None:
         args = args or SwitchConfig(output_dir="runs/switchkd")
         _check_call(args, model, teacher_model)
-        self.plan = plan = args.plan
+        self.plan = args.plan
         args.check_evaluation(has_data=eval_dataset is not None)
         self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config, args)
         check_one_device(args, pair)
@@ -131,6 +131,14 @@ class SwitchTrainer(Trainer):
         # Before its weights leave for another place.
         self._teacher_size = teacher_size(pair)
         self._place = TeacherPlace(pair.teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
+        self._make_parts(engine)
+        self._step_started, self._step_tokens = 0.0, 0
+        self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
+        self._answers = ScoredAnswers()
+
+    def _make_parts(self, engine: Engine | None) -> None:
+        """What makes a step's text and its loss, and what counts and measures both."""
+        args, pair, plan = self.args, self.pair, self.plan
         with self._place.loaded():
             self.engine = engine or _engine(pair, args)
             self._loss = StepLoss(pair, plan, rows=args.train_batch_size)
@@ -140,9 +148,6 @@ class SwitchTrainer(Trainer):
         self._text = StepText(args, pair, self._meters, self.train_dataset or ())
         for callback in filter(None, (self.costs, self._text.share, teacher_share_alarm(plan))):
             self.add_callback(callback)
-        self._step_started, self._step_tokens = 0.0, 0
-        self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
-        self._answers = ScoredAnswers()
 
     @property
     def newest_rollouts(self) -> list[Rollout]:
