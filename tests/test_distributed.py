@@ -177,8 +177,8 @@ def test_two_processes_train_the_same_model_as_one(method: str, runs: Path) -> N
         for key in ("teacher_share", "response_tokens", "ended"):
             assert ours.get(key) == theirs.get(key)
         for key in ours:
-            # transformers adds losses up in float32. The operations are counted by process.
-            if not any(skipped in key for skipped in (*TIMINGS, "flos")):
+            # transformers adds losses up in float32. The operations are counted by process, and each process calibrates.
+            if not any(skipped in key for skipped in (*TIMINGS, "flos", "_forwards", "generated_tokens")):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key
     first, second = (load_file(runs / run / method / "model.safetensors") for run in ("one", "two"))
     for name in first:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -68,6 +70,12 @@ class Costs(TrainerCallback):
         )
         return max((spent / limit for spent, limit in limits if limit), default=0.0)
 
+    def totals(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What all processes have spent, by name; `gather` stacks over them."""
+        spent = asdict(self.spent)
+        summed = gather(torch.tensor([[*spent.values()]], dtype=torch.float64)).sum(dim=0).tolist()
+        return {name: type(spent[name])(total) for name, total in zip(spent, summed, strict=True)}
+
     def follow(self, scheduler: Any, steps: int) -> None:
         """Let the learning rate's schedule of `steps` run over the budget, if there is one.
 
@@ -117,7 +125,14 @@ class _CountingEngine:
         keep_teacher: KeepTeacher = None,
         on_progress: Progress | None = None,
     ) -> list[Rollout]:
-        rollouts = self.engine.generate(prompts, policy, sampling, seed, keep_teacher, on_progress)
+        rollouts = self.engine.generate(
+            prompts,
+            policy=policy,
+            sampling=sampling,
+            seed=seed,
+            keep_teacher=keep_teacher,
+            on_progress=on_progress,
+        )
         self.spent.generated_tokens += sum(len(rollout.token_ids) for rollout in rollouts)
         # Not every engine counts its forwards.
         if (metrics := getattr(self.engine, "metrics", None)) is not None:

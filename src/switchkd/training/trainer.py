@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -240,7 +240,7 @@ class SwitchTrainer(Trainer):
             logs = {**logs, **self._meters.drain(self._gathered)}
             logs |= {"budget_used": self.costs.used} if self.costs.has_budget else {}
         if "train_runtime" in logs:
-            logs = {**logs, **asdict(self.costs.spent)}
+            logs = {**logs, **self.costs.totals(self._gathered)}
         super().log(logs, start_time)
 
     def _gathered(self, values: Tensor) -> Tensor:
