@@ -19,9 +19,10 @@ from switchkd.evaluation.measures import scores_named
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
-from switchkd.records import Example, Rollout
+from switchkd.records import Example, Prompt, Rollout
 from switchkd.rollout.engine import Engine, KeepTeacher
 from switchkd.rollout.law import Student
+from switchkd.rollout.second_reading import SecondReading, read_again
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
@@ -148,6 +149,25 @@ class SwitchTrainer(Trainer):
     def newest_rollouts(self) -> list[Rollout]:
         """The rollouts of this process in the newest step, in the order of its rows, without the teacher's states."""
         return self._text.newest
+
+    def read_again(
+        self, rollouts: Sequence[Rollout], followed: Sequence[Prompt] = ()
+    ) -> list[tuple[Rollout, SecondReading]]:
+        """These rollouts and those of the `followed` prompts by the newest step's writer, each with both models' favorites.
+
+        Between a step's rollouts and its update both models are as they were when these were written. The time that it takes
+        counts as none of the step's, and no draw of training changes.
+        """
+        started = time.perf_counter()
+        with self._place.loaded():
+            engine = self.engine
+            if followed and getattr(engine, "graphs", None) is not None:
+                # Graphs for another number of rows would take longer to make than these few texts.
+                engine = SpeculativeEngine(self.pair, max_rows=len(followed), compile=False)
+            found = [*rollouts, *self._text.written_again(followed, engine)]
+            readings = read_again(self.pair, found, self.args.sampling)
+        self._step_started += time.perf_counter() - started
+        return list(zip(found, readings, strict=True))
 
     def tell_rollouts(self, told: Callable[[int, int], None]) -> None:
         """While a step is rolled out, call `told` with the number of finished rollouts and the number there will be."""
