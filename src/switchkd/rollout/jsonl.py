@@ -110,7 +110,10 @@ def _favorites_record(favorites: Favorites, vocabulary: _Vocabulary) -> dict[str
     return {
         "token_ids": favorites.ids,
         "texts": [[vocabulary.text(token_id) for token_id in ids] for ids in favorites.ids],
-        "logp": [_json_numbers(row) for row in favorites.ids_logp],
+        # To be read by people: at full length these would be half of the line.
+        "logp": [
+            [None if value is None else round(value, 4) for value in _json_numbers(row)] for row in favorites.ids_logp
+        ],
     }
 
 

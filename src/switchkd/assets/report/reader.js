@@ -29,6 +29,7 @@ class Reader {
       return;
     }
     this.byKey = new Map(data.rollouts.map((rollout) => [this.keyOf(rollout), rollout]));
+    this.template = sharedEnds([...new Set(data.rollouts.map((rollout) => rollout.prompt))]);
     const first = !this.filters;
     if (first) this.build();
     this.fillChoices(kept);
@@ -53,6 +54,7 @@ class Reader {
     this.clearTexts();
     const choose = (label, name) => h("label", {}, label, h("select", { name }));
     const range = (label, name, step) => h("label", {}, label, h("input", { name, type: "number", min: "0", step, inputmode: "decimal" }));
+    const isWide = matchMedia("(min-width: 801px)").matches;
     this.filters = h("form", { class: "filters", "aria-label": "Filter the rollouts" },
       choose("Run", "run"), choose("Step", "step"),
       h("fieldset", {}, h("legend", {}, "Teacher's share, %"), range("from", "shareFrom", "any"), range("to", "shareTo", "any")),
@@ -68,8 +70,8 @@ class Reader {
     this.list = h("ul", { class: "rollout-list", "aria-label": "Rollouts" });
     this.pair = h("div", { class: "pair" });
     this.inspector = h("div", { class: "inspector card", role: "status", "aria-label": "The token looked at" });
-    this.inspect(null, null);
-    this.place.replaceChildren(legendOfTokens(), this.filters, h("div", { class: "reading" },
+    this.hint();
+    this.place.replaceChildren(legendOfTokens(), h("details", { class: "filter-box", open: isWide }, h("summary", {}, "Filter"), this.filters), h("div", { class: "reading" },
       h("div", { class: "choice" }, this.count, this.list, this.note),
       h("div", { class: "texts" }, this.pair, this.inspector)));
   }
@@ -115,13 +117,20 @@ class Reader {
     this.list.replaceChildren(...(this.shown.length ? this.shown.map((each) => this.entry(each)) : [h("li", {}, empty("No rollout fits these filters."))]));
   }
 
+  // What sets a prompt apart from the others: most of each is often the same template.
+  excerpt(prompt) {
+    const [start, end] = this.template;
+    const own = prompt.slice(start, prompt.length - end).trim().slice(0, 160);
+    return Array.from(own || prompt.slice(0, 160), (c) => (unseen(c) ? " " : c)).join("");
+  }
+
   entry(rollout) {
     const key = this.keyOf(rollout);
     const bar = h("span", { class: "share-bar teacher" });
     bar.style.width = `${100 * rollout.share}%`;
     const button = h("button", { type: "button", "aria-current": String(key === this.selected), "data-key": key },
       h("span", { class: "entry-name" }, this.nameOf(rollout)),
-      h("span", { class: "entry-prompt" }, rollout.prompt.slice(-160)),
+      h("span", { class: "entry-prompt" }, this.excerpt(rollout.prompt)),
       h("span", { class: "entry-facts" }, `teacher ${percent(rollout.share)} · ${plural(rollout.texts.length, "token")}${rollout.ended === "length" ? " · cut" : ""}`),
       h("span", { class: "bar-frame", "aria-hidden": "true" }, bar));
     button.addEventListener("click", () => this.select(key));
@@ -152,7 +161,7 @@ class Reader {
     this.pair.replaceChildren(...both.map((rollout, place) => this.panel(rollout, place)));
     this.texts.forEach((text) => text.draw());
     this.fillCompared();
-    this.inspect(null, null);
+    this.hint();
   }
 
   panel(rollout, place) {
@@ -183,14 +192,21 @@ class Reader {
     this.beside.value = this.compared || "";
   }
 
+  hint() {
+    this.inspector.classList.remove("full");
+    this.inspector.replaceChildren(h("p", { class: "muted" }, "Point at a token, tap it, or move through the text with the arrow keys; T goes to the teacher's next one."));
+  }
+
+  // A token that is left stays shown: a panel that shrank under the pointer would let go of the next one at once.
   inspect(text, index) {
-    if (index === null || index === undefined) {
-      const still = this.texts.find((each) => each.pinned !== null);
-      if (still && still.active !== null) return;
-      this.inspector.replaceChildren(h("p", { class: "muted hint" }, "Point at a token, tap it, or move through the text with the arrow keys; T goes to the teacher's next one."));
-      return;
-    }
-    this.inspector.replaceChildren(...inspection(text, index));
+    if (index === null) return;
+    const close = h("button", { type: "button", class: "quiet close", "aria-label": "Close" }, "×");
+    close.addEventListener("click", () => {
+      text.pin(null);
+      this.hint();
+    });
+    this.inspector.classList.add("full");
+    this.inspector.replaceChildren(close, ...inspection(text, index));
   }
 
   clearTexts() {
@@ -203,4 +219,15 @@ class Reader {
       text.draw();
     }
   }
+}
+
+// How many characters all of these texts begin with, and how many they end with; none where there is one text alone.
+function sharedEnds(texts) {
+  if (texts.length < 2) return [0, 0];
+  const shortest = Math.min(...texts.map((text) => text.length));
+  let start = 0;
+  while (start < shortest && texts.every((text) => text[start] === texts[0][start])) start += 1;
+  let end = 0;
+  while (end < shortest - start && texts.every((text) => text[text.length - 1 - end] === texts[0][texts[0].length - 1 - end])) end += 1;
+  return [start, end];
 }
