@@ -39,6 +39,7 @@ from switchkd.run.file import HINTS, TRAINING_FIELDS, typed_setting
 from switchkd.run.rollout_view import SHOWN_ROLLOUTS, RolloutView
 from switchkd.settings.foreign import FOREIGN
 from switchkd.training.trainer import SwitchTrainer
+from switchkd.training.written_step import WrittenStep
 from tiny import tiny_pair, tiny_tokenizer
 
 # What our own faults alone may say.
@@ -345,7 +346,7 @@ def test_a_run_shows_and_keeps_a_few_of_its_rollouts_and_no_draw_of_training_cha
     assert "written by the teacher" in said
 
 
-def test_rollouts_go_to_tensorboard_where_it_reports(tmp_path: Path) -> None:
+def test_rollouts_go_to_tensorboard_where_it_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, str, int]] = []
     board = TensorBoardCallback.__new__(TensorBoardCallback)
     board.tb_writer = SimpleNamespace(add_text=lambda *text: written.append(text))
@@ -358,13 +359,15 @@ def test_rollouts_go_to_tensorboard_where_it_reports(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(
         args=SimpleNamespace(show_rollouts_every=2),
         newest_rollouts=[rollout] * 3,
-        read_again=lambda rollouts, followed: [(each, reading) for each in rollouts],
+        is_world_process_zero=lambda: True,
         pair=SimpleNamespace(tokenizer=tiny_tokenizer()),
         callback_handler=SimpleNamespace(callbacks=[board]),
     )
+    monkeypatch.setattr(WrittenStep, "read_again", lambda self, count, followed: [(rollout, reading)] * count)
+    nobody: Any = (None, None, None, 0)
     view = RolloutView(trainer, Console(quiet=True), tmp_path / "rollouts.jsonl", "")
     for step in (1, 2, 3):
-        view.on_step_begin(trainer.args, TrainerState(global_step=step - 1), TrainerControl())
+        view.on_written(WrittenStep(step, [rollout] * 3, *nobody))
         view.on_step_end(trainer.args, TrainerState(global_step=step), TrainerControl())
     assert [step for _, _, step in written] == [1, 3]
     assert written[0][0] == "rollouts"

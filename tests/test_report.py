@@ -177,6 +177,16 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     assert [each.name for each in sources_of([ours, again, ours])] == [f"{tmp_path.name}/switch", "old/switch"]
 
 
+def test_a_study_shows_its_table_and_a_few_of_its_runs(tmp_path: Path) -> None:
+    (tmp_path / "study.csv").write_text("method,score\nswitch,1\n")
+    for count in range(1, 10):
+        write_report_run(tmp_path / "runs" / f"switch-{count}" / "run")
+        data = gathered(tmp_path)
+        assert [table["title"] for table in data["scores"]][:1] == [f"Study: {tmp_path.name}"]
+        names = [f"switch-{number}" for number in range(1, count + 1)] if count <= 8 else []
+        assert [each["name"] for each in data["runs"]] == [tmp_path.name, *names]
+
+
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run's folder and no \.jsonl file"):
         sources_of([tmp_path / "missing"])

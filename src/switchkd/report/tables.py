@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 import yaml
@@ -107,15 +107,3 @@ def _reads_as_number(cell: str) -> bool:
 def _short(cell: str) -> str:
     """A number to five figures, but whole numbers as they are."""
     return cell if not cell or cell.lstrip("-").isdigit() else f"{float(cell):.5g}"
-
-
-def records_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows of JSON values, with a column for each of their keys that holds a plain value."""
-    keys = list(
-        dict.fromkeys(key for each in records for key, value in each.items() if not isinstance(value, dict | list))
-    )
-    file = io.StringIO()
-    writer = csv.DictWriter(file, keys, extrasaction="ignore", restval="")
-    writer.writeheader()
-    writer.writerows(records)
-    return csv_table(title, file.getvalue())

@@ -15,7 +15,7 @@ from switchkd.errors import UserError
 from switchkd.files import now
 from switchkd.report.curves import Chart, charts
 from switchkd.report.packed import PackedRollout, Packer
-from switchkd.report.tables import Table, csv_table, evaluation_table, records_table, values_table
+from switchkd.report.tables import Table, csv_table, evaluation_table, values_table
 from switchkd.run.written import (
     DEFAULTS_MARK,
     ENVIRONMENT_FILE,
@@ -27,7 +27,11 @@ from switchkd.run.written import (
     read_log,
 )
 
-EVALUATION_FILE, STUDY_FILES = "eval.json", ("study.csv", "demo.json")
+EVALUATION_FILE, STUDY_FILE = "eval.json", "study.csv"
+# The runs that a folder stands for; a study of more shows its table, and the runs that are named.
+_MOST_RUNS = 8
+# In a folder of runs, and in that of a study.
+_RUNS_INSIDE = ("*", "runs/*/run")
 
 
 class RunFacts(TypedDict):
@@ -74,12 +78,19 @@ def sources_of(paths: Sequence[Path]) -> list[Source]:
     Raises UserError for a path that holds nothing to report.
     """
     found = list(dict.fromkeys(chain.from_iterable(map(_found_at, paths))))
-    names = [path.stem if path.is_file() else path.resolve().name for path in found]
+    names = [_name(path.resolve()) for path in found]
     longer = [f"{path.resolve().parent.name}/{name}" for path, name in zip(found, names, strict=True)]
     unique = [name if names.count(name) == 1 else long for name, long in zip(names, longer, strict=True)]
     # Two of one name in two folders of one name.
     named = [name if unique.count(name) == 1 else str(path) for name, path in zip(unique, found, strict=True)]
     return [Source(name, path) for name, path in zip(named, found, strict=True)]
+
+
+def _name(path: Path) -> str:
+    if path.is_file():
+        return path.stem
+    # In a study, a run's folder has its name, and its training is in "run".
+    return path.parent.name if path.name == "run" and path.parent.parent.name == "runs" else path.name
 
 
 def _found_at(path: Path) -> list[Path]:
@@ -90,10 +101,11 @@ def _found_at(path: Path) -> list[Path]:
     here = (RUN_FILE, LOG_FILE, ROLLOUTS_FILE)
     if any((path / name).is_file() for name in here):
         return [path]
-    inside = sorted(place.parent for place in path.glob(f"*/{RUN_FILE}"))
-    if inside or any(_scores_in(path)):
-        # A study's own files stand beside its runs.
-        return [path, *inside] if any(_scores_in(path)) else inside
+    inside = sorted(place.parent for pattern in _RUNS_INSIDE for place in path.glob(f"{pattern}/{RUN_FILE}"))
+    if any(_scores_in(path)):
+        return [path, *(inside if len(inside) <= _MOST_RUNS else [])]
+    if inside:
+        return inside
     raise UserError(
         f"there is nothing to report in {path}: no {RUN_FILE}, no {EVALUATION_FILE} and no {ROLLOUTS_FILE}; "
         f"give the folder of a run, or a file of rollouts"
@@ -101,7 +113,7 @@ def _found_at(path: Path) -> list[Path]:
 
 
 def _scores_in(folder: Path) -> Iterator[Path]:
-    for name in (EVALUATION_FILE, *STUDY_FILES):
+    for name in (EVALUATION_FILE, STUDY_FILE):
         yield from (path for path in (folder / name, *sorted(folder.glob(f"*/{name}"))) if path.is_file())
 
 
@@ -199,7 +211,7 @@ def _fact(label: str, value: Any) -> str:
 
 def _score_tables(sources: Sequence[Source]) -> Iterator[Table]:
     evaluations: dict[str, dict[str, Any]] = {}
-    others: dict[str, Table] = {}
+    studies: list[Table] = []
     for source in sources:
         for path in _scores_in(source.path) if source.path.is_dir() else ():
             inside = path.relative_to(source.path).parent
@@ -207,23 +219,12 @@ def _score_tables(sources: Sequence[Source]) -> Iterator[Table]:
             if path.name == EVALUATION_FILE:
                 evaluations[name] = _mapping(path)
             else:
-                others[f"{name}/{path.name}"] = _study_table(path)
-    yield from (table for table in others.values() if table["rows"])
+                text = path.read_text(encoding="utf-8", errors="replace")
+                studies.append(csv_table(f"Study: {path.resolve().parent.name}", text))
+    yield from (table for table in studies if table["rows"])
     table = evaluation_table(evaluations)
     if table["rows"]:
         yield table
-
-
-def _study_table(path: Path) -> Table:
-    title = f"Study: {path.name} of {path.resolve().parent.name}"
-    if path.suffix == ".csv":
-        return csv_table(title, path.read_text(encoding="utf-8", errors="replace"))
-    value = _mapping(path)
-    # Whichever of its values is a list of rows; else its own keys.
-    rows = next(
-        (each for each in value.values() if isinstance(each, list) and all(isinstance(r, dict) for r in each)), None
-    )
-    return records_table(title, rows) if rows else values_table(title, {"value": value})
 
 
 def _settings_tables(

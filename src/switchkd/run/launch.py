@@ -203,7 +203,9 @@ def _trainer(
     stages = (*stage.before, stage.name) if stage.name else ()
     trainer.origins = Origins(run.student, teacher, stage.run.train_data, stages)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RolloutView(trainer, console, Path(run.output_dir) / ROLLOUTS_FILE, stage.name))
+    view = RolloutView(trainer, console, Path(run.output_dir) / ROLLOUTS_FILE, stage.name)
+    trainer.add_callback(view)
+    trainer.tell_written(view.on_written)
     trainer.tell_rollouts(progress.on_rollouts)
     return trainer, stopper, progress
 

@@ -17,6 +17,7 @@ from switchkd.rollout.second_reading import SecondReading
 from switchkd.run.reporters import send_rollouts
 from switchkd.run.written import read_lines
 from switchkd.training.trainer import SwitchTrainer
+from switchkd.training.written_step import WrittenStep
 
 SHOWN_ROLLOUTS = 2
 
@@ -39,21 +40,16 @@ class RolloutView(TrainerCallback):
 
     def _is_shown(self, step: int) -> bool:
         every = self.trainer.args.show_rollouts_every
-        tokenizer = self.trainer.pair.tokenizer
-        return every > 0 and (step - 1) % every == 0 and bool(self.trainer.newest_rollouts) and tokenizer is not None
+        return every > 0 and (step - 1) % every == 0 and self.trainer.pair.tokenizer is not None
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Read again what was just rolled out, while both models still are as they were."""
-        self.read = []
-        if not state.is_world_process_zero or not self._is_shown(state.global_step + 1):
+    def on_written(self, written: WrittenStep) -> None:
+        """Read some of a step's rollouts again, while both models still are as they were."""
+        if not (self._is_shown(written.step) and self.trainer.is_world_process_zero()):
             return
-        newest = self.trainer.newest_rollouts[:SHOWN_ROLLOUTS]
+        prompts = [rollout.prompt for rollout in written.rollouts[:SHOWN_ROLLOUTS]]
         if self.followed is None:
-            self.followed = self._followed_before() or [rollout.prompt for rollout in newest]
-        there = {rollout.prompt for rollout in newest}
-        self.read = self.trainer.read_again(newest, [each for each in self.followed if each not in there])
+            self.followed = self._followed_before() or prompts
+        self.read = written.read_again(SHOWN_ROLLOUTS, [each for each in self.followed if each not in prompts])
 
     def _followed_before(self) -> list[Prompt]:
         """The prompts that a run which now goes on has followed so far."""
@@ -63,10 +59,10 @@ class RolloutView(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show those of the step that has just ended."""
-        tokenizer = self.trainer.pair.tokenizer
-        if tokenizer is None or not state.is_world_process_zero or not self._is_shown(state.global_step):
+        newest, tokenizer = self.trainer.newest_rollouts, self.trainer.pair.tokenizer
+        shown = self._is_shown(state.global_step) and state.is_world_process_zero
+        if not (shown and newest and tokenizer is not None):
             return
-        newest = self.trainer.newest_rollouts
         self.console.print(f"Written in step {state.global_step}:", highlight=False)
         print_rollouts(newest, tokenizer, self.console, shown=SHOWN_ROLLOUTS)
         records = self._records(tokenizer, state.global_step)

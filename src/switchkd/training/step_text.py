@@ -23,6 +23,7 @@ from switchkd.training.auto_threshold import CalibratedPolicy
 from switchkd.training.meters import Meters
 from switchkd.training.replay import ReplayBuffer
 from switchkd.training.rewriting import rewritten
+from switchkd.training.written_step import WrittenStep
 
 TEXT_MEASURES = (
     "student_share",
@@ -79,10 +80,10 @@ class StepText:
         self.meters = meters
         # Those of the newest step, without the teacher's states, which are large.
         self.newest: list[Rollout] = []
-        # Who wrote them, and how long they could be.
-        self.newest_writer: tuple[Policy, int] | None = None
         # Told the rollouts that are finished, and how many there are to be.
         self.on_progress: Callable[[int, int], None] | None = None
+        # Told a step's rollouts once they are there.
+        self.on_written: Callable[[WrittenStep], None] | None = None
         self.replay = ReplayBuffer(plan.replay_capacity) if plan.replay_capacity and plan.rolls_out else None
         self.share = AdaptiveShare(plan.rollout_share, plan.share_rise) if plan.share_rise else None
         self.calibrated = None
@@ -117,7 +118,12 @@ class StepText:
                 rollouts = self._roll_out([prompts[row] for row in rows], writer, engine, limit)
                 written.update(zip(rows, rollouts, strict=True))
         self.newest = [replace(written[row], teacher_hidden=None) for row in sorted(written)]
-        self.newest_writer = (policy if by_policy else Teacher(), limit) if written else None
+        if self.on_written and self.newest:
+            sampling = replace(self.args.sampling, max_new_tokens=limit)
+            writer = policy if by_policy else Teacher()
+            self.on_written(
+                WrittenStep(state.global_step + 1, self.newest, self.pair, writer, sampling, self.args.seed)
+            )
         if self.share:
             self.meters.add("student_share", share, 1)
         if self.replay is not None:
@@ -139,14 +145,6 @@ class StepText:
         length = min(begin.tokens(coin, len(response), progress), max(0, len(response) - 1))
         begun_ids = prompt.token_ids + response[:length]
         return replace(prompt, token_ids=begun_ids, begun=length, trains_beginning=begin.weight > 0)
-
-    def written_again(self, prompts: Sequence[Prompt], engine: Engine) -> list[Rollout]:
-        """What the newest step's writer makes of other prompts; none where it wrote nothing. It is measured nowhere."""
-        if self.newest_writer is None or not prompts:
-            return []
-        policy, limit = self.newest_writer
-        sampling = replace(self.args.sampling, max_new_tokens=limit)
-        return engine.generate([each for each in prompts if each.begun < limit], policy, sampling, self.args.seed)
 
     def keep_scored(self, sequences: Sequence[Example | Rollout]) -> None:
         """Put back into the replay what the teacher has read of it for this step; each process keeps what its own teacher read."""

@@ -19,10 +19,9 @@ from switchkd.evaluation.measures import scores_named
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
-from switchkd.records import Example, Prompt, Rollout
+from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine, KeepTeacher
 from switchkd.rollout.law import Student
-from switchkd.rollout.second_reading import SecondReading, read_again
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
@@ -39,6 +38,7 @@ from switchkd.training.teacher_share_alarm import teacher_share_alarm
 from switchkd.training.teacher_text import teacher_text
 from switchkd.training.teachers import TeacherPlace, teacher_size
 from switchkd.training.trained_pair import keep_ends, trained_pair
+from switchkd.training.written_step import WrittenStep
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -150,25 +150,6 @@ class SwitchTrainer(Trainer):
         """The rollouts of this process in the newest step, in the order of its rows, without the teacher's states."""
         return self._text.newest
 
-    def read_again(
-        self, rollouts: Sequence[Rollout], followed: Sequence[Prompt] = ()
-    ) -> list[tuple[Rollout, SecondReading]]:
-        """These rollouts and those of the `followed` prompts by the newest step's writer, each with both models' favorites.
-
-        Between a step's rollouts and its update both models are as they were when these were written. The time that it takes
-        counts as none of the step's, and no draw of training changes.
-        """
-        started = time.perf_counter()
-        with self._place.loaded():
-            engine = self.engine
-            if followed and getattr(engine, "graphs", None) is not None:
-                # Graphs for another number of rows would take longer to make than these few texts.
-                engine = SpeculativeEngine(self.pair, max_rows=len(followed), compile=False)
-            found = [*rollouts, *self._text.written_again(followed, engine)]
-            readings = read_again(self.pair, found, self.args.sampling)
-        self._step_started += time.perf_counter() - started
-        return list(zip(found, readings, strict=True))
-
     def tell_rollouts(self, told: Callable[[int, int], None]) -> None:
         """While a step is rolled out, call `told` with the number of finished rollouts and the number there will be."""
         self._text.on_progress = told
@@ -182,6 +163,23 @@ class SwitchTrainer(Trainer):
         """As in `transformers.Trainer`, with the same keywords, but the card says what a distillation was; see `model_card`."""
         if self.is_world_process_zero():
             write_card(Path(str(self.args.output_dir)), self.card(kwargs))
+
+    def tell_written(self, told: Callable[[WrittenStep], None]) -> None:
+        """Once a step's rollouts are there, call `told` with them, before anything is trained on them."""
+        self._text.on_written = told
+
+    def _check_room(self) -> None:
+        """Raise UserError where a model has too few positions for the data or the rollouts."""
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
+        longest, rolls_out = 0, self.plan.rolls_out or bool(self.plan.teacher_text)
+        for prompt, response in chain.from_iterable(map(lengths_of, [self.train_dataset or (), *held_out])):
+            # A prompt alone is rolled out in an evaluation too.
+            written = self.args.max_new_tokens if rolls_out or not response else 0
+            longest = max(longest, prompt + max(response, written))
+        self.pair.check_room(longest)
+        if self.plan.rewrite and len(self.train_dataset or ()):
+            longest = max((example.prompt for example in self.train_dataset), key=lambda prompt: len(prompt.token_ids))
+            check_rewrite(self.plan.rewrite, longest, self.pair, self.args)
 
     def describe(self) -> str:
         """One line that says what `train` will do: models, sizes, steps, sequences and tokens."""
