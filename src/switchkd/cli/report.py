@@ -17,10 +17,16 @@ _PORT = 8765
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or .jsonl files of rollouts.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or .jsonl files of rollouts.")],
     output: Annotated[
         Path | None,
-        option(OUTPUT, "FILE", "The page; by default report.html in the run's folder, or here for several."),
+        option(
+            OUTPUT,
+            "FILE",
+            "The page; by default report.html in the run's folder, or here for several.",
+            "--output",
+            "-o",
+        ),
     ] = None,
     rollouts: Annotated[
         int, option(OUTPUT, "N", "Most rollouts on the page, taken evenly from all there are.", min=0)

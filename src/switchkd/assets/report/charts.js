@@ -8,7 +8,7 @@ function lineStyle(index) {
   return { color: color(`--line-${(index % 6) + 1}`), dash: DASHES[(index + Math.floor(index / 6)) % 6] };
 }
 
-function axes(xLabel, format) {
+function axes(xLabel, format, splits) {
   const common = {
     stroke: color("--muted"),
     font: "12px system-ui, sans-serif",
@@ -18,7 +18,7 @@ function axes(xLabel, format) {
   };
   return [
     { ...common, label: xLabel, labelSize: 18, size: 28, grid: { show: false } },
-    { ...common, size: 52, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick))) },
+    { ...common, size: 52, ...(splits ? { splits } : {}), values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick))) },
   ];
 }
 
@@ -93,7 +93,7 @@ function drawLines(chart, holder, values, format) {
     width: Math.max(200, Math.floor(holder.clientWidth)),
     height: CHART_HEIGHT,
     legend: { show: false },
-    scales: { x: { time: false }, y: { range: (_, low, high) => yRange(low, high) } },
+    scales: { x: { time: false }, y: { range: (_, low, high) => yRange(low, high, chart.unit === "share" ? 1 : Infinity) } },
     axes: axes("step", format),
     cursor: { y: false, drag: { x: false, y: false } },
     series: [{}, ...chart.lines.map((_, index) => {
@@ -110,10 +110,11 @@ function drawLines(chart, holder, values, format) {
   };
 }
 
-function yRange(low, high) {
+// A little more than the values take, but neither below 0 nor beyond what they can be.
+function yRange(low, high, most) {
   if (low === null || high === null) return [0, 1];
   const pad = 0.08 * (high - low) || Math.abs(high) * 0.1 || 1;
-  return [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad];
+  return [low >= 0 && low - pad < 0 ? 0 : low - pad, Math.min(high + pad, Math.max(most, high))];
 }
 
 function drawCharts() {

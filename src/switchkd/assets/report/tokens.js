@@ -183,7 +183,7 @@ class TokenText {
       legend: { show: false },
       // Small divergences decide as often as large ones: the axis is even near 0 and logarithmic above.
       scales: { x: { time: false, range: [-0.5, positions.length - 0.5] }, y: { distr: 4, asinh: 0.01, range: [0, Math.min(highest * 1.3, LN2 * 1.3)] } },
-      axes: axes("position in the response", (value) => number(value)),
+      axes: axes("position in the response", (value) => number(value), () => [0, ...SHADES.slice(0, -1), 0.69]),
       cursor: { y: false, drag: { x: false, y: false } },
       series: [{},
         { fill: student, stroke: student, width: 0, paths: bars, points: { show: false } },
