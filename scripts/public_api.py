@@ -10,9 +10,10 @@ import switchkd
 
 HEAD = """# What is public
 
-From 1.0 on, these names change as semantic versioning has it: what is taken away or takes other arguments comes with a new major
-version. Before 1.0 it may come with a new minor version, and the changelog says so. Public besides: the commands and their options, the
-keys of a run file (docs/settings.md), and the names of files and JSON keys in a run's folder. Everything else may change at any time.
+From 1.0 on, these names change as semantic versioning has it: what is taken away or takes other arguments comes with
+a new major version. Before 1.0 it may come with a new minor version, and the changelog says so. Public besides: the
+commands and their options, the keys of a run file (docs/settings.md), and the names of files and JSON keys in a run's
+folder. Everything else may change at any time.
 
 An argument with `=` has a default; those behind `*` are given by name.
 
