@@ -155,6 +155,16 @@ def test_a_report_needs_nothing_but_a_file_of_rollouts_and_reads_earlier_ones(tm
     assert "<html" in page(data)
 
 
+def test_where_a_resumed_run_wrote_a_step_again_the_later_rollout_stands_for_it(tmp_path: Path) -> None:
+    lines = [rollout_line(step=step, seed=seed, sample_id=step) for seed, step in enumerate((1, 6, 6, 11))]
+    data = gathered(write_json_lines(tmp_path / "rollouts.jsonl", lines))
+    assert [each["step"] for each in data["rollouts"]] == [1, 6, 11]
+    assert [data["strings"][place] for place in data["rollouts"][1]["texts"]] == lines[2]["texts"]
+    assert data["rollouts_beyond"] == 0
+    nameless = [{key: value for key, value in each.items() if key != "prompt_id"} for each in lines]
+    assert len(gathered(write_json_lines(tmp_path / "nameless.jsonl", nameless))["rollouts"]) == 4
+
+
 def test_of_many_rollouts_an_even_share_is_taken(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "many.jsonl", [rollout_line(step=step) for step in range(1, 102)])
     data = gathered(path, most_rollouts=5)
@@ -215,9 +225,9 @@ def test_tables() -> None:
     assert table["rows"] == [["switch", "", "0.12346"], ["gkd", "0.5", "12"]]
     assert csv_table("empty", "")["rows"] == []
     assert csv_table("long", "a\n" + "1\n" * 600)["note"] == "The first 500 of 600 rows."
-    values = values_table("", {"a": {"x": {"k": [1, 2]}, "y": True}, "b": {"y": True, "z": 1e-3}})
-    assert values["rows"] == [["x", "{k: [1, 2]}", "–"], ["y", "true", "true"], ["z", "–", "0.001"]]
-    assert values["marked"] == [0, 2]
+    values = values_table("", {"a": {"x": {"k": [1, 2]}, "y": True}, "b": {"y": True, "z": 1e-3, "n": 1}})
+    assert values["rows"] == [["x", "{k: [1, 2]}", "–"], ["y", "true", "true"], ["z", "–", "0.001"], ["n", "–", "1"]]
+    assert values["marked"] == [0, 2, 3]
 
 
 # -------------------------------------------------------------------------------------------------- following a run

@@ -41,11 +41,9 @@ def _cell(value: Any) -> str:
         return str(
             yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
         ).strip()
-    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if not _is_float(value) else f"{value:g}"
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, float)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 _SCORES = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "response_tokens": "tokens", "ended_share": "ended"}

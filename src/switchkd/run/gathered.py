@@ -130,7 +130,7 @@ def gather(sources: Sequence[Source], *, most_rollouts: int, version: str, follo
     runs = [source for source in sources if source.path.is_dir()]
     logs = {source.name: read_log(source.path / LOG_FILE) for source in runs}
     packer = Packer()
-    lines = [(number, line) for number, source in enumerate(sources) for line in read_lines(source.rollouts)]
+    lines = [(number, line) for number, source in enumerate(sources) for line in _rollout_lines(source.rollouts)]
     taken = _evenly(lines, most_rollouts)
     packed = [packer.pack(line, number) for number, line in taken]
     chosen = {source.name: _settings(source.path) for source in runs}
@@ -149,6 +149,18 @@ def gather(sources: Sequence[Source], *, most_rollouts: int, version: str, follo
         "rollouts_beyond": len(lines) - len(taken),
         "lines_left_out": packer.left_out,
     }
+
+
+def _rollout_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of rollouts. Where a resumed run wrote one again, the later stands for it."""
+    found: dict[Any, dict[str, Any]] = {}
+    for number, line in enumerate(read_lines(path)):
+        address = tuple(json.dumps(line.get(key)) for key in ("stage", "step", "prompt_id", "sample_id"))
+        # What has no address is nobody's repeat.
+        key = address if line.get("prompt_id") is not None else number
+        found.pop(key, None)
+        found[key] = line
+    return list(found.values())
 
 
 def _evenly(lines: Sequence[tuple[int, Any]], most: int) -> list[tuple[int, Any]]:

@@ -127,6 +127,8 @@ function drawCharts() {
 function renderCharts(charts) {
   for (const each of drawnCharts.splice(0)) if (each.remove) each.remove();
   const place = byId("charts");
+  const open = new Set([...place.querySelectorAll("details[open] summary")].map((each) => each.textContent));
   place.replaceChildren(...(charts.length ? charts.map(chartFigure) : [empty("No step has been logged yet.")]));
+  for (const summary of place.querySelectorAll("summary")) summary.parentElement.open = open.has(summary.textContent);
   drawCharts();
 }

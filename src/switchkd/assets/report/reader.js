@@ -8,9 +8,14 @@ class Reader {
     this.compared = null;
   }
 
-  // A rollout's name for as long as the page lives, through every update.
-  keyOf(rollout) {
-    return [rollout.run, rollout.stage, rollout.step, rollout.prompt_key, rollout.prompt_id, rollout.sample_id].join("|");
+  // Gives each rollout a key that names it for as long as the page lives, through every update.
+  giveKeys(rollouts) {
+    this.byKey = new Map();
+    for (const each of rollouts) {
+      each.key = [each.run, each.stage, each.step, each.prompt_key, each.prompt_id, each.sample_id].join("|");
+      while (this.byKey.has(each.key)) each.key += "+";
+      this.byKey.set(each.key, each);
+    }
   }
 
   nameOf(rollout, withRun = this.data.runs.length > 1) {
@@ -28,7 +33,7 @@ class Reader {
       this.filters = null;
       return;
     }
-    this.byKey = new Map(data.rollouts.map((rollout) => [this.keyOf(rollout), rollout]));
+    this.giveKeys(data.rollouts);
     this.template = sharedEnds([...new Set(data.rollouts.map((rollout) => rollout.prompt))]);
     const first = !this.filters;
     if (first) this.build();
@@ -47,7 +52,7 @@ class Reader {
     const choice = this.shown.length ? this.shown : this.data.rollouts;
     const times = new Map();
     for (const each of this.data.rollouts) times.set(each.prompt_key, (times.get(each.prompt_key) || 0) + 1);
-    return this.keyOf(choice.find((each) => times.get(each.prompt_key) > 1) || choice[0]);
+    return (choice.find((each) => times.get(each.prompt_key) > 1) || choice[0]).key;
   }
 
   build() {
@@ -125,7 +130,7 @@ class Reader {
   }
 
   entry(rollout) {
-    const key = this.keyOf(rollout);
+    const { key } = rollout;
     const bar = h("span", { class: "share-bar teacher" });
     bar.style.width = `${100 * rollout.share}%`;
     const button = h("button", { type: "button", "aria-current": String(key === this.selected), "data-key": key },
@@ -133,7 +138,11 @@ class Reader {
       h("span", { class: "entry-prompt" }, this.excerpt(rollout.prompt)),
       h("span", { class: "entry-facts" }, `teacher ${percent(rollout.share)} · ${plural(rollout.texts.length, "token")}${rollout.ended === "length" ? " · cut" : ""}`),
       h("span", { class: "bar-frame", "aria-hidden": "true" }, bar));
-    button.addEventListener("click", () => this.select(key));
+    button.addEventListener("click", () => {
+      this.select(key);
+      // On a phone the text stands below the list.
+      if (!matchMedia("(min-width: 801px)").matches) this.pair.scrollIntoView({ block: "start" });
+    });
     return h("li", {}, button);
   }
 
@@ -180,14 +189,14 @@ class Reader {
     return h("article", { class: "card panel" },
       h("div", { class: "panel-head" }, h("h3", {}, this.nameOf(rollout, true)), chooser),
       h("p", { class: "muted" }, facts.filter(Boolean).join(" · ")),
-      place === 0 ? h("details", { class: "prompt", open: rollout.prompt.length < 700 }, h("summary", {}, "Prompt"), h("div", { class: "prompt-text", tabindex: "0", role: "region", "aria-label": "Prompt" }, rollout.prompt)) : null,
+      place === 0 ? h("details", { class: "prompt", open: rollout.prompt.length < 700 }, h("summary", {}, "Prompt"), h("div", { class: "prompt-text", dir: "auto", tabindex: "0", role: "region", "aria-label": "Prompt" }, rollout.prompt)) : null,
       text.element);
   }
 
   fillCompared() {
     const others = this.others();
     this.beside.replaceChildren(h("option", { value: "" }, others.length ? `nothing (${others.length} more of this prompt)` : "no other rollout of this prompt"),
-      ...others.map((each) => h("option", { value: this.keyOf(each) }, this.nameOf(each))));
+      ...others.map((each) => h("option", { value: each.key }, this.nameOf(each))));
     this.beside.disabled = others.length === 0;
     this.beside.value = this.compared || "";
   }

@@ -30,7 +30,7 @@ class TokenText {
     this.texts = rollout.texts.map((place) => data.strings[place]);
     this.spans = this.texts.map((text, index) => this.span(text, index));
     this.list = h("div", {
-      class: "tokens", id: this.id, tabindex: "0", role: "listbox", "aria-orientation": "horizontal",
+      class: "tokens", id: this.id, dir: "auto", tabindex: "0", role: "listbox", "aria-orientation": "horizontal",
       "aria-label": `Tokens of ${name}. Arrow keys move, T goes to the teacher's next token.`,
     }, this.spans);
     this.listen();
