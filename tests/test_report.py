@@ -106,7 +106,10 @@ def test_the_pages_script_makes_no_markup_of_text() -> None:
 
 
 def test_a_run_is_gathered(tmp_path: Path) -> None:
-    lines = [rollout_line(seed=seed, step=1 + 5 * (seed // 2), prompt=f"prompt {seed % 2}") for seed in range(6)]
+    lines = [
+        rollout_line(seed=seed, step=1 + 5 * (seed // 2), prompt_id=seed % 2, prompt=f"prompt {seed % 2}")
+        for seed in range(6)
+    ]
     folder = write_report_run(tmp_path / "run", lines)
     data = gathered(folder)
     facts = dict(data["runs"][0]["facts"])
@@ -142,7 +145,8 @@ def test_a_report_needs_nothing_but_a_file_of_rollouts_and_reads_earlier_ones(tm
         key: value for key, value in rollout_line().items() if "favorites" not in key and key not in ("texts", "step")
     }
     nobody = rollout_line(divergence=[None] * 6, threshold=[None] * 6, teacher_logp=[None] * 6)
-    broken: list[Any] = [{"response": "no tokens"}, rollout_line(texts=["too few"]), rollout_line(divergence="x"), {}]
+    broken: list[Any] = [{"response": "no tokens"}, rollout_line(texts=["too few"], step=2), {}]
+    broken.append(rollout_line(divergence="x", step=3))
     path = write_json_lines(tmp_path / "rollouts.jsonl", [earlier, nobody, *broken])
     with path.open("a") as file:
         file.write('{"cut off by a cra')
