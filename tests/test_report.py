@@ -297,3 +297,37 @@ def test_a_followed_page_is_for_this_machine_and_to_be_read(served: tuple[Follow
         assert ask(server, path)[0].status == 404
     with pytest.raises(UserError, match=f"port {server.port} cannot be had"):
         FollowServer(server.port, dict, list)
+
+
+# ------------------------------------------------------------------------------------------------------------- its colors
+
+
+def luminance(color: str) -> float:
+    """Of WCAG 2.2, from #rrggbb."""
+    channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+    return sum(weight * each for weight, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(first: str, second: str) -> float:
+    darker, lighter = sorted((luminance(first), luminance(second)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_every_color_is_told_from_its_ground() -> None:
+    """WCAG AA: 4.5 for text, 3 for lines and bars."""
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    sheet = (SOURCE / "assets" / "report" / "page.css").read_text()
+    colors = {name: pair for name, *pair in re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", sheet)}
+    shades = [name for name in colors if re.fullmatch(r"(student|teacher)-\d", name)]
+    lines = [name for name in colors if name.endswith("-strong") or name.startswith("line-")]
+    assert (len(shades), len(lines)) == (10, 8)
+    for scheme in (0, 1):
+        shown = {name: pair[scheme] for name, pair in colors.items()}
+        for ground in ("page", "surface", *shades):
+            assert contrast(shown["text"], shown[ground]) >= 4.5, (scheme, ground)
+        for ground in ("page", "surface"):
+            assert contrast(shown["muted"], shown[ground]) >= 4.5, (scheme, ground)
+            assert contrast(shown["accent"], shown[ground]) >= 4.5, (scheme, ground)
+            for name in lines:
+                assert contrast(shown[name], shown[ground]) >= 3, (scheme, name)

@@ -238,7 +238,7 @@ function favorites(model, p, packed, data, written) {
     bar.style.width = `${100 * share}%`;
     const isWritten = text === written;
     rows.push(h("tr", { class: isWritten ? "is-written" : null },
-      h("th", { scope: "row" }, isWritten ? "▸ " : "", shown(text)), h("td", { class: "number" }, percent(share, 2)),
+      h("th", { scope: "row" }, isWritten ? "▸ " : "", shown(text)), h("td", { class: "number" }, share === 0 ? "< 0.01 %" : percent(share, 2)),
       h("td", { class: "bar-cell", "aria-hidden": "true" }, bar)));
   }
   return h("div", { class: "model" },
