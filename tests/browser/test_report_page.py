@@ -54,6 +54,13 @@ def one(page: Any, selector: str) -> Any:
     return found
 
 
+def look_at(page: Any, index: int) -> None:
+    """Click a token, from where it can be seen."""
+    token = all_of(page, ".tokens .token")[index]
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", token)
+    token.click()
+
+
 def complaints(page: Any) -> list[Any]:
     """What the browser has said, such as a script's error or what the policy has blocked."""
     return page.get_log("browser")  # type: ignore[no-any-return]
@@ -128,7 +135,7 @@ def test_a_token_is_looked_at_by_pointer_tap_and_keyboard(opened: Open, report: 
     assert len(all_of(page, ".inspector tbody tr")) == 10
     assert f"divergence {line['divergence'][3]:.3g}"[:15] in inspected()
     assert f"written by the {'teacher' if line['written_by_teacher'][3] else 'student'}" in inspected()
-    tokens[5].click()
+    look_at(page, 5)
     assert "position 5 " in inspected()
     listbox = one(page, ".tokens")
     assert page.switch_to.active_element == listbox
@@ -189,7 +196,7 @@ def test_on_a_phone_nothing_is_cut_off(opened: Open, report: Path) -> None:
     Select(one(page, "#beside")).select_by_index(1)
     left, right = all_of(page, ".panel")
     assert right.location["y"] > left.location["y"] + 100
-    all_of(page, ".tokens .token")[4].click()
+    look_at(page, 4)
     assert "position 4 " in one(page, ".inspector").text
     assert page.execute_script("return document.documentElement.scrollWidth") <= 360
     assert complaints(page) == []
@@ -204,7 +211,7 @@ def test_axe_finds_nothing(opened: Open, report: Path, width: int, dark: bool) -
     page = opened(report, width, dark=dark)
     Select(one(page, "#beside")).select_by_index(1)
     page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
-    all_of(page, ".tokens .token")[4].click()
+    look_at(page, 4)
     page.execute_script((Path(spec.submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8"))
     found = page.execute_async_script("const done = arguments[0]; axe.run().then(done)")
     assert len(found["passes"]) > 20
@@ -231,7 +238,7 @@ def test_what_a_model_wrote_stays_text(opened: Open, tmp_path: Path) -> None:
     assert page.title == "<b>run · switchkd report"
     assert "<script>document.title='owned'</script>" in all_of(page, ".tokens .token")[0].text
     assert HOSTILE[:60] in one(page, ".prompt-text").text
-    all_of(page, ".tokens .token")[0].click()
+    look_at(page, 0)
     assert "</script><script>" in one(page, ".inspector").text
     assert not all_of(page, "main script, main img")
     assert complaints(page) == []
@@ -245,7 +252,7 @@ def test_states_without_data(opened: Open, tmp_path: Path) -> None:
     assert "No step has been logged yet" in one(page, "#charts").text
     assert "No evaluation yet" in one(page, "#score-tables").text
     assert "No teacher took part" in one(page, ".panel").text
-    all_of(page, ".tokens .token")[0].click()
+    look_at(page, 0)
     assert "Its alternatives were not kept" in one(page, ".inspector").text
     assert complaints(page) == []
 
@@ -276,7 +283,7 @@ def test_the_page_follows_a_run(opened: Open, tmp_path: Path) -> None:
         thread.start()
         try:
             page = opened(f"http://127.0.0.1:{server.port}/")
-            all_of(page, ".tokens .token")[4].click()
+            look_at(page, 4)
             write_json_lines(folder / "rollouts.jsonl", [rollout_line(tokens=12), rollout_line(seed=1, step=6)])
             WebDriverWait(page, 15).until(lambda _: len(all_of(page, ".rollout-list button")) == 2)
             # What the reader was looking at is still there.

@@ -67,7 +67,7 @@ class Reader {
       h("fieldset", {}, h("legend", {}, "Mean divergence"), range("from", "divergenceFrom", "any"), range("to", "divergenceTo", "any")),
       choose("Ended", "ended"),
       h("button", { type: "reset" }, "Reset"));
-    this.filters.addEventListener("input", () => this.filter());
+    for (const event of ["input", "change"]) this.filters.addEventListener(event, () => this.filter());
     this.filters.addEventListener("submit", (event) => event.preventDefault());
     this.filters.addEventListener("reset", () => setTimeout(() => this.filter()));
     this.count = h("p", { class: "muted", role: "status", id: "rollout-count" });
