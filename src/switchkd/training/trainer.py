@@ -150,6 +150,10 @@ class SwitchTrainer(Trainer):
         """The rollouts of this process in the newest step, in the order of its rows, without the teacher's states."""
         return self._text.newest
 
+    def tell_written(self, told: Callable[[WrittenStep], None]) -> None:
+        """Once a step's rollouts are there, call `told` with them, before anything is trained on them."""
+        self._text.on_written = told
+
     def tell_rollouts(self, told: Callable[[int, int], None]) -> None:
         """While a step is rolled out, call `told` with the number of finished rollouts and the number there will be."""
         self._text.on_progress = told
@@ -163,23 +167,6 @@ class SwitchTrainer(Trainer):
         """As in `transformers.Trainer`, with the same keywords, but the card says what a distillation was; see `model_card`."""
         if self.is_world_process_zero():
             write_card(Path(str(self.args.output_dir)), self.card(kwargs))
-
-    def tell_written(self, told: Callable[[WrittenStep], None]) -> None:
-        """Once a step's rollouts are there, call `told` with them, before anything is trained on them."""
-        self._text.on_written = told
-
-    def _check_room(self) -> None:
-        """Raise UserError where a model has too few positions for the data or the rollouts."""
-        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset or ()]
-        longest, rolls_out = 0, self.plan.rolls_out or bool(self.plan.teacher_text)
-        for prompt, response in chain.from_iterable(map(lengths_of, [self.train_dataset or (), *held_out])):
-            # A prompt alone is rolled out in an evaluation too.
-            written = self.args.max_new_tokens if rolls_out or not response else 0
-            longest = max(longest, prompt + max(response, written))
-        self.pair.check_room(longest)
-        if self.plan.rewrite and len(self.train_dataset or ()):
-            longest = max((example.prompt for example in self.train_dataset), key=lambda prompt: len(prompt.token_ids))
-            check_rewrite(self.plan.rewrite, longest, self.pair, self.args)
 
     def describe(self) -> str:
         """One line that says what `train` will do: models, sizes, steps, sequences and tokens."""
