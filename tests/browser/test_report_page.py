@@ -262,9 +262,9 @@ def test_many_rollouts_open_soon(opened: Open, tmp_path: Path, record_property: 
     words = [f" {number:x}" for number in range(40_000, 60_000)]
     lines = [rollout_line(tokens=256, seed=seed, step=seed, words=words) for seed in range(200)]
     path = written(tmp_path, write_report_run(tmp_path / "run", lines))
-    page = opened(path)
-    # The script stands at the end of the page and draws it before this time.
-    milliseconds = page.execute_script("return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd")
+    # The script stands at the end of the page and draws it before this time. The best of three: others may be at work as well.
+    ended = "return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
+    milliseconds = min((page := opened(path)).execute_script(ended) for _ in range(3))
     record_property("milliseconds", milliseconds)
     print(f"opened in {milliseconds:.0f} ms, {path.stat().st_size / MIB:.2f} MiB")
     assert len(all_of(page, ".rollout-list button")) == 200
