@@ -7,7 +7,7 @@ READY := .venv/ready
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test slow lint types format docs smollm world-pair benchmarks gpu-check clean
+.PHONY: demo test test-browser slow lint types format docs smollm world-pair benchmarks gpu-check clean
 
 demo: $(READY)  ## distil the embedded student with SWITCH: minutes on two CPU cores
 	$(BIN)/switchkd demo
@@ -17,6 +17,13 @@ test: $(READY)  ## the whole suite
 
 slow: $(READY)  ## the tests that take minutes
 	$(BIN)/pytest -m slow
+
+test-browser: $(READY)  ## the report's page in Chromium, which Debian and its like are asked for where it is missing
+	command -v chromium chromedriver >/dev/null || (apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
+# For the axe-core in it alone; its own dependency is another browser.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps axe-playwright-python==0.1.8
+	$(BIN)/pytest -m browser tests/browser
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -32,12 +32,14 @@ from switchkd.models import hub
 from switchkd.models.pair import rounded
 from switchkd.records import Prompt, Rollout
 from switchkd.report.terminal import run_table, writer_runs
+from switchkd.rollout.second_reading import Favorites, SecondReading
 from switchkd.run import callbacks
 from switchkd.run.callbacks import ConsoleProgress, read_log
 from switchkd.run.file import HINTS, TRAINING_FIELDS, typed_setting
 from switchkd.run.rollout_view import SHOWN_ROLLOUTS, RolloutView
 from switchkd.settings.foreign import FOREIGN
 from switchkd.training.trainer import SwitchTrainer
+from switchkd.training.written_step import WrittenStep
 from tiny import tiny_pair, tiny_tokenizer
 
 # What our own faults alone may say.
@@ -308,7 +310,7 @@ def test_the_teachers_share_is_that_of_all_rollouts(
     assert said.count("ended by") == show
 
 
-def test_a_run_shows_and_keeps_a_few_of_its_rollouts_and_draws_nothing_for_it(
+def test_a_run_shows_and_keeps_a_few_of_its_rollouts_and_no_draw_of_training_changes(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     losses = []
@@ -322,15 +324,29 @@ def test_a_run_shows_and_keeps_a_few_of_its_rollouts_and_draws_nothing_for_it(
     assert losses[0] == losses[1]
     assert not (tmp_path / "0" / "out" / "rollouts.jsonl").exists()
     kept = [json.loads(line) for line in (tmp_path / "3" / "out" / "rollouts.jsonl").read_text().splitlines()]
-    assert [each["step"] for each in kept] == [1, 1, 4, 4]
-    # The draws of a step have its number, counted from 0.
-    assert [each["sample_id"] for each in kept] == [0, 0, 3, 3]
+    assert [each["step"] for each in kept] == [1, 1, 4, 4, 4, 4]
+    # The draws of a step have its number, counted from 0; the first two prompts are followed with the draws that they had.
+    assert [each["sample_id"] for each in kept] == [0, 0, 3, 3, 0, 0]
+    assert [each["followed"] for each in kept] == [True, True, False, False, True, True]
+    assert [each["prompt_id"] for each in kept[4:]] == [each["prompt_id"] for each in kept[:2]]
+    for each in kept:
+        assert "".join(each["texts"]) == each["response"]
+        for role in ("student", "teacher"):
+            favorites = each[f"{role}_favorites"]
+            for written, ids, logps, logp in zip(
+                each["token_ids"], favorites["token_ids"], favorites["logp"], each[f"{role}_logp"], strict=True
+            ):
+                assert len(ids) == 5
+                assert logps == sorted(logps, reverse=True)
+                # Read before the step's update, so what was recorded of the token is found again, but for the four digits
+                # of the file and for a cache's roundings.
+                assert written not in ids or abs(logps[ids.index(written)] - logp) < 2e-4
     said = capsys.readouterr().out
     assert said.count("ended by") == 4
     assert "written by the teacher" in said
 
 
-def test_rollouts_go_to_tensorboard_where_it_reports(tmp_path: Path) -> None:
+def test_rollouts_go_to_tensorboard_where_it_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, str, int]] = []
     board = TensorBoardCallback.__new__(TensorBoardCallback)
     board.tb_writer = SimpleNamespace(add_text=lambda *text: written.append(text))
@@ -339,14 +355,19 @@ def test_rollouts_go_to_tensorboard_where_it_reports(tmp_path: Path) -> None:
     rollout = Rollout(
         Prompt((5,), 0), (6, 7, 8), by_teacher, nothing, nothing, nothing, nothing, finish_reason="length"
     )
+    reading = SecondReading(Favorites([[6]] * 3, [[-0.5]] * 3, [-0.5] * 3), None, [])
     trainer: Any = SimpleNamespace(
         args=SimpleNamespace(show_rollouts_every=2),
         newest_rollouts=[rollout] * 3,
+        is_world_process_zero=lambda: True,
         pair=SimpleNamespace(tokenizer=tiny_tokenizer()),
         callback_handler=SimpleNamespace(callbacks=[board]),
     )
+    monkeypatch.setattr(WrittenStep, "read_again", lambda self, count, followed: [(rollout, reading)] * count)
+    nobody: Any = (None, None, None, 0)
     view = RolloutView(trainer, Console(quiet=True), tmp_path / "rollouts.jsonl", "")
     for step in (1, 2, 3):
+        view.on_written(WrittenStep(step, [rollout] * 3, *nobody))
         view.on_step_end(trainer.args, TrainerState(global_step=step), TrainerControl())
     assert [step for _, _, step in written] == [1, 3]
     assert written[0][0] == "rollouts"

@@ -31,6 +31,7 @@ from switchkd.cli.options import (
     quiet_transformers,
     with_options,
 )
+from switchkd.cli.report import report
 from switchkd.cli.start import init, methods, recipes, settings
 from switchkd.errors import Stopped, UserError
 
@@ -169,11 +170,20 @@ def rollout(
     output: Annotated[Path, option(OUTPUT, "FILE", "The file of rollouts, one JSON object a line.")] = Path(
         "rollouts.jsonl"
     ),
-    show: Annotated[int, option(OUTPUT, "N", "Show the text of the first rollouts, this many.", min=0)] = 10,
+    show: Annotated[
+        int,
+        option(
+            OUTPUT,
+            "N",
+            "Show the first rollouts, this many; the file has both models' five likeliest tokens in these.",
+            min=0,
+        ),
+    ] = 10,
 ) -> None:
     """Roll out prompts without training: who wrote which token, as JSON lines and in color."""
     from switchkd.report.terminal import print_rollouts
     from switchkd.rollout.jsonl import write_rollouts
+    from switchkd.rollout.second_reading import read_again
 
     quiet_transformers()
     writer = policy_named(policy, context)
@@ -185,7 +195,8 @@ def rollout(
     console = new_console()
     with console.status("rolling out ..."):
         rollouts = engine_of(options, pair).generate(prompts, writer, sampling, seed=options.seed)
-    write_rollouts(rollouts, pair.tokenizer, output)
+        readings = read_again(pair, rollouts[:show], sampling)
+    write_rollouts(rollouts, pair.tokenizer, output, readings)
     print_rollouts(rollouts, pair.tokenizer, console, shown=show)
     console.print(Text(f"{len(rollouts)} rollouts are in {output}"), soft_wrap=True)
 
@@ -196,6 +207,8 @@ for measure, shown in (
     (diagnose, f"diagnose {_world} --limit 16"),
 ):
     app.command(cls=Command, context_settings=POLICY_OPTIONS, rich_help_panel=MEASURE, epilog=example(shown))(measure)
+
+app.command(cls=Command, rich_help_panel=MEASURE, epilog=example("report runs/switch runs/gkd"))(report)
 
 
 for look_up, shown in (

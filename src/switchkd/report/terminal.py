@@ -23,6 +23,7 @@ from switchkd.analysis.distance import Distance
 from switchkd.evaluation.score import Evaluation
 from switchkd.positions import BUCKET_ENDS, BUCKET_NAMES, Bucket, ByPosition
 from switchkd.records import Rollout, teacher_share_of
+from switchkd.rollout.jsonl import token_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 TEACHER_STYLE = "bold magenta"
 # Without color, marks stand around what the teacher wrote.
 TEACHER_MARKS = ("«", "»")
-_DECODED_AT_ONCE = 32
 # A single step is a few sequences: its loss says little.
 _STEPS_OF_A_MEAN = 20
 # How the names of transformers' times of an evaluation end.
@@ -53,30 +53,18 @@ def duration(seconds: float) -> str:
 def writer_runs(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
     """The response's text in runs of one writer each: (text, whether the teacher wrote it).
 
-    A token's text is what it adds to the decoded response, so blanks stay. A character of several tokens belongs to the
-    token that completes it.
+    Blanks stay. A character of several tokens belongs to the token that completes it.
     """
-    # Decoded from `start` on: from the first token each time, a long response would take minutes.
-    start, shown, run, run_by_teacher = 0, "", "", False
-
-    def decoded_until(end: int) -> str:
-        return str(tokenizer.decode(list(rollout.token_ids[start:end]), clean_up_tokenization_spaces=False))
-
-    for count, by_teacher in enumerate(rollout.written_by_teacher, start=1):
-        decoded = decoded_until(count)
-        # The replacement character: the next token may complete a character that this one began.
-        if decoded.endswith("\ufffd") and count < len(rollout.token_ids):
+    run, run_by_teacher = "", False
+    texts = token_texts(rollout.token_ids, tokenizer)
+    for text, by_teacher in zip(texts, rollout.written_by_teacher, strict=True):
+        if not text:
             continue
-        added, shown = decoded[len(shown) :], decoded
-        if count - start >= _DECODED_AT_ONCE:
-            # A few tokens before it, since a tokenizer may write a text's first token in another way.
-            start = count - 4
-            shown = decoded_until(count)
         if by_teacher != run_by_teacher:
             if run:
                 yield run, run_by_teacher
             run, run_by_teacher = "", by_teacher
-        run += added
+        run += text
     if run:
         yield run, run_by_teacher
 

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from switchkd.models.pair import counted
 from switchkd.progress import progress_bar
 from switchkd.report.terminal import duration, scores_of
+from switchkd.run.written import read_log as read_log
 
 # What a progress line shows of a log event: its key, and how it is written.
 SHOWN = {
@@ -165,25 +166,6 @@ class LogFile(TrainerCallback):
         # Opened for each event, so that a crash loses none that came before it.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**event, **kwargs["logs"]}) + "\n")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The log events of a run, in order. Where a resumed run logged a step again, the later event stands for it.
-
-    A line that a crash cut off is left out.
-    """
-    events: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        # One step may log a loss, an evaluation and the end of training: these are three events, not repeats of one.
-        kind = next((key for key in ("loss", "eval_loss", "train_runtime") if key in event), "")
-        key = (event["stage"], event["step"], kind)
-        events.pop(key, None)
-        events[key] = event
-    return list(events.values())
 
 
 class StopCleanly(TrainerCallback):

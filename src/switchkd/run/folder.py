@@ -18,14 +18,16 @@ from switchkd.errors import UserError
 from switchkd.files import now, write_atomically
 from switchkd.models.heads import base_of
 from switchkd.run.file import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage, read_mapping, run_from_values
+from switchkd.run.written import DEFAULTS_MARK
+from switchkd.run.written import ENVIRONMENT_FILE as ENVIRONMENT_FILE
+from switchkd.run.written import FINISHED_FILE as FINISHED_FILE
+from switchkd.run.written import LOG_FILE as LOG_FILE
+from switchkd.run.written import RUN_FILE as RUN_FILE
 from switchkd.training.card import versions, write_card
 from switchkd.training.checkpoints import last_complete_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-RUN_FILE, ENVIRONMENT_FILE, LOG_FILE, FINISHED_FILE = "run.yaml", "environment.json", "log.jsonl", "finished.json"
-ROLLOUTS_FILE = "rollouts.jsonl"
 
 # What a run may change when it goes on: how long it is, what is logged, kept and evaluated, and where things are.
 _CHANGEABLE = [
@@ -126,7 +128,7 @@ def record_run(run: RunConfig) -> None:
     if run.stages:
         text += _as_yaml({"stages": [dict(stage) for stage in run.stages]})
     # Defaults may change between versions; a run that is resumed keeps those that it began with.
-    text += f"\n# Not set, but in force: the defaults of transformers.TrainingArguments.\n{_as_yaml(values)}"
+    text += f"\n{DEFAULTS_MARK}\n{_as_yaml(values)}"
     write_atomically(folder / RUN_FILE, text)
     write_atomically(folder / ENVIRONMENT_FILE, json.dumps(_environment(), indent=2) + "\n")
 

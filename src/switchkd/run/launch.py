@@ -23,10 +23,11 @@ from switchkd.models.sources import find_source
 from switchkd.records import Example
 from switchkd.report.plots import save_curves
 from switchkd.report.terminal import run_table
-from switchkd.run.callbacks import ConsoleProgress, LogFile, StopCleanly, read_log
+from switchkd.run.callbacks import ConsoleProgress, LogFile, StopCleanly
 from switchkd.run.file import RunConfig, Stage
-from switchkd.run.folder import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, check_output_dir, is_finished, record_run, save_final
+from switchkd.run.folder import check_output_dir, is_finished, record_run, save_final
 from switchkd.run.rollout_view import RolloutView
+from switchkd.run.written import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, read_log
 from switchkd.training.card import Origins
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.dataset import evaluated, tokenized, warn_of_templates
@@ -202,7 +203,9 @@ def _trainer(
     stages = (*stage.before, stage.name) if stage.name else ()
     trainer.origins = Origins(run.student, teacher, stage.run.train_data, stages)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RolloutView(trainer, console, Path(run.output_dir) / ROLLOUTS_FILE, stage.name))
+    view = RolloutView(trainer, console, Path(run.output_dir) / ROLLOUTS_FILE, stage.name)
+    trainer.add_callback(view)
+    trainer.tell_written(view.on_written)
     trainer.tell_rollouts(progress.on_rollouts)
     return trainer, stopper, progress
 

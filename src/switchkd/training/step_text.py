@@ -23,6 +23,7 @@ from switchkd.training.auto_threshold import CalibratedPolicy
 from switchkd.training.meters import Meters
 from switchkd.training.replay import ReplayBuffer
 from switchkd.training.rewriting import rewritten
+from switchkd.training.written_step import WrittenStep
 
 TEXT_MEASURES = (
     "student_share",
@@ -81,6 +82,8 @@ class StepText:
         self.newest: list[Rollout] = []
         # Told the rollouts that are finished, and how many there are to be.
         self.on_progress: Callable[[int, int], None] | None = None
+        # Told a step's rollouts once they are there.
+        self.on_written: Callable[[WrittenStep], None] | None = None
         self.replay = ReplayBuffer(plan.replay_capacity) if plan.replay_capacity and plan.rolls_out else None
         self.share = AdaptiveShare(plan.rollout_share, plan.share_rise) if plan.share_rise else None
         self.calibrated = None
@@ -115,6 +118,12 @@ class StepText:
                 rollouts = self._roll_out([prompts[row] for row in rows], writer, engine, limit)
                 written.update(zip(rows, rollouts, strict=True))
         self.newest = [replace(written[row], teacher_hidden=None) for row in sorted(written)]
+        if self.on_written and self.newest:
+            sampling = replace(self.args.sampling, max_new_tokens=limit)
+            writer = policy if by_policy else Teacher()
+            self.on_written(
+                WrittenStep(state.global_step + 1, self.newest, self.pair, writer, sampling, self.args.seed)
+            )
         if self.share:
             self.meters.add("student_share", share, 1)
         if self.replay is not None:

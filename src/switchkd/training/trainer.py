@@ -38,6 +38,7 @@ from switchkd.training.teacher_share_alarm import teacher_share_alarm
 from switchkd.training.teacher_text import teacher_text
 from switchkd.training.teachers import TeacherPlace, teacher_size
 from switchkd.training.trained_pair import keep_ends, trained_pair
+from switchkd.training.written_step import WrittenStep
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -153,6 +154,10 @@ class SwitchTrainer(Trainer):
     def newest_rollouts(self) -> list[Rollout]:
         """The rollouts of this process in the newest step, in the order of its rows, without the teacher's states."""
         return self._text.newest
+
+    def tell_written(self, told: Callable[[WrittenStep], None]) -> None:
+        """Once a step's rollouts are there, call `told` with them, before anything is trained on them."""
+        self._text.on_written = told
 
     def tell_rollouts(self, told: Callable[[int, int], None]) -> None:
         """While a step is rolled out, call `told` with the number of finished rollouts and the number there will be."""
