@@ -23,9 +23,13 @@ from processes import run_group, run_script
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
+from switchkd.records import Sampling
+from switchkd.rollout.policies import Switch
+from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.run.callbacks import StopCleanly
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.trainer import SwitchTrainer
+from switchkd.training.whole_student import WholeStudent
 from tiny import tiny_pair
 from trainers import TIMINGS, make_examples
 
@@ -209,6 +213,22 @@ def test_a_run_goes_on_with_any_number_of_processes(begun: str, runs: Path, tmp_
     resume(runs / begun / "checkpoint-2", tmp_path, 8)
     same_weights(tmp_path, runs / "half-one")
     same_weights(runs / f"{begun}-resumed", runs / "half-one")
+
+
+def test_a_gathered_student_writes_the_tokens_of_a_whole_one_under_autocast() -> None:
+    made = tiny_pair("llama")
+    pair = ModelPair(made.student, made.teacher, autocast_dtype=torch.bfloat16)
+    reader = WholeStudent(pair, sharded=True)
+    prompts = [example.prompt for example in make_examples(6)]
+    with reader.gathered():
+        texts = [
+            SpeculativeEngine(each, 3).generate(prompts, Switch(0.1), Sampling(12)) for each in (pair, reader.pair)
+        ]
+        # All but embedding and norms, which autocast does not lower.
+        assert {each.dtype for each in reader.pair.student.parameters()} == {torch.bfloat16, torch.float32}
+    assert [text.token_ids for text in texts[0]] == [text.token_ids for text in texts[1]]
+    assert not sum(each.numel() for each in reader.pair.student.parameters())
+    assert sum(each.numel() for each in pair.student.parameters())
 
 
 def test_rows_that_fill_up_a_step_are_kept_once(runs: Path) -> None:

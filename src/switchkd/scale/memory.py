@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from switchkd.loss.chunked import PIECES_OF_A_CHUNK_ON_CPU
 from switchkd.models.memory import AT_LEAST, BYTES_A_NUMBER
 from switchkd.scale.sizes import ModelSize
 
@@ -23,19 +24,18 @@ Parts = dict[str, int]
 
 @dataclass(frozen=True)
 class Bytes:
-    """The bytes of a number: in the student's weights, in the teacher's, in what both compute in, and of a logit in the loss.
+    """The bytes of a number: in the student's weights, in the teacher's, and in what both compute in.
 
-    The last counts all tensors that a comparison makes of the logits of a chunk.
+    The loss compares a chunk of logits in so many `pieces` (loss/chunked.py).
     """
 
     student: int = 4
     teacher: int = 2
     computing: int = 2
-    compared: int = BYTES_A_NUMBER
+    pieces: int = 1
 
 
-# On a CPU a chunk of logits is compared an eighth at a time (loss/chunked.py).
-CPU_FLOAT32 = Bytes(4, 4, 4, 4 + BYTES_A_NUMBER // 8)
+CPU_FLOAT32 = Bytes(4, 4, 4, PIECES_OF_A_CHUNK_ON_CPU)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def rolling_out(student: ModelSize, teacher: ModelSize | None, load: Load, split
         parts["a layer of the teacher"] = teacher.layer * numbers.teacher
     # At most half of the free memory, so this is what it can do with.
     compared = min(load.rollout_rows, load.texts) * load.block * student.vocabulary
-    parts["comparison"] = min(compared, AT_LEAST) * numbers.compared
+    parts["comparison"] = min(compared, AT_LEAST) * BYTES_A_NUMBER
     return parts
 
 
@@ -138,9 +138,10 @@ def training(student: ModelSize, load: Load, split: Split, numbers: Bytes) -> Pa
         parts["student in bf16"] = student.multiplied * numbers.computing
     parts["activations"] = activation_bytes(student, load, numbers)
     positions = min(load.rows, load.texts) * load.response
-    chunk = min(max(16, AT_LEAST // student.vocabulary), positions) * student.vocabulary
+    chunk = max(16, AT_LEAST // student.vocabulary)
+    piece = min(chunk // numbers.pieces, positions)
     head = student.head * 4 if student.trained == student.parameters else 0
-    parts["loss"] = head + chunk * numbers.compared
+    parts["loss"] = head + (4 * min(chunk, positions) + BYTES_A_NUMBER * piece) * student.vocabulary
     return parts
 
 

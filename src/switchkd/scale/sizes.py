@@ -124,7 +124,8 @@ def _configuration(name: str) -> PreTrainedConfig:
     try:
         if Path(name).suffix == ".json":
             values = json.loads(Path(name).read_text(encoding="utf-8"))
-            return cast(PreTrainedConfig, AutoConfig.for_model(values.pop("model_type"), **values))
+            given: PreTrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+            return given
         source = find_source(name)
         if source.gguf_file is not None:
             raise UserError(
