@@ -31,7 +31,7 @@ from switchkd.rollout.engine import Engine
 from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
-from switchkd.scale.memory import Bytes, Load, Split, lasting, training
+from switchkd.scale.memory import Bytes, Load, Split, backward, lasting
 from switchkd.scale.sizes import ModelSize
 from switchkd.training.trainer import SwitchTrainer
 
@@ -153,7 +153,7 @@ def bytes_by_part(pair: ModelPair, *, rows: int, slots: int, tokens: int) -> dic
     numbers = Bytes(pair.student.dtype.itemsize, read.itemsize, computing.itemsize)
     load = Load(rows, slots - tokens, tokens, rows, rows, block=0)
     return lasting(student, teacher, load, Split(), numbers) | {
-        "gradients": training(student, load, Split(), numbers)["gradients"]
+        "gradients": backward(student, load, Split(), numbers)["gradients"]
     }
 
 

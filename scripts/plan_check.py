@@ -29,7 +29,7 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Prompt
 from switchkd.rollout.blends import Mix
-from switchkd.scale.memory import CPU_FLOAT32, Load, Split, lasting, rolling_out, training
+from switchkd.scale.memory import CPU_FLOAT32, Load, Split, backward, lasting, needed, rolling_out, with_loss
 from switchkd.scale.sizes import ModelSize
 from switchkd.training.trainer import SwitchTrainer
 
@@ -155,12 +155,12 @@ def measure(folder: Path, spread: str, processes: int, rows: int, checkpointing:
     load = Load(rows, PROMPT, RESPONSE, rows, rows, checkpointing, BLOCK)
     split = Split(spread, processes)  # type: ignore[arg-type]
     given = (load, split, CPU_FLOAT32)
-    lasts = sum(lasting(student, teacher, *given).values())
+    lasts = lasting(student, teacher, *given)
     return {
         "rollout": counting.most["rollout"],
         "training": counting.most["training"],
-        "rollout by formula": lasts + sum(rolling_out(student, teacher, *given).values()),
-        "training by formula": lasts + sum(training(student, *given).values()),
+        "rollout by formula": needed(lasts, rolling_out(student, teacher, *given)),
+        "training by formula": needed(lasts, with_loss(student, *given), backward(student, *given)),
     }
 
 

@@ -44,8 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # These have no rollouts, and so nothing but the loss reads the student.
 OF_PARTS: dict[str, dict[str, Any]] = {"sft": {"method": "sft"}, "kd": {"method": "kd"}}
-IN_PARTS = ("switch", "gkd", "seqkd")
-OF_FOUR = ("switch", "gkd")
+IN_PARTS = ("switch", "gkd")
 # In steps of 8 the third has 6 rows: 4 and 2 of them for two processes. Of 17 it has one, and the other process none.
 ROWS = dict.fromkeys(METHODS, 22) | {"gkd": 17}
 EVAL_ROWS = 9
@@ -187,19 +186,15 @@ def test_two_processes_train_the_same_model_as_one(method: str, runs: Path) -> N
     same_runs(runs, "one", "two", method)
 
 
-@pytest.mark.parametrize("method", OF_FOUR)
-def test_four_processes_train_the_same_model_as_one(method: str, runs: Path) -> None:
-    same_runs(runs, "one", "four", method)
-
-
 @pytest.mark.parametrize("method", [*IN_PARTS, *OF_PARTS])
 def test_a_student_in_parts_on_two_processes_is_trained_as_a_whole_one(method: str, runs: Path) -> None:
     same_runs(runs, "one", "two-parts", method)
 
 
-@pytest.mark.parametrize("method", OF_FOUR)
-def test_a_student_in_parts_on_four_processes_is_trained_as_a_whole_one(method: str, runs: Path) -> None:
-    same_runs(runs, "one", "four-parts", method)
+@pytest.mark.parametrize("run", ["four", "four-parts"])
+def test_four_processes_train_the_same_model_as_one(run: str, runs: Path) -> None:
+    # With the whole student each of four has two rows; the step of one row leaves three without any.
+    same_runs(runs, "one", run, "gkd")
 
 
 @pytest.mark.parametrize("method", ["switch", "seqkd"])
@@ -207,9 +202,9 @@ def test_a_teacher_shared_by_two_processes_says_what_a_whole_one_says(method: st
     same_runs(runs, "one", "two-shared", method)
 
 
-@pytest.mark.parametrize("begun", ["half-one", "half-two", "half-parts"])
+@pytest.mark.parametrize("begun", ["half-one", "half-parts"])
 def test_a_run_goes_on_with_any_number_of_processes(begun: str, runs: Path, tmp_path: Path) -> None:
-    """Begun by one, by two, or by two with parts: the other half by one, and by two with parts, ends in the same weights."""
+    """Begun by one, or by two with parts: the other half by one, and by two with parts, ends in the same weights."""
     resume(runs / begun / "checkpoint-2", tmp_path, 8)
     same_weights(tmp_path, runs / "half-one")
     same_weights(runs / f"{begun}-resumed", runs / "half-one")
@@ -256,19 +251,18 @@ def test_a_process_that_cannot_write_the_teachers_text_tells_the_others(runs: Pa
 def be_two(folder: Path, rank: int) -> None:
     train_each_method(folder / "two", 4, METHODS)
     meet_trouble(folder / "two", rank)
-    save_half_way(folder / "half-two", 4)
     shared = {"teacher_offload": "shared"}
     train_each_method(folder / "two-shared", 4, {name: METHODS[name] | shared for name in ("switch", "seqkd")})
     # From here on accelerate's environment asks for FSDP.
     train_each_method(folder / "two-parts", 4, {name: METHODS[name] for name in IN_PARTS}, fsdp=True)
     train_each_method(folder / "two-parts", 2, OF_PARTS, fsdp=True, gradient_accumulation_steps=2)
     save_half_way(folder / "half-parts", 4, fsdp=True)
-    for begun in ("half-one", "half-two", "half-parts"):
+    for begun in ("half-one", "half-parts"):
         resume(folder / begun / "checkpoint-2", folder / f"{begun}-resumed", 4, fsdp=True)
 
 
 def be_four(folder: Path) -> None:
-    methods = {name: METHODS[name] for name in OF_FOUR}
+    methods = {"gkd": METHODS["gkd"]}
     train_each_method(folder / "four", 2, methods)
     train_each_method(folder / "four-parts", 2, methods, fsdp=True)
 

@@ -27,7 +27,7 @@ _ADVICE = {
     "shared": "teacher_offload: shared",
     "device_map": "one process, and teacher_model_init_kwargs: {device_map: auto}",
 }
-_PHASES = ("all the time", "in rollouts", "in training")
+_PHASES = ("all the time", "in rollouts", "in the loss", "in backward")
 
 
 _CAPTION = (

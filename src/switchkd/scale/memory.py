@@ -1,6 +1,6 @@
 """The bytes that each part of a run holds on one device, by a formula: the one place for it.
 
-Rollouts and training take turns, so a device needs what lasts and the larger of the two. What a formula leaves out: the driver, the
+Rollout, forward with loss, and backward take turns, so a device needs what lasts and the largest of the three. What a formula leaves out: the driver, the
 allocator's gaps, and a framework's buffers that are not named here.
 """
 
@@ -79,6 +79,9 @@ def lasting(student: ModelSize, teacher: ModelSize | None, load: Load, split: Sp
         "optimizer": 2 * student.trained * numbers.student // (1 if split.spread == "ddp" else among),
         "student cache": cache_bytes(student, load, numbers),
     }
+    if split.spread == "ddp" and among > 1:
+        # The tensors that it sums over the processes are copies of the gradients.
+        parts["gradients in flight"] = student.trained * numbers.student
     if teacher is not None:
         layers = teacher.layers * teacher.layer
         weights = {
@@ -121,30 +124,43 @@ def rolling_out(student: ModelSize, teacher: ModelSize | None, load: Load, split
     return parts
 
 
-def training(student: ModelSize, load: Load, split: Split, numbers: Bytes) -> Parts:
-    """What a training forward and backward add to what lasts, by part."""
-    among, whole = split.processes, student.trained * numbers.student
-    parts = {"gradients": whole // (among if split.spread in ("zero2", "fsdp2") else 1)}
-    if split.spread == "ddp" and among > 1:
-        # The tensors that it sums over the processes are copies of the gradients.
-        parts["gradients in flight"] = whole
-    elif split.spread in ("zero1", "zero2"):
-        parts["gradients in flight"] = 2 * ZERO_BUCKET * numbers.student
-    elif split.spread == "fsdp2":
-        # Of the layer that runs and the next, and of what lies outside layers; and their gradients before they are taken apart.
-        parts["gathered weights"] = (2 * student.layer + student.outside) * numbers.computing
-        parts["gradients in flight"] = (student.layer + student.outside) * numbers.computing
-    if numbers.computing != numbers.student and split.spread != "fsdp2":
-        parts["student in bf16"] = student.multiplied * numbers.computing
-    parts["activations"] = activation_bytes(student, load, numbers)
+def with_loss(student: ModelSize, load: Load, split: Split, numbers: Bytes) -> Parts:
+    """What a training forward and its loss add to what lasts, by part; no gradient but the head's is there yet."""
     positions = min(load.rows, load.texts) * load.response
     chunk = max(16, AT_LEAST // student.vocabulary)
     piece = min(chunk // numbers.pieces, positions)
     head = student.head * 4 if student.trained == student.parameters else 0
-    parts["loss"] = head + (4 * min(chunk, positions) + BYTES_A_NUMBER * piece) * student.vocabulary
+    return {
+        **_computed_with(student, split, numbers),
+        "activations": activation_bytes(student, load, numbers),
+        "loss": head + (4 * min(chunk, positions) + _BYTES_A_LOGIT * piece) * student.vocabulary,
+    }
+
+
+def backward(student: ModelSize, load: Load, split: Split, numbers: Bytes) -> Parts:
+    """What a backward adds to what lasts, by part: at its end all gradients, and the activations of one layer."""
+    among, whole = split.processes, student.trained * numbers.student
+    parts = _computed_with(student, split, numbers)
+    parts["gradients"] = whole // (among if split.spread in ("zero2", "fsdp2") else 1)
+    if split.spread in ("zero1", "zero2"):
+        parts["gradients in flight"] = 2 * ZERO_BUCKET * numbers.student
+    elif split.spread == "fsdp2":
+        # Before they are taken apart.
+        parts["gradients in flight"] = (student.layer + student.outside) * numbers.computing
+    parts["activations of a layer"] = _layer_activations(student, load, numbers)
     return parts
 
 
+def _computed_with(student: ModelSize, split: Split, numbers: Bytes) -> Parts:
+    if split.spread == "fsdp2":
+        # The layer that runs and the next, and what lies outside layers.
+        return {"gathered weights": (2 * student.layer + student.outside) * numbers.computing}
+    lowered = numbers.computing != numbers.student
+    return {"student in bf16": student.multiplied * numbers.computing} if lowered else {}
+
+
+# At the peak of a training comparison: six float32 tensors of the logits' size and two masks.
+_BYTES_A_LOGIT = 26
 # Numbers in one of ZeRO's buckets, as recipes/accelerate/zero*.yaml set them.
 ZERO_BUCKET = 50_000_000
 
@@ -155,17 +171,20 @@ def activation_bytes(student: ModelSize, load: Load, numbers: Bytes) -> int:
     Counted for layers of the Llama kind (two RMS norms, gated inner layer, fused attention). Norms compute in float32.
     """
     tokens = min(load.rows, load.texts) * (load.prompt + load.response)
+    last_norm = tokens * student.hidden * (4 + 4)
+    if load.checkpointing:
+        return student.layers * tokens * student.hidden * numbers.computing + last_norm
+    return student.layers * _layer_activations(student, load, numbers) + last_norm
+
+
+def _layer_activations(student: ModelSize, load: Load, numbers: Bytes) -> int:
+    tokens = min(load.rows, load.texts) * (load.prompt + load.response)
     queries, keys = student.heads * student.head_size, student.kv_heads * student.head_size
     normed = 2 * student.hidden * (4 + 4 + numbers.computing)
     attention = (3 * queries + 2 * keys) * numbers.computing
-    layer = tokens * (normed + attention + 4 * student.inner * numbers.computing)
-    last_norm = tokens * student.hidden * (4 + 4)
-    if load.checkpointing:
-        return student.layers * tokens * student.hidden * numbers.computing + layer + last_norm
-    return student.layers * layer + last_norm
+    return tokens * (normed + attention + 4 * student.inner * numbers.computing)
 
 
-def needed(parts: tuple[Parts, Parts, Parts]) -> int:
-    """The bytes that a device needs at most at a time: what lasts, and the larger of rollout and training."""
-    lasts, rolls, trains = (sum(each.values()) for each in parts)
-    return lasts + max(rolls, trains)
+def needed(lasting: Parts, *phases: Parts) -> int:
+    """The bytes that a device needs at most at a time: what lasts, and the largest of the phases, which take turns."""
+    return sum(lasting.values()) + max(sum(each.values()) for each in phases)

@@ -9,7 +9,18 @@ from typing import Any, get_args
 
 from switchkd.errors import UserError
 from switchkd.scale.cost import Clock, Cluster
-from switchkd.scale.memory import Load, Parts, Split, Spread, TeacherAt, lasting, needed, rolling_out, training
+from switchkd.scale.memory import (
+    Load,
+    Parts,
+    Split,
+    Spread,
+    TeacherAt,
+    backward,
+    lasting,
+    needed,
+    rolling_out,
+    with_loss,
+)
 from switchkd.scale.sizes import ModelSize
 
 _MOST_ROWS = 256
@@ -28,20 +39,20 @@ class Job:
 class Option:
     """A split with the largest batches that fit, or, where none does, with the smallest: then `fits` is False.
 
-    `memory` holds bytes on the fullest device: what lasts, what a rollout adds, and what training adds. `seconds` are those of a
-    step, by part.
+    `memory` holds bytes on the fullest device: what lasts, and what a rollout, a forward with its loss and a backward add.
+    `seconds` are those of a step, by part.
     """
 
     split: Split
     load: Load
-    memory: tuple[Parts, Parts, Parts]
+    memory: tuple[Parts, Parts, Parts, Parts]
     seconds: dict[str, float]
     fits: bool
 
     @property
     def bytes(self) -> int:
         """The most that a device holds at a time."""
-        return needed(self.memory)
+        return needed(*self.memory)
 
     @property
     def time(self) -> float:
@@ -55,7 +66,7 @@ class Option:
 
     def as_json(self) -> dict[str, Any]:
         """All of it as JSON values; bytes and seconds."""
-        phases = zip(("lasting", "rollout", "training"), self.memory, strict=True)
+        phases = zip(("lasting", "rollout", "loss", "backward"), self.memory, strict=True)
         return {
             "fits": self.fits,
             **asdict(self.split),
@@ -107,7 +118,8 @@ def _option(student: ModelSize, teacher: ModelSize, load: Load, clock: Clock, sp
     memory = (
         lasting(student, teacher, *given),
         rolling_out(student, teacher, *given),
-        training(student, *given),
+        with_loss(student, *given),
+        backward(student, *given),
     )
     usable = clock.cluster.memory * clock.assumed.memory_usable
-    return Option(split, load, memory, clock.step(student, teacher, load, split), needed(memory) <= usable)
+    return Option(split, load, memory, clock.step(student, teacher, load, split), needed(*memory) <= usable)
