@@ -1,7 +1,7 @@
 """The bytes that each part of a run holds on one device, by a formula: the one place for it.
 
-Rollout, forward with loss, and backward take turns, so a device needs what lasts and the largest of the three. What a formula leaves out: the driver, the
-allocator's gaps, and a framework's buffers that are not named here.
+Rollout, forward with loss, and backward take turns, so a device needs what lasts and the largest of the three. What a formula
+leaves out: the driver, the allocator's gaps, and a framework's buffers that are not named here.
 """
 
 from __future__ import annotations
