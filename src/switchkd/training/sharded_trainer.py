@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import TrainOutput
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.training.machine import check_sharding, set_up_sharding
+from switchkd.training.teachers import TeacherPlace
 from switchkd.training.whole_student import WholeStudent, load_optimizer_state, whole_optimizer_state
 
 
@@ -27,6 +29,7 @@ class ShardedTrainer(Trainer):
 
     args: SwitchConfig
     whole: WholeStudent
+    _place: TeacherPlace
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `transformers.Trainer`, with FSDP2 on CPUs too."""
@@ -41,6 +44,18 @@ class ShardedTrainer(Trainer):
             nn.Module.to(pair.student, self.args.device)
         self.whole = WholeStudent(pair, sharded=self.is_fsdp_enabled)
         return self.whole.pair
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep both models' weights whole and loaded inside, for the engine and for what reads the teacher; may be nested."""
+        with self.whole.gathered(), self._place.loaded():
+            yield
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `transformers.Trainer`."""
+        if resume_from_checkpoint:
+            self._load_before_sharding(Path(str(resume_from_checkpoint)))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @contextmanager
     def _as_one_process(self) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -144,12 +143,6 @@ class SwitchTrainer(ShardedTrainer):
         self._step_started, self._step_tokens = 0.0, 0
         self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
         self._answers = ScoredAnswers()
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Keep both models' weights whole and loaded inside, for the engine and for what reads the teacher; may be nested."""
-        with self.whole.gathered(), self._place.loaded():
-            yield
 
     @property
     def newest_rollouts(self) -> list[Rollout]:
@@ -324,8 +317,6 @@ class SwitchTrainer(ShardedTrainer):
             checkpoint = checkpoint_to_resume(named, str(self.args.output_dir))
         if self._text.replay is not None:
             self._text.replay.load(checkpoint)
-        if checkpoint:
-            self._load_before_sharding(checkpoint)
         if self.plan.teacher_text is not None and self.pair.teacher is not None:
             with self.reading(), self.pair.computing():
                 engine = self.costs.counting(self.engine)
