@@ -37,12 +37,14 @@ class ShardedTrainer(Trainer):
         self.is_fsdp_enabled = set_up_sharding(self.accelerator, self.args)
 
     def _read_whole(self, pair: ModelPair) -> ModelPair:
-        """The pair that rollouts read, from here on kept in `whole`. Raises UserError for sharding that would not be right."""
+        """The pair that rollouts read, inside `reading` alone. Raises UserError for sharding that would not be right."""
         check_sharding(self.accelerator.state, self.args, pair)
         if self.is_fsdp_enabled:
             # The trainer leaves it where it is, and whatever is proven before training needs it whole.
             nn.Module.to(pair.student, self.args.device)
         self.whole = WholeStudent(pair, sharded=self.is_fsdp_enabled)
+        folder = Path(str(self.args.output_dir))
+        self._place = TeacherPlace(pair.teacher, self.args.teacher_offload, self.args.device, folder)
         return self.whole.pair
 
     @contextmanager

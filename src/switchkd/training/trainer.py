@@ -38,7 +38,7 @@ from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_share_alarm import teacher_share_alarm
 from switchkd.training.teacher_text import teacher_text
-from switchkd.training.teachers import TeacherPlace, teacher_size
+from switchkd.training.teachers import teacher_size
 from switchkd.training.trained_pair import keep_ends, trained_pair
 
 if TYPE_CHECKING:
@@ -112,7 +112,6 @@ class SwitchTrainer(ShardedTrainer):
         self.origins = origins_of(pair)
         args.learning_rate = learning_rate_for(pair.student, args.learning_rate)
         engine = options.pop("engine", None)
-        trainer_options: dict[str, Any] = {**options}
         super().__init__(
             model=pair.student,
             args=args,
@@ -120,9 +119,8 @@ class SwitchTrainer(ShardedTrainer):
             train_dataset=training_examples(train_dataset, pair, args),
             eval_dataset=evaluation_examples(eval_dataset, pair, args),
             processing_class=pair.tokenizer,
-            **trainer_options,
+            **dict[str, Any](**options),
         )
-        reading = self._read_whole(pair)
         check_room(pair, args, self.train_dataset, self.eval_dataset)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not self.is_deepspeed_enabled:
             warn_if_weights_stand_still(pair.student, args)
@@ -130,7 +128,7 @@ class SwitchTrainer(ShardedTrainer):
         self.loss_is_scaled_for_ga = True
         # Before its weights leave for another place.
         self._teacher_size = teacher_size(pair)
-        self._place = TeacherPlace(pair.teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
+        reading = self._read_whole(pair)
         with self.reading():
             self.engine = engine or _engine(reading, args, in_parts=self.is_fsdp_enabled)
             self._loss = StepLoss(pair, plan, rows=args.train_batch_size, teacher=reading.teacher)
@@ -141,8 +139,7 @@ class SwitchTrainer(ShardedTrainer):
         for callback in filter(None, (self.costs, self._text.share, teacher_share_alarm(plan))):
             self.add_callback(callback)
         self._step_started, self._step_tokens = 0.0, 0
-        self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
-        self._answers = ScoredAnswers()
+        self._answers, self._eval_rows, self._eval_sum, self._eval_tokens = ScoredAnswers(), 0, 0.0, 0.0
 
     @property
     def newest_rollouts(self) -> list[Rollout]:
