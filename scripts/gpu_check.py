@@ -31,6 +31,8 @@ from switchkd.rollout.engine import Engine
 from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
+from switchkd.scale.memory import Bytes, Load, Split, backward, lasting
+from switchkd.scale.sizes import ModelSize
 from switchkd.training.trainer import SwitchTrainer
 
 MIB = 2**20
@@ -140,34 +142,19 @@ def _random(sizes: dict[str, int], vocabulary: int, device: torch.device, dtype:
 
 
 def bytes_by_part(pair: ModelPair, *, rows: int, slots: int, tokens: int) -> dict[str, int]:
-    """The formula of docs/gpu.md: what each part of a step holds, in bytes, activations and the loss's pieces left out.
+    """The formula of scale/memory.py for a pair that is there: what each part of a step holds, in bytes.
 
     `rows` texts are rolled out at a time, and are all of the step's. `slots` is the longest prompt + the tokens of a response + a
-    block; `tokens` those of a response.
+    block; `tokens` those of a response. Activations and the loss's pieces are left out.
     """
-    trained = [parameter for parameter in pair.student.parameters() if parameter.requires_grad]
-    of_trained = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    parts = {"student weights": _weights(pair.student), "gradients": of_trained, "AdamW": 2 * of_trained}
-    parts["student cache"] = cache_bytes(pair.student, pair.autocast_dtype, rows, slots)
-    if pair.teacher is not None:
-        dtype = pair.autocast_dtype or pair.teacher.dtype
-        parts["teacher weights"] = _weights(pair.teacher)
-        parts["teacher cache"] = cache_bytes(pair.teacher, pair.autocast_dtype, rows, slots)
-        parts["kept teacher states"] = rows * tokens * pair.teacher.config.hidden_size * dtype.itemsize
-    return parts
-
-
-def _weights(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def cache_bytes(model: PreTrainedModel, autocast_dtype: torch.dtype | None, rows: int, slots: int) -> int:
-    """The keys and values of `rows` texts of `slots` positions, in bytes."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    number = (autocast_dtype or model.dtype).itemsize
-    return int(2 * config.num_hidden_layers * rows * slots * heads * head_size * number)
+    student, teacher = ModelSize.of(pair.student), None if pair.teacher is None else ModelSize.of(pair.teacher)
+    computing = pair.autocast_dtype or pair.student.dtype
+    read = pair.student.dtype if pair.teacher is None else pair.teacher.dtype
+    numbers = Bytes(pair.student.dtype.itemsize, read.itemsize, computing.itemsize)
+    load = Load(rows, slots - tokens, tokens, rows, rows, block=0)
+    return lasting(student, teacher, load, Split(), numbers) | {
+        "gradients": backward(student, load, Split(), numbers)["gradients"]
+    }
 
 
 @contextmanager

@@ -1,16 +1,15 @@
-"""One process equals two: data parallelism changes neither what is rolled out nor the gradient, and no process is left behind."""
+"""One process equals two and four: neither data parallelism nor FSDP2 changes what is rolled out or the gradient.
+
+All runs compute in float64: AdamW's first steps divide a gradient by its own size, and so make 1e-4 of the rounding in float32 of a
+gradient near 0.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,17 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from processes import run_group, run_script
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
+from switchkd.records import Sampling
+from switchkd.rollout.policies import Switch
+from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.run.callbacks import StopCleanly
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.trainer import SwitchTrainer
+from switchkd.training.whole_student import WholeStudent
 from tiny import tiny_pair
 from trainers import TIMINGS, make_examples
 
@@ -38,6 +42,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "distillm2": {"method": "distillm2"},
     "seqkd": {"method": "seqkd"},
 }
+# These have no rollouts, and so nothing but the loss reads the student.
+OF_PARTS: dict[str, dict[str, Any]] = {"sft": {"method": "sft"}, "kd": {"method": "kd"}}
+IN_PARTS = ("switch", "gkd")
 # In steps of 8 the third has 6 rows: 4 and 2 of them for two processes. Of 17 it has one, and the other process none.
 ROWS = dict.fromkeys(METHODS, 22) | {"gkd": 17}
 EVAL_ROWS = 9
@@ -45,8 +52,7 @@ PROCESSES = 2
 
 
 def make_pair() -> ModelPair:
-    # In float32 AdamW's first steps, which divide a gradient by its own size, make 1e-4 of the rounding of a gradient near 0.
-    pair = tiny_pair("llama", layers=1, dtype=torch.float64)
+    pair = tiny_pair("llama", layers=2, dtype=torch.float64)
     # Several ids end a text, so that the processes hold different counts of tokens.
     pair.student.generation_config.eos_token_id = list(range(1, 12))
     return pair
@@ -71,11 +77,10 @@ def make_trainer(pair: ModelPair, folder: Path, rows: int, rows_a_process: int, 
     return SwitchTrainer(student, pair.teacher, args, make_examples(rows), make_examples(EVAL_ROWS, seed=1))
 
 
-def train_each_method(folder: Path, rows_a_process: int) -> None:
+def train_each_method(folder: Path, rows_a_process: int, methods: dict[str, dict[str, Any]], **options: Any) -> None:
     """Three steps and an evaluation with each method; leaves every run's weights and log in a folder of its own."""
-    pair = make_pair()
-    for name, method in METHODS.items():
-        trainer = make_trainer(pair, folder / name, ROWS[name], rows_a_process, **method)
+    for name, method in methods.items():
+        trainer = make_trainer(make_pair(), folder / name, ROWS.get(name, 22), rows_a_process, **method, **options)
         trainer.train()
         trainer.evaluate()
         trainer.save_model()
@@ -84,6 +89,22 @@ def train_each_method(folder: Path, rows_a_process: int) -> None:
             replay = trainer._text.replay
             kept = [] if replay is None else [(r.prompt.sample_id, r.prompt.prompt_id) for r in replay.rollouts]
             (folder / name / "replay.json").write_text(json.dumps(kept))
+
+
+def save_half_way(folder: Path, rows_a_process: int, **options: Any) -> None:
+    """Four steps with a checkpoint after two; the weights at the end are in the folder itself."""
+    halves = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(make_pair(), folder, 22, rows_a_process, **METHODS["switch"], **halves, **options)
+    trainer.train()
+    trainer.save_model()
+
+
+def resume(checkpoint: Path, folder: Path, rows_a_process: int, **options: Any) -> None:
+    """The steps after a checkpoint; the weights at the end are in the folder."""
+    trainer = make_trainer(make_pair(), folder, 22, rows_a_process, **METHODS["switch"], max_steps=4, **options)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 4
+    trainer.save_model()
 
 
 class Terminated(TrainerCallback):
@@ -103,6 +124,7 @@ class Broken:
 
 def meet_trouble(folder: Path, rank: int) -> None:
     """What befalls the second process alone: a signal in training, and a failure in writing the teacher's text."""
+    folder.mkdir(exist_ok=True)
     pair = make_pair()
     trainer = make_trainer(pair, folder / "stopped", 24, 4, method="sft", max_steps=6)
     stopper = StopCleanly(Console(stderr=True))
@@ -124,66 +146,84 @@ def meet_trouble(folder: Path, rank: int) -> None:
         (folder / f"broken-{rank}").write_text(f"{type(error).__name__}: {error}")
 
 
-def leave(folder: Path, rank: int) -> None:
-    """End this process once all have done their work, without the interpreter's teardown.
-
-    There gloo's threads have aborted a process that had done everything (signal 6, "terminate called without an active exception").
-    """
-    (folder / f"done-{rank}").touch()
-    deadline = time.monotonic() + 60
-    while not all((folder / f"done-{each}").exists() for each in range(PROCESSES)):
-        if time.monotonic() > deadline:
-            os._exit(1)
-        time.sleep(0.05)
-    os._exit(0)
-
-
-@contextmanager
-def launched(folder: Path, rows_a_process: int) -> Iterator[None]:
-    """Beside the block this file runs as a script in `PROCESSES` processes, in torchrun's environment but for the port."""
-    shared = {"WORLD_SIZE": str(PROCESSES), "LOCAL_WORLD_SIZE": str(PROCESSES), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rows_a_process)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    yield
-    errors = [process.communicate(timeout=250)[1][-3000:] for process in started]
-    assert [process.returncode for process in started] == [0] * PROCESSES, "\n".join(errors)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders "one" and "two". Costs two starts of Python with torch and transformers: nothing less runs the gathering."""
+    """The folders "one", "two", "four", "two-parts" and "four-parts". Costs one start of Python with torch and transformers."""
     folder = tmp_path_factory.mktemp("runs")
-    with launched(folder / "two", rows_a_process=8 // PROCESSES):
-        train_each_method(folder / "one", rows_a_process=8)
+    train_each_method(folder / "one", 8, METHODS | OF_PARTS)
+    save_half_way(folder / "half-one", 8)
+    run_script(__file__, folder)
     return folder
+
+
+def same_runs(folder: Path, ours: str, theirs: str, method: str) -> None:
+    """Two runs wrote the same text, logged the same numbers and ended in the same weights."""
+    one, other = (json.loads((folder / run / method / "log.json").read_text()) for run in (ours, theirs))
+    # Three steps, the end and the evaluation; and the threshold before steps 0 and 2.
+    assert len(one) == len(other) == (7 if method == "auto" else 5)
+    for our_line, their_line in zip(one, other, strict=True):
+        assert our_line.keys() == their_line.keys()
+        # Tokens, so exact: the same text was written by the same model.
+        for key in ("teacher_share", "response_tokens", "ended"):
+            assert our_line.get(key) == their_line.get(key)
+        for key in our_line:
+            # transformers adds losses up in float32. The operations are counted by process, and each process calibrates.
+            if not any(skipped in key for skipped in (*TIMINGS, "flos", "_forwards", "generated_tokens")):
+                assert our_line[key] == pytest.approx(their_line[key], rel=1e-6), key
+    same_weights(folder / ours / method, folder / theirs / method)
+
+
+def same_weights(ours: Path, theirs: Path) -> None:
+    first, second = (load_file(run / "model.safetensors") for run in (ours, theirs))
+    assert first.keys() == second.keys()
+    for name in first:
+        # Float64 sums over eight rows or over two times four. A step moves a weight by up to the learning rate, 1e-3.
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_the_same_model_as_one(method: str, runs: Path) -> None:
-    one, two = (json.loads((runs / run / method / "log.json").read_text()) for run in ("one", "two"))
-    # Three steps, the end and the evaluation; and the threshold before steps 0 and 2.
-    assert len(one) == len(two) == (7 if method == "auto" else 5)
-    for ours, theirs in zip(one, two, strict=True):
-        assert ours.keys() == theirs.keys()
-        # Tokens, so exact: the same text was written by the same model.
-        for key in ("teacher_share", "response_tokens", "ended"):
-            assert ours.get(key) == theirs.get(key)
-        for key in ours:
-            # transformers adds losses up in float32. The operations are counted by process, and each process calibrates.
-            if not any(skipped in key for skipped in (*TIMINGS, "flos", "_forwards", "generated_tokens")):
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key
-    first, second = (load_file(runs / run / method / "model.safetensors") for run in ("one", "two"))
-    for name in first:
-        # Float64 sums over eight rows or over two times four. A step moves a weight by up to the learning rate, 1e-3.
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-9)
+    same_runs(runs, "one", "two", method)
+
+
+@pytest.mark.parametrize("method", [*IN_PARTS, *OF_PARTS])
+def test_a_student_in_parts_on_two_processes_is_trained_as_a_whole_one(method: str, runs: Path) -> None:
+    same_runs(runs, "one", "two-parts", method)
+
+
+@pytest.mark.parametrize("run", ["four", "four-parts"])
+def test_four_processes_train_the_same_model_as_one(run: str, runs: Path) -> None:
+    # With the whole student each of four has two rows; the step of one row leaves three without any.
+    same_runs(runs, "one", run, "gkd")
+
+
+@pytest.mark.parametrize("method", ["switch", "seqkd"])
+def test_a_teacher_shared_by_two_processes_says_what_a_whole_one_says(method: str, runs: Path) -> None:
+    same_runs(runs, "one", "two-shared", method)
+
+
+@pytest.mark.parametrize("begun", ["half-one", "half-parts"])
+def test_a_run_goes_on_with_any_number_of_processes(begun: str, runs: Path, tmp_path: Path) -> None:
+    """Begun by one, or by two with parts: the other half by one, and by two with parts, ends in the same weights."""
+    resume(runs / begun / "checkpoint-2", tmp_path, 8)
+    same_weights(tmp_path, runs / "half-one")
+    same_weights(runs / f"{begun}-resumed", runs / "half-one")
+
+
+def test_a_gathered_student_writes_the_tokens_of_a_whole_one_under_autocast() -> None:
+    made = tiny_pair("llama")
+    pair = ModelPair(made.student, made.teacher, autocast_dtype=torch.bfloat16)
+    reader = WholeStudent(pair, sharded=True)
+    prompts = [example.prompt for example in make_examples(6)]
+    with reader.gathered():
+        texts = [
+            SpeculativeEngine(each, 3).generate(prompts, Switch(0.1), Sampling(12)) for each in (pair, reader.pair)
+        ]
+        # All but embedding and norms, which autocast does not lower.
+        assert {each.dtype for each in reader.pair.student.parameters()} == {torch.bfloat16, torch.float32}
+    assert [text.token_ids for text in texts[0]] == [text.token_ids for text in texts[1]]
+    assert not sum(each.numel() for each in reader.pair.student.parameters())
+    assert sum(each.numel() for each in pair.student.parameters())
 
 
 def test_rows_that_fill_up_a_step_are_kept_once(runs: Path) -> None:
@@ -208,14 +248,26 @@ def test_a_process_that_cannot_write_the_teachers_text_tells_the_others(runs: Pa
     assert said[1] == "OSError: the disk of this process is gone"
 
 
+def be_two(folder: Path, rank: int) -> None:
+    train_each_method(folder / "two", 4, METHODS)
+    meet_trouble(folder / "two", rank)
+    shared = {"teacher_offload": "shared"}
+    train_each_method(folder / "two-shared", 4, {name: METHODS[name] | shared for name in ("switch", "seqkd")})
+    # From here on accelerate's environment asks for FSDP.
+    train_each_method(folder / "two-parts", 4, {name: METHODS[name] for name in IN_PARTS}, fsdp=True)
+    train_each_method(folder / "two-parts", 2, OF_PARTS, fsdp=True, gradient_accumulation_steps=2)
+    save_half_way(folder / "half-parts", 4, fsdp=True)
+    for begun in ("half-one", "half-parts"):
+        resume(folder / begun / "checkpoint-2", folder / f"{begun}-resumed", 4, fsdp=True)
+
+
+def be_four(folder: Path) -> None:
+    methods = {"gkd": METHODS["gkd"]}
+    train_each_method(folder / "four", 2, methods)
+    train_each_method(folder / "four-parts", 2, methods, fsdp=True)
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, rows_a_process = Path(sys.argv[1]), int(sys.argv[2])
-    # They meet in a file: a port that was free when it was chosen may be another process's by the time it is used.
-    meeting_point = f"file://{folder.resolve()}-meeting-point"
-    torch.distributed.init_process_group(
-        "gloo", init_method=meeting_point, rank=int(os.environ["RANK"]), world_size=PROCESSES
-    )
-    train_each_method(folder, rows_a_process)
-    meet_trouble(folder, int(os.environ["RANK"]))
-    leave(folder, int(os.environ["RANK"]))
+    runs_folder = Path(sys.argv[1])
+    run_group(runs_folder / "two", 2, lambda rank: be_two(runs_folder, rank))
+    run_group(runs_folder / "four", 4, lambda rank: be_four(runs_folder))

@@ -32,7 +32,7 @@ FLOORS = [
     {"distributions", "models"},
     {"data", "rollout"},
     {"loss", "evaluation"},
-    {"methods", "analysis"},
+    {"methods", "analysis", "scale"},
     {"report", "training"},
     {"run"},
     {"study"},

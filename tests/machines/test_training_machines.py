@@ -12,6 +12,7 @@ import signal
 import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,34 +55,58 @@ def test_two_gpus_without_a_launcher_are_refused_with_the_line_to_type(
         make_trainer(tmp_path, tiny_pair("llama"))
 
 
-@pytest.mark.parametrize("method", ["sft", "kd", "switch"])
+FSDP, DEEPSPEED = DistributedType.FSDP, DistributedType.DEEPSPEED
+
+
 @pytest.mark.parametrize(
-    ("kind", "stage", "refused"),
+    ("kind", "plugin", "settings", "refused"),
     [
-        (DistributedType.FSDP, 0, "FSDP"),
-        (DistributedType.DEEPSPEED, 3, "ZeRO-3"),
-        (DistributedType.DEEPSPEED, 2, None),
-        (DistributedType.DEEPSPEED, 1, None),
+        (DEEPSPEED, {"zero_stage": 1}, {}, None),
+        (DEEPSPEED, {"zero_stage": 2}, {}, None),
+        (DEEPSPEED, {"zero_stage": 3}, {}, "ZeRO-3 leaves each process with a part .* use FSDP2"),
+        (FSDP, {}, {}, None),
+        (FSDP, {"fsdp_version": 1}, {}, "fsdp_version is 1, .* set fsdp_version: 2"),
+        (FSDP, {"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading is true, .* set it to false"),
+        (FSDP, {}, {"compile": True}, "compile is true, .* set compile: auto"),
+        (
+            FSDP,
+            {},
+            {
+                "load_best_model_at_end": True,
+                "save_strategy": "steps",
+                "eval_strategy": "steps",
+                "eval_dataset": EXAMPLES,
+            },
+            "load_best_model_at_end is true, .* leave it out",
+        ),
     ],
 )
-def test_weights_in_parts_are_refused_and_whole_ones_are_not(
-    method: str, kind: DistributedType, stage: int, refused: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_spread_that_would_not_be_right_is_refused(
+    kind: DistributedType,
+    plugin: dict[str, Any],
+    settings: dict[str, Any],
+    refused: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     init = transformers.Trainer.__init__
 
-    def in_parts(trainer: Any, *args: Any, **named: Any) -> None:
+    def spread(trainer: Any, *args: Any, **named: Any) -> None:
         init(trainer, *args, **named)
-        trainer.is_fsdp_enabled = kind == DistributedType.FSDP
-        trainer.is_deepspeed_enabled = kind == DistributedType.DEEPSPEED
-        plugin = SimpleNamespace(zero_stage=stage)
-        trainer.accelerator.state = SimpleNamespace(distributed_type=kind, deepspeed_plugin=plugin)
+        trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = kind == FSDP, kind == DEEPSPEED
+        given = SimpleNamespace(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False, **plugin})
+        trainer.accelerator.state = SimpleNamespace(distributed_type=kind, deepspeed_plugin=given, fsdp_plugin=given)
 
-    monkeypatch.setattr(transformers.Trainer, "__init__", in_parts)
-    if refused is None:
-        make_trainer(tmp_path, tiny_pair("llama"), method=method)
-        return
-    with pytest.raises(UserError, match=f"{refused} leaves each with a part"):
-        make_trainer(tmp_path, tiny_pair("llama"), method=method)
+    monkeypatch.setattr(transformers.Trainer, "__init__", spread)
+    with nullcontext() if refused is None else pytest.raises(UserError, match=refused):
+        make_trainer(tmp_path, tiny_pair("llama"), **settings)
+
+
+def test_parts_of_one_process_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="fsdp is set, but there is one process"):
+        make_trainer(tmp_path, tiny_pair("llama"), fsdp=True)
+    with pytest.raises(UserError, match="teacher_offload is 'shared', but there is one process"):
+        make_trainer(tmp_path, tiny_pair("llama"), teacher_offload="shared")
 
 
 @pytest.mark.parametrize("split_batches", [False, True])

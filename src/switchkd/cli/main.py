@@ -31,6 +31,7 @@ from switchkd.cli.options import (
     quiet_transformers,
     with_options,
 )
+from switchkd.cli.plan import plan
 from switchkd.cli.report import report
 from switchkd.cli.start import init, methods, recipes, settings
 from switchkd.errors import Stopped, UserError
@@ -109,9 +110,11 @@ def _options(
     pass
 
 
-app.command(
-    cls=Command, rich_help_panel=TRAIN, epilog=example("init world:student world:teacher world:train -o run.yaml")
-)(init)
+for prepare, shown in (
+    (init, "init world:student world:teacher world:train -o run.yaml"),
+    (plan, "plan Qwen2.5-0.5B Qwen2.5-7B --gpus 8 --memory 80GiB --link nvlink"),
+):
+    app.command(cls=Command, rich_help_panel=TRAIN, epilog=example(shown))(prepare)
 
 
 @app.command(cls=Command, rich_help_panel=TRAIN, epilog=example("train run.yaml --set max_steps=100"))

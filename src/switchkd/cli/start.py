@@ -79,15 +79,18 @@ def settings(
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one's file.")] = None,
 ) -> None:
-    """List the run files that come with switchkd, or print one: `switchkd train recipe:NAME` runs it."""
+    """List the run files that come with switchkd, or print one: `switchkd train recipe:NAME` runs it.
+
+    Those under accelerate/ are files for `accelerate launch --config_file`.
+    """
     from rich.table import Table
 
     from switchkd.run import recipes as kept
 
     if name is not None:
-        typer.echo(kept.recipe_file(name).read_text(encoding="utf-8"), nl=False)
+        typer.echo(kept.shown_file(name).read_text(encoding="utf-8"), nl=False)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
-    for each, path in kept.recipes().items():
+    for each, path in (kept.recipes() | kept.launch_files()).items():
         table.add_row(Text(each, style="bold"), Text(kept.title(path)))
     new_console().print(table)

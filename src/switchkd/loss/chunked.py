@@ -23,7 +23,7 @@ from switchkd.models.memory import numbers_at_once
 # are as fast as they get. On a CPU they hold 64 MB; with half as many, one on two cores is a third slower at 131,072 ids.
 _MOST_NUMBERS = 1 << 28
 # A CPU's caches want small tensors for the comparison, a GPU few kernels.
-_PIECES_OF_A_CHUNK_ON_CPU = 8
+PIECES_OF_A_CHUNK_ON_CPU = 8
 
 # The losses (P,) of the positions of a piece, from their projected hidden states (P, V), the piece and the chunk it lies in.
 # The pieces of a chunk come in order.
@@ -44,7 +44,7 @@ def chunked_sum(
     # Below 16 rows a matrix product spends its time reading the weight.
     device = hidden_NH.device
     chunk_positions = chunk_positions or max(16, min(numbers_at_once(device), _MOST_NUMBERS) // head.vocabulary_size)
-    pieces = _PIECES_OF_A_CHUNK_ON_CPU if device.type == "cpu" else 1
+    pieces = PIECES_OF_A_CHUNK_ON_CPU if device.type == "cpu" else 1
     work = _Work(position_loss, head.vocabulary_size, chunk_positions, max(1, chunk_positions // pieces), wanted)
     total: Tensor = _ChunkedSum.apply(*inputs, work)  # type: ignore[no-untyped-call]
     return total

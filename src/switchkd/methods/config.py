@@ -44,7 +44,7 @@ from switchkd.rollout.policies import POLICY, DecayName, Switch
 from switchkd.settings.components import setting
 from switchkd.settings.unknown import foreign_named, unknown_setting
 
-Offload = Literal["none", "cpu", "disk"]
+Offload = Literal["none", "cpu", "disk", "shared"]
 
 
 @dataclass
@@ -155,7 +155,7 @@ class SwitchConfig(TrainingArguments):
         "What the student's answers to eval_data are scored by: rouge_l, exact_match, numeric_match, module:FUNCTION.",
     )
     teacher_offload: Offload = setting(
-        "none", "Where the teacher's weights are between rollouts: none (they stay), cpu or disk."
+        "none", "Where the teacher's weights lie: none (on the device), cpu, disk, or shared by the processes."
     )
     max_seconds: float | None = setting(None, "End training after this many seconds of computing; see docs/compare.md.")
     max_generated_tokens: int | None = setting(None, "End training once the models have written this many tokens.")

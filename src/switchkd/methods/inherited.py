@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,10 +61,11 @@ def check_inherited(args: TrainingArguments) -> None:
     """Raise UserError for numbers out of range, and for packages that a setting needs and that are not installed."""
     _check_ranges(args)
     _check_packages(args)
-    if args.fsdp:
+    # From the launcher: the number of processes is known for sure only once the devices are taken.
+    if args.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":
         raise UserError(
-            f"fsdp is {args.fsdp!r}, but every process needs whole weights, for the loss as for rollouts; use plain data "
-            f"parallelism (torchrun --nproc-per-node N), DeepSpeed ZeRO-1 or ZeRO-2, or an adapter (peft)"
+            "fsdp is set, but there is one process, and nothing to spread; start several (torchrun --nproc-per-node N -m "
+            "switchkd train ...), or leave it out"
         )
 
 

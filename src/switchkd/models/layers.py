@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,17 +27,15 @@ def remove_layers(model: PreTrainedModel, layers: str) -> None:
             f"drop_layers {layers!r} does not fit a model of {count} layers: name layers from 0 to {count - 1} "
             f"and leave at least one"
         )
-    stacks = [
-        name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
+    name = _name_of_layers(decoder)
     # GPT-2 can scale attention by the layer's number: a layer that has moved would reload with another scale.
-    if len(stacks) != 1 or getattr(config, "scale_attn_by_inverse_layer_idx", False):
+    if name is None or getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UserError(
             f"drop_layers does not know where {type(model).__name__} keeps its layers; leave drop_layers out"
         )
     kept = [index for index in range(count) if index not in dropped]
-    stack = nn.ModuleList(getattr(decoder, stacks[0])[index] for index in kept)
-    setattr(decoder, stacks[0], stack)
+    stack = nn.ModuleList(getattr(decoder, name)[index] for index in kept)
+    setattr(decoder, name, stack)
     module: Any
     for index, layer in enumerate(stack):
         # Attention finds its place in the key/value cache by this number.
@@ -48,6 +46,37 @@ def remove_layers(model: PreTrainedModel, layers: str) -> None:
     for attribute in ("layer_types", "mlp_layer_types", "no_rope_layers"):
         if (per_layer := getattr(config, attribute, None)) is not None:
             setattr(config, attribute, [per_layer[index] for index in kept])
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
+    """The decoder layers of a model, or None where they are not found."""
+    decoder = backbone(model)
+    name = _name_of_layers(decoder)
+    return None if name is None else getattr(decoder, name)
+
+
+def linear_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights and biases of a model's linear layers, each once, without those that are an embedding too.
+
+    Under autocast nothing reads them but in its type.
+    """
+    modules = list(model.modules())
+    looked_up = {id(each.weight) for each in modules if isinstance(each, nn.Embedding)}
+    found = {
+        id(weight): weight
+        for each in modules
+        if isinstance(each, nn.Linear)
+        for weight in each.parameters(recurse=False)
+    }
+    return [weight for key, weight in found.items() if key not in looked_up]
+
+
+def _name_of_layers(decoder: nn.Module) -> str | None:
+    count = cast(PreTrainedModel, decoder).config.num_hidden_layers
+    found = [
+        name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _parse_ranges(text: str) -> set[int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-# Numbers in one tensor. 64 MB in float32: on a CPU more of it at once is no faster.
-_ON_CPU = 1 << 24
+# Numbers in one tensor, whatever else is full. 64 MB in float32: on a CPU more of it at once is no faster.
+AT_LEAST = 1 << 24
 # 256 MB, for a device that does not tell how much it has left: 64 rows of 4 tokens of 152k ids are one group.
 _UNTOLD = 1 << 26
-# To compare two distributions takes about ten float32 tensors of their size. The other half of the memory stays free.
-_BYTES_A_NUMBER = 2 * 10 * 4
+# To compare two distributions takes about ten float32 tensors of their size.
+BYTES_A_NUMBER = 10 * 4
 # 1 MB in float32, of which the dozen passes over it find most in the cache: at 131,072 ids noise costs two thirds of what it does
 # whole, and a divergence less than half.
 _IN_CACHE = 1 << 18
@@ -18,12 +18,13 @@ _IN_CACHE = 1 << 18
 def numbers_at_once(device: torch.device) -> int:
     """The numbers that each tensor of a comparison of distributions may hold. It bounds memory and changes no token."""
     if device.type == "cpu":
-        return _ON_CPU
+        return AT_LEAST
     if device.type != "cuda":
         return _UNTOLD
     # What torch has reserved and does not use counts as taken for the driver.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(_ON_CPU, (torch.cuda.mem_get_info(device)[0] + unused) // _BYTES_A_NUMBER)
+    # Half of the memory stays free.
+    return max(AT_LEAST, (torch.cuda.mem_get_info(device)[0] + unused) // (2 * BYTES_A_NUMBER))
 
 
 def numbers_in_cache(device: torch.device) -> int:

@@ -31,7 +31,7 @@ from switchkd.run.written import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, read_log
 from switchkd.training.card import Origins
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.dataset import evaluated, tokenized, warn_of_templates
-from switchkd.training.teachers import SELF
+from switchkd.training.teachers import SELF, loading_options
 from switchkd.training.trainer import SwitchTrainer
 
 
@@ -160,12 +160,13 @@ def _train_stage(
     if stopper.stopped:
         step = f"{trainer.state.global_step} of {trainer.state.max_steps}"
         raise Stopped(_how_to_resume(run, stage, f"stopped after step {step}"))
-    if is_main_process:
-        model: Any = trainer.pair.student
-        if prepared.peft_config is not None and stage.run.adapter == "merge":
-            model = model.merge_and_unload()
-        is_adapter = prepared.peft_config is not None and stage.run.adapter == "keep"
-        save_final(model, trainer.pair.tokenizer, stage, trainer.card(is_adapter=is_adapter))
+    with trainer.whole.gathered():
+        if is_main_process:
+            model: Any = trainer.whole.pair.student
+            if prepared.peft_config is not None and stage.run.adapter == "merge":
+                model = model.merge_and_unload()
+            is_adapter = prepared.peft_config is not None and stage.run.adapter == "keep"
+            save_final(model, trainer.pair.tokenizer, stage, trainer.card(is_adapter=is_adapter))
     # The next stage reads what was saved.
     trainer.accelerator.wait_for_everyone()
 
@@ -183,7 +184,7 @@ def _trainer(
         trust_remote_code=stage.run.trust_remote_code,
         student_drop_layers=stage.run.student_drop_layers,
         model_init_kwargs=stage.config.model_init_kwargs,
-        teacher_model_init_kwargs=stage.config.teacher_model_init_kwargs,
+        teacher_model_init_kwargs=loading_options(stage.config),
     )
     stopper, progress = StopCleanly(console), ConsoleProgress(console)
     trainer = SwitchTrainer(
@@ -197,8 +198,9 @@ def _trainer(
     )
     if prepared.peft_config is not None:
         # Names such as world:student lead nowhere elsewhere.
-        adapted: Any = trainer.pair.student
-        adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
+        adapted: Any
+        for adapted in (trainer.pair.student, trainer.whole.pair.student):
+            adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
     teacher = stage.run.teacher if stage.config.plan.needs_teacher else None
     stages = (*stage.before, stage.name) if stage.name else ()
     trainer.origins = Origins(run.student, teacher, stage.run.train_data, stages)

@@ -15,6 +15,7 @@ from switchkd.records import Example
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.policies import Switch
 from switchkd.training.kept_state import kept_state
+from switchkd.training.shared_teacher import let_others_read
 
 
 class CalibratedPolicy:
@@ -47,6 +48,7 @@ class CalibratedPolicy:
             seed=self.args.seed,
         )
         # Rounding differs between machines, and the processes of a run have to follow one policy.
+        let_others_read()
         (threshold,) = broadcast_object_list([found.policy.threshold])
         kept.update(threshold=threshold, step=step)
         log({"threshold": threshold, "calibrated_teacher_share": found.measured_share})

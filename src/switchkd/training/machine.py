@@ -1,18 +1,24 @@
-"""What a trainer asks of its machine: one device a process, whole weights, and a precision in which the weights move."""
+"""What a trainer asks of its machine: one device a process, sharding that is right, and a precision in which weights move."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
 from switchkd.errors import UserError
+from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
+from switchkd.rollout.graphs import Compile
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of each weight tensor, enough for a share to a percent.
@@ -44,16 +50,73 @@ def check_one_device(args: TrainingArguments, pair: ModelPair) -> None:
     )
 
 
-def check_whole_weights(state: AcceleratorState) -> None:
-    """Raise UserError where a process has a part of the weights only: the objective and rollouts read them whole."""
-    sharding = "FSDP" if state.distributed_type == DistributedType.FSDP else None
+def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> bool:
+    """Set FSDP2 up as the objective needs it, where it was asked for, on CPUs too; says whether it is on."""
+    state = accelerator.state
+    asked = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if asked and state.distributed_type == DistributedType.MULTI_CPU:
+        # torch has it there, but accelerate passes it over.
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+        if state.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+        state.distributed_type = DistributedType.FSDP
+    if state.distributed_type != DistributedType.FSDP:
+        return False
+    if isinstance(policy := state.fsdp_plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        # Summed over processes in float32, as without FSDP.
+        state.fsdp_plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+    # Else the gradients of a step's forwards would pile up whole on every process.
+    accelerator.gradient_state.plugin_kwargs.setdefault("sync_each_batch", True)
+    return True
+
+
+def compile_of(args: SwitchConfig, *, in_parts: bool) -> Compile:
+    """`compile` as the engine takes it. Raises UserError where graphs were asked for and weights do not stay where they are."""
+    if not in_parts and args.teacher_offload != "shared":
+        return args.compile
+    if args.compile is True:
+        raise UserError(
+            "compile is true, but a graph needs weights that stay where they are, and those of a student in parts (FSDP) or of a "
+            "shared teacher do not; set compile: auto"
+        )
+    return False
+
+
+def check_sharding(state: AcceleratorState, args: SwitchConfig, pair: ModelPair) -> None:
+    """Raise UserError for a way to spread the student's weights that would fail late, or train something else."""
     # ZeRO 1 and 2 take apart the optimizer's state and the gradients alone.
     if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
-        sharding = "DeepSpeed ZeRO-3"
-    if sharding:
         raise UserError(
-            f"every process needs whole weights, for the loss as for rollouts, but {sharding} leaves each with a part of them; "
-            f"use plain data parallelism (torchrun --nproc-per-node N), DeepSpeed ZeRO-1 or ZeRO-2, or an adapter (peft)"
+            "DeepSpeed ZeRO-3 leaves each process with a part of the weights, and the loss reads the head beside the model's "
+            "forward; use FSDP2, which spreads as much (fsdp: true, or recipe accelerate/fsdp2), DeepSpeed ZeRO-2, or an "
+            "adapter (peft)"
+        )
+    if state.distributed_type != DistributedType.FSDP:
+        return
+    plugin = state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UserError(
+            f"fsdp_version is {plugin.fsdp_version}, whose flat parameters the loss cannot read; set fsdp_version: 2"
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading is true, so that only the first process would read the models' weights, the "
+            "teacher's too; set it to false"
+        )
+    if args.load_best_model_at_end:
+        raise UserError(
+            "load_best_model_at_end is true, but a student in parts (FSDP) takes no weights while it trains; leave it out, and "
+            "take the best checkpoint's folder yourself"
+        )
+    if args.plan.objective.needs_start and hasattr(pair.student, "disable_adapter"):
+        raise UserError(
+            "start_weight and target: extrapolated look back at the student without its adapter, and an adapter's student in parts "
+            "(FSDP) cannot be read so; leave peft out, or use plain data parallelism (torchrun --nproc-per-node N)"
+        )
+    if getattr(pair.student, "is_quantized", False):
+        raise UserError(
+            "the student is quantized, and FSDP cannot take packed weights apart exactly; leave student_quantization out, or "
+            "use plain data parallelism (torchrun --nproc-per-node N)"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a training is going to do, before its first step: how long its texts can get, and the line that says it all."""
+"""What a training is going to do, before its first step: whether its call and its texts fit, and the line that says it all."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from switchkd.data.packed import lengths_of
+from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair, counted, name_of, parameter_count, rounded
 from switchkd.records import Example
 from switchkd.training.rewriting import check_rewrite
 
 Held = Sequence[Example] | Mapping[str, Sequence[Example]] | None
+
+
+def check_call(args: SwitchConfig, model: object, teacher_model: object) -> None:
+    """Raise UserError for arguments of another kind, and for a method that learns from a teacher where none was given."""
+    if not isinstance(args, SwitchConfig):
+        raise UserError(f"args is a {type(args).__name__}; pass a SwitchConfig, which takes the same settings and ours")
+    has_teacher = teacher_model is not None or (isinstance(model, ModelPair) and model.teacher is not None)
+    if args.plan.needs_teacher and not has_teacher:
+        raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
 
 
 def check_room(pair: ModelPair, args: SwitchConfig, train: Sequence[Example] | None, held_out: Held) -> None:

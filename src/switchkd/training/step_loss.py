@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.loss.objective import Counted, Report, distillation_loss
@@ -28,11 +29,13 @@ from switchkd.training.start_model import StartModel
 class StepLoss:
     """The objective of a plan on texts of a pair, in nats. Knows no trainer.
 
-    Made while the teacher's weights are loaded, since a head proves itself on a forward. Only `scored` needs them again.
+    Made while both models' weights are whole, since a head proves itself on a forward. Only `scored`, which reads `teacher`
+    (None: the pair's), needs the teacher's again.
     """
 
-    def __init__(self, pair: ModelPair, plan: Plan, *, rows: int) -> None:
+    def __init__(self, pair: ModelPair, plan: Plan, *, rows: int, teacher: PreTrainedModel | None = None) -> None:
         self.pair = pair
+        self.teacher = teacher or pair.teacher
         put_tap(pair.student)
         self.rows = rows
         self.objective = plan.objective
@@ -50,7 +53,7 @@ class StepLoss:
         length at a time, and one that occurs twice (a replayed one) once. Where the objective compares with no teacher, the
         sequences stay as they are.
         """
-        teacher = self.pair.teacher
+        teacher = self.teacher
         if self.teacher_head is None or teacher is None:
             return sequences
         unread = [*{id(each): each for each in sequences if each.teacher_hidden is None}.values()]

@@ -23,6 +23,7 @@ from switchkd.training.auto_threshold import CalibratedPolicy
 from switchkd.training.meters import Meters
 from switchkd.training.replay import ReplayBuffer
 from switchkd.training.rewriting import rewritten
+from switchkd.training.shared_teacher import let_others_read
 from switchkd.training.written_step import WrittenStep
 
 TEXT_MEASURES = (
@@ -130,6 +131,7 @@ class StepText:
             if rolled_out:
                 self.meters.add("replayed", len(replayed), len(rolled_out))
             # All processes keep, and draw from, the same rollouts.
+            let_others_read()
             self.replay.add(gather_object([rollout.to("cpu") for rollout in written.values()]))
         in_place: dict[int, Example | Rollout] = {**replayed, **written}
         if self.plan.rewrite:

@@ -23,6 +23,8 @@ from switchkd.progress import progress_bar
 from switchkd.records import Example, Prompt
 from switchkd.rollout.engine import Engine, Progress
 from switchkd.rollout.law import Teacher
+from switchkd.training.shared_teacher import let_others_read
+from switchkd.training.whole_student import whole
 
 # Numbers of each weight tensor that go into the teacher's fingerprint: enough to tell one training from another.
 _NUMBERS = 64
@@ -70,6 +72,7 @@ def _in_all(make: Callable[..., list[Line]], *given: Any) -> list[Line]:
     except Exception as error:
         # Whatever it is, the others must hear of it.
         failure = error
+    let_others_read()
     parts = gather_object([(made, None if failure is None else f"{type(failure).__name__}: {failure}")])
     if failure is not None:
         raise failure
@@ -119,7 +122,7 @@ def _manifest_of(teacher: PreTrainedModel, examples: Sequence[Example], args: Sw
     weights = hashlib.sha256()
     for name, parameter in teacher.named_parameters():
         if parameter.device.type != "meta":
-            numbers = parameter.detach().flatten()[:_NUMBERS].cpu().double().tolist()
+            numbers = whole(parameter.detach()).flatten()[:_NUMBERS].cpu().double().tolist()
             weights.update(f"{name} {tuple(parameter.shape)} {numbers}".encode())
     prompts = json.dumps([(e.prompt.prompt_id, e.prompt.token_ids) for e in examples])
     return {

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from switchkd.errors import UserError
-from switchkd.methods.config import Offload
+from switchkd.methods.config import Offload, SwitchConfig
 from switchkd.models.heads import base_of, evaluating
 from switchkd.models.pair import ModelPair, parameter_count
 from switchkd.training.machine import is_spread
+from switchkd.training.shared_teacher import SharedTeacher
 
 SELF = "self"
 
@@ -36,6 +37,11 @@ def self_teacher(student: nn.Module) -> PreTrainedModel:
         )
     # Not a PreTrainedModel, but it passes on everything that a teacher needs to its base model.
     return cast(PreTrainedModel, _WithoutAdapter(student, base_of(student)))
+
+
+def is_own_student(teacher: nn.Module | None) -> bool:
+    """Whether a teacher is its student without the adapter."""
+    return isinstance(teacher, _WithoutAdapter)
 
 
 class _WithoutAdapter(nn.Module):
@@ -79,13 +85,20 @@ def teacher_size(pair: ModelPair) -> int:
     return parameter_count(pair.teacher) or parameter_count(pair.student) - sum(trained)
 
 
+def loading_options(args: SwitchConfig) -> dict[str, Any] | None:
+    """The keywords of `from_pretrained` for a teacher by name: one that is to be shared is loaded into the machine's memory."""
+    given = args.teacher_model_init_kwargs
+    return {"device_map": {"": "cpu"}, **(given or {})} if args.teacher_offload == "shared" else given
+
+
 class TeacherPlace:
     """Keeps a teacher's weights elsewhere while nobody reads it: `with place.loaded():` brings them back. Freezes the teacher.
 
     `offload` "cpu" keeps one copy in the machine's memory, and drops the device's. "disk" writes them to a file in `folder` once
     and reads them from there; the file is removed at the end. The head stays: the objective projects the kept states through it.
-    Without a teacher nothing is moved; one with a device_map stays where that put it. Raises UserError for an unknown `offload`,
-    and for a teacher that would have to move but cannot: a quantized one, or one on several devices.
+    "shared" spreads its layers over the processes (shared_teacher.py). Without a teacher nothing is moved; one with a device_map
+    stays where that put it. Raises UserError for an unknown `offload`, and for a teacher that would have to move but cannot: a
+    quantized one, one on several devices, or to share one that is its own student.
     """
 
     def __init__(self, teacher: PreTrainedModel | None, offload: Offload, device: torch.device, folder: Path) -> None:
@@ -96,12 +109,20 @@ class TeacherPlace:
         self._moved: dict[str, nn.Parameter] = {}
         self._on_host: dict[str, Tensor] = {}
         self._file: Path | None = None
+        self._shared: SharedTeacher | None = None
         if teacher is None:
             return
         quantized = bool(getattr(teacher, "is_quantized", False))
         if offload != "none" and (quantized or is_spread(teacher)):
             kind = "quantized weights" if quantized else "the weights of a teacher on several devices"
             raise UserError(f"teacher_offload is {offload!r}, but {kind} stay where they were loaded; leave it out")
+        if offload == "shared":
+            if is_own_student(teacher):
+                raise UserError(
+                    f"teacher_offload is 'shared', but teacher {SELF!r} has no weights of its own; leave it out"
+                )
+            self._shared = SharedTeacher(teacher.eval().requires_grad_(False), device)
+            return
         # Packed weights, and those with a device_map, were put on their device while they were loaded.
         stays = quantized or getattr(teacher, "hf_device_map", None)
         (teacher if stays else cast(nn.Module, teacher).to(device)).eval().requires_grad_(False)
@@ -123,10 +144,12 @@ class TeacherPlace:
     def loaded(self) -> Iterator[None]:
         """Keep the teacher's weights on its device inside; may be nested."""
         self._depth += 1
+        shared = self._shared.open() if self._shared is not None and self._depth == 1 else nullcontext()
         try:
             if self._depth == 1:
                 self._load()
-            yield
+            with shared:
+                yield
         finally:
             self._depth -= 1
             if self._depth == 0:

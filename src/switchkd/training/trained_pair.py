@@ -13,7 +13,7 @@ from switchkd.models.heads import base_of
 from switchkd.models.load import load_model, load_tokenizer
 from switchkd.models.pair import ModelPair, eos_ids_of
 from switchkd.training.machine import autocast_dtype_of
-from switchkd.training.teachers import SELF, self_teacher
+from switchkd.training.teachers import SELF, loading_options, self_teacher
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -63,7 +63,7 @@ def trained_pair(
         student = _adapted(student, peft_config, args)
     teacher = self_teacher(student) if teacher_model == SELF else teacher_model
     if isinstance(teacher, str):
-        place, kwargs = args.placement, args.placement.init_kwargs(args.teacher_model_init_kwargs)
+        place, kwargs = args.placement, args.placement.init_kwargs(loading_options(args))
         teacher = load_model(teacher, dtype=place.teacher_dtype, device=place.device, init_kwargs=kwargs)
     return ModelPair(student, teacher, tokenizer, teacher_tokenizer, autocast_dtype)
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from switchkd.errors import UserError
 from switchkd.evaluation.measures import scores_named
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
@@ -28,15 +27,17 @@ from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, w
 from switchkd.training.costs import Costs
 from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers, without_repeats
 from switchkd.training.learning_rate import learning_rate_for
-from switchkd.training.machine import check_one_device, check_whole_weights, warn_if_weights_stand_still
+from switchkd.training.machine import check_one_device, compile_of, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
-from switchkd.training.outlook import check_room, describe_training
+from switchkd.training.outlook import check_call, check_room, describe_training
 from switchkd.training.scored_answers import ScoredAnswers
+from switchkd.training.sharded_trainer import ShardedTrainer
+from switchkd.training.shared_teacher import let_others_read
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_share_alarm import teacher_share_alarm
 from switchkd.training.teacher_text import teacher_text
-from switchkd.training.teachers import TeacherPlace, teacher_size
+from switchkd.training.teachers import teacher_size
 from switchkd.training.trained_pair import keep_ends, trained_pair
 from switchkd.training.written_step import WrittenStep
 
@@ -56,23 +57,13 @@ class TrainerOptions(TypedDict, total=False):
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 
 
-def _engine(pair: ModelPair, args: SwitchConfig) -> SpeculativeEngine:
+def _engine(pair: ModelPair, args: SwitchConfig, *, in_parts: bool) -> SpeculativeEngine:
     """The engine that a run writes its text with."""
-    margin = args.plan.objective.margin_top_k
-    return SpeculativeEngine(
-        pair, args.block_size, max_rows=args.rollout_rows, margin_top_k=margin, compile=args.compile
-    )
+    margin, compile = args.plan.objective.margin_top_k, compile_of(args, in_parts=in_parts)
+    return SpeculativeEngine(pair, args.block_size, max_rows=args.rollout_rows, margin_top_k=margin, compile=compile)
 
 
-def _check_call(args: SwitchConfig, model: object, teacher_model: object) -> None:
-    if not isinstance(args, SwitchConfig):
-        raise UserError(f"args is a {type(args).__name__}; pass a SwitchConfig, which takes the same settings and ours")
-    has_teacher = teacher_model is not None or (isinstance(model, ModelPair) and model.teacher is not None)
-    if args.plan.needs_teacher and not has_teacher:
-        raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
-
-
-class SwitchTrainer(Trainer):
+class SwitchTrainer(ShardedTrainer):
     """Trains a student on text that student and teacher write together; the call is that of `transformers.Trainer`.
 
     `model` and `teacher_model` are names or models. No teacher is needed for method "sft", and "self" is the student without
@@ -103,7 +94,7 @@ class SwitchTrainer(Trainer):
         **options: Unpack[TrainerOptions],
     ) -> None:
         args = args or SwitchConfig(output_dir="runs/switchkd")
-        _check_call(args, model, teacher_model)
+        check_call(args, model, teacher_model)
         self.plan = args.plan
         args.check_evaluation(has_data=eval_dataset is not None)
         self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config, args)
@@ -113,7 +104,6 @@ class SwitchTrainer(Trainer):
         self.origins = origins_of(pair)
         args.learning_rate = learning_rate_for(pair.student, args.learning_rate)
         engine = options.pop("engine", None)
-        trainer_options: dict[str, Any] = {**options}
         super().__init__(
             model=pair.student,
             args=args,
@@ -121,9 +111,8 @@ class SwitchTrainer(Trainer):
             train_dataset=training_examples(train_dataset, pair, args),
             eval_dataset=evaluation_examples(eval_dataset, pair, args),
             processing_class=pair.tokenizer,
-            **trainer_options,
+            **dict[str, Any](**options),
         )
-        check_whole_weights(self.accelerator.state)
         check_room(pair, args, self.train_dataset, self.eval_dataset)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not self.is_deepspeed_enabled:
             warn_if_weights_stand_still(pair.student, args)
@@ -131,7 +120,6 @@ class SwitchTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         # Before its weights leave for another place.
         self._teacher_size = teacher_size(pair)
-        self._place = TeacherPlace(pair.teacher, args.teacher_offload, args.device, Path(str(args.output_dir)))
         self._make_parts(engine)
         self._step_started, self._step_tokens = 0.0, 0
         self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
@@ -140,13 +128,14 @@ class SwitchTrainer(Trainer):
     def _make_parts(self, engine: Engine | None) -> None:
         """What makes a step's text and its loss, and what counts and measures both."""
         args, pair, plan = self.args, self.pair, self.plan
-        with self._place.loaded():
-            self.engine = engine or _engine(pair, args)
-            self._loss = StepLoss(pair, plan, rows=args.train_batch_size)
+        reading = self._read_whole(pair)
+        with self.reading():
+            self.engine = engine or _engine(reading, args, in_parts=self.is_fsdp_enabled)
+            self._loss = StepLoss(pair, plan, rows=args.train_batch_size, teacher=reading.teacher)
         self.costs = Costs(args)
         self._loss.on_forward = self.costs.count
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
-        self._text = StepText(args, pair, self._meters, self.train_dataset or ())
+        self._text = StepText(args, reading, self._meters, self.train_dataset or ())
         for callback in filter(None, (self.costs, self._text.share, teacher_share_alarm(plan))):
             self.add_callback(callback)
 
@@ -192,7 +181,7 @@ class SwitchTrainer(Trainer):
             examples += last
         if not loaded:
             return [], None
-        with self._place.loaded(), self.pair.computing():
+        with self.reading(), self.pair.computing():
             engine = self.costs.counting(self.engine)
             written = self._text.sequences_of_step(examples, self.state, engine, self.log)
             if not last:
@@ -279,7 +268,7 @@ class SwitchTrainer(Trainer):
         references = getattr(dataloader.dataset, "references", {})
         self._answers = ScoredAnswers(scores_named(self.args.eval_scores), references, self.pair.tokenizer)
         self._eval_rows, self._eval_sum, self._eval_tokens = len(dataloader.dataset), 0.0, 0.0
-        with self._place.loaded():
+        with self.reading():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -295,12 +284,15 @@ class SwitchTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **also_ignored: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Add the batch's losses and tokens to the evaluation's. None is returned: the loop would take a mean of means."""
-        if examples := self._without_repeats(inputs["examples"], self._eval_rows):
-            with self.pair.computing(), torch.no_grad():
-                inputs = self._on_device(self._loss.inputs(self._loss.scored(self._answered(examples))))
-                loss, _ = self._loss(model, inputs, 1)
-            self._eval_sum += float(loss)
-            self._eval_tokens += inputs["denominator"]
+        examples = self._without_repeats(inputs["examples"], self._eval_rows)
+        with self.pair.computing(), torch.no_grad():
+            # Other processes have rows, and a forward of a student in parts takes all of them.
+            answered = self._answered(examples) if examples else [replace(inputs["examples"][0], response_ids=())]
+            inputs = self._on_device(self._loss.inputs(self._loss.scored(answered)))
+            let_others_read()
+            loss, _ = self._loss(model, inputs, 1)
+        self._eval_sum += float(loss)
+        self._eval_tokens += inputs["denominator"]
         return None, None, None
 
     def _answered(self, examples: Sequence[Example]) -> Sequence[Example | Rollout]:
@@ -325,7 +317,7 @@ class SwitchTrainer(Trainer):
         if self._text.replay is not None:
             self._text.replay.load(checkpoint)
         if self.plan.teacher_text is not None and self.pair.teacher is not None:
-            with self._place.loaded(), self.pair.computing():
+            with self.reading(), self.pair.computing():
                 engine = self.costs.counting(self.engine)
                 self.train_dataset = teacher_text(
                     self.plan.teacher_text, self.pair.teacher, self.train_dataset, engine, self.args

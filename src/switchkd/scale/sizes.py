@@ -1,0 +1,139 @@
+"""How large a model is, from its configuration alone: no weight is loaded, and none is made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from switchkd.errors import UserError
+from switchkd.models.heads import base_of, head_rows
+from switchkd.models.layers import decoder_layers, linear_weights
+from switchkd.models.sources import find_source
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The numbers of a decoder that memory and time follow. Counts are of numbers (weights), not of bytes.
+
+    `parameters` counts tied weights once, `trained` those that get a gradient, and `linear` the
+    weights of linear layers that are no embedding as well. `layer` is the largest decoder layer. `outside`
+    are the weights in no layer: embeddings, last norm and head. `heads` x `head_size` is as wide as the queries, `kv_heads` x
+    `head_size` as the keys.
+    """
+
+    name: str
+    parameters: int
+    trained: int
+    linear: int
+    layers: int
+    layer: int
+    outside: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelSize:
+        """The size of a model, which may be on the meta device. Raises UserError where its layers are not found."""
+        config = base_of(model).config.get_text_config()
+        layers = decoder_layers(model)
+        if layers is None:
+            raise UserError(
+                f"switchkd does not know where {type(base_of(model)).__name__} keeps its layers, so it cannot plan"
+            )
+        in_layers = [_count(layer) for layer in layers]
+        heads = config.num_attention_heads
+        embedding: Any = base_of(model).get_input_embeddings()
+        return cls(
+            name=base_of(model).name_or_path or "",
+            parameters=_count(model),
+            trained=sum(each.numel() for each in model.parameters() if each.requires_grad),
+            linear=sum(each.numel() for each in linear_weights(model)),
+            layers=len(layers),
+            layer=max(in_layers),
+            outside=_count(model) - sum(in_layers),
+            hidden=config.hidden_size,
+            # GPT-2 and its kin leave it open: four times the hidden size.
+            inner=_first_of(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size,
+            heads=heads,
+            kv_heads=_first_of(config, "num_key_value_heads") or heads,
+            head_size=_first_of(config, "head_dim") or config.hidden_size // heads,
+            vocabulary=head_rows(model),
+            tied=base_of(model).get_output_embeddings().weight is embedding.weight,
+        )
+
+    @property
+    def head(self) -> int:
+        """The weights of the head."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def multiplied(self) -> int:
+        """The weights that every token is multiplied with: all but an embedding that only is looked up in."""
+        return self.parameters if self.tied else self.parameters - self.head
+
+    def cached(self, rows: int, slots: int) -> int:
+        """The numbers in the keys and values of `rows` texts of `slots` positions."""
+        return 2 * self.layers * rows * slots * self.kv_heads * self.head_size
+
+
+def _count(module: nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters())
+
+
+def _first_of(config: PreTrainedConfig, *names: str) -> int | None:
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """The configurations that come with switchkd, by the name on the hub."""
+    text = (Path(str(files("switchkd"))) / "assets" / "scale" / "models.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
+def size_of(name: str) -> ModelSize:
+    """The size of the model that `name` means: a hub id, a folder, a config.json, or a name that `known_models` has.
+
+    A known name may be cut to what follows its owner, such as Qwen2.5-7B. Raises UserError where there is no configuration.
+    """
+    known = {short: full for full in known_models() for short in (full, full.partition("/")[2])}
+    if name in known:
+        values = dict(known_models()[known[name]])
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+    else:
+        config = _configuration(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.name_or_path = known.get(name, name)
+    return ModelSize.of(model)
+
+
+def _configuration(name: str) -> PreTrainedConfig:
+    try:
+        if Path(name).suffix == ".json":
+            values = json.loads(Path(name).read_text(encoding="utf-8"))
+            given: PreTrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+            return given
+        source = find_source(name)
+        if source.gguf_file is not None:
+            raise UserError(
+                f"model {name!r} is a .gguf file; give the folder, config.json or hub id that it was made from"
+            )
+        return cast(PreTrainedConfig, AutoConfig.from_pretrained(source.place))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the configuration of {name!r} cannot be read ({str(error).splitlines()[0]}); give a hub id, a folder, a config.json, "
+            f"or one of {', '.join(known_models())}"
+        ) from error

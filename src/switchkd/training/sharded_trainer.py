@@ -1,0 +1,125 @@
+"""`transformers.Trainer` whose student may lie in parts on the processes (FSDP2).
+
+Its checkpoints are those of one process, weights and optimizer whole: a run goes on with any number of processes, sharded or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import TrainOutput
+
+from switchkd.errors import UserError
+from switchkd.methods.config import SwitchConfig
+from switchkd.models.pair import ModelPair
+from switchkd.training.machine import check_sharding, set_up_sharding
+from switchkd.training.teachers import TeacherPlace
+from switchkd.training.whole_student import WholeStudent, load_optimizer_state, whole_optimizer_state
+
+
+class ShardedTrainer(Trainer):
+    """A trainer that reads, saves and loads its student whole. Without FSDP it is `transformers.Trainer`."""
+
+    args: SwitchConfig
+    whole: WholeStudent
+    _place: TeacherPlace
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `transformers.Trainer`, with FSDP2 on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = set_up_sharding(self.accelerator, self.args)
+
+    def _read_whole(self, pair: ModelPair) -> ModelPair:
+        """The pair that rollouts read, inside `reading` alone. Raises UserError for sharding that would not be right."""
+        check_sharding(self.accelerator.state, self.args, pair)
+        if self.is_fsdp_enabled:
+            # The trainer leaves it where it is, and whatever is proven before training needs it whole.
+            nn.Module.to(pair.student, self.args.device)
+        self.whole = WholeStudent(pair, sharded=self.is_fsdp_enabled)
+        folder = Path(str(self.args.output_dir))
+        self._place = TeacherPlace(pair.teacher, self.args.teacher_offload, self.args.device, folder)
+        return self.whole.pair
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep both models' weights whole and loaded inside, for the engine and for what reads the teacher; may be nested."""
+        with self.whole.gathered(), self._place.loaded():
+            yield
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `transformers.Trainer`."""
+        if resume_from_checkpoint:
+            self._load_before_sharding(Path(str(resume_from_checkpoint)))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def _as_one_process(self) -> Iterator[None]:
+        """Inside, the base class sees the whole student, and no FSDP. All processes enter at the same time."""
+        sharded, model = self.is_fsdp_enabled, self.model
+        with self.whole.gathered():
+            self.is_fsdp_enabled, self.model = False, self.whole.pair.student if sharded else model
+            try:
+                yield
+            finally:
+                self.is_fsdp_enabled, self.model = sharded, model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `transformers.Trainer`; a student in parts is saved whole. All processes call it."""
+        with self._as_one_process():
+            super().save_model(output_dir, _internal_call)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `transformers.Trainer`; a student that is to be in parts is evaluated once it is, from the first step on."""
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            raise UserError(
+                "the student is to be in parts (FSDP), and accelerate takes it apart when training begins; evaluate after train, "
+                "or without FSDP"
+            )
+        return super().evaluate(*args, **kwargs)
+
+    def _load_before_sharding(self, checkpoint: Path) -> None:
+        """Load a checkpoint's weights while the student is still whole; `_load_from_checkpoint` then finds them there."""
+        if not self.is_fsdp_enabled:
+            return
+        if self.accelerator._models:
+            raise UserError("this trainer has trained already, and its student is in parts; resume with a new trainer")
+        self.is_fsdp_enabled = False
+        try:
+            super()._load_from_checkpoint(str(checkpoint), self.model)
+        finally:
+            self.is_fsdp_enabled = True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        read = [
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        ]
+        load_optimizer_state(self.optimizer, read[0])
+        self.lr_scheduler.load_state_dict(read[1])

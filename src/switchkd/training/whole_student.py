@@ -1,0 +1,123 @@
+"""A student whose weights lie in parts on the processes (FSDP2), read whole where rollouts and saves need it.
+
+Between the two, each process holds its part alone. What runs on the parts themselves is the training forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from switchkd.models.layers import linear_weights
+from switchkd.models.pair import ModelPair
+from switchkd.training.teachers import is_own_student, self_teacher
+
+# What wrappers put into the names of parameters: activation checkpointing and torch.compile.
+_OF_WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+class WholeStudent:
+    """The pair as rollouts read it: `pair` is the given one, or, with `sharded`, one whose student is a copy.
+
+    The copy has weights only inside `gathered()`, where they are those of the student at that moment. Under autocast those of
+    linear layers are in its type, since they are read in no other; the rest are in their own. So the tokens are those of a
+    student that is whole. Make it before the student is taken apart.
+    """
+
+    def __init__(self, pair: ModelPair, *, sharded: bool) -> None:
+        self.pair = self._trained = pair
+        self._depth = 0
+        if not sharded:
+            return
+        empty = {
+            id(each): nn.Parameter(each.detach().new_empty(0), requires_grad=each.requires_grad)
+            for each in pair.student.parameters()
+        }
+        student: PreTrainedModel = copy.deepcopy(pair.student, cast(dict[int, Any], empty))
+        teacher = self_teacher(student) if is_own_student(pair.teacher) else pair.teacher
+        self.pair = replace(pair, student=student, teacher=teacher, tokenizers_agree=True)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep whole weights in the copy inside; may be nested. All processes enter at the same time, or all wait."""
+        self._depth += 1
+        try:
+            if self._depth == 1:
+                self._gather()
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._release()
+
+    def _copied(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(()) if self.pair is self._trained else self.pair.student.named_parameters()
+
+    def _gather(self) -> None:
+        if self.pair is self._trained:
+            return
+        for module in self._trained.student.modules():
+            if isinstance(module, FSDPModule):
+                # Left whole after a forward, in the type that it computes in.
+                module.reshard()
+        parts = {_OF_WRAPPERS.sub("", name): each for name, each in self._trained.student.named_parameters()}
+        lowered = {id(each) for each in linear_weights(self.pair.student)} if self.pair.autocast_dtype else set()
+        for name, parameter in self._copied():
+            gathered = whole(parts[name].detach())
+            # float64 is not lowered by autocast either.
+            lower = id(parameter) in lowered and gathered.dtype == torch.float32
+            parameter.data = gathered.to(self.pair.autocast_dtype) if lower else gathered
+
+    def _release(self) -> None:
+        for _, parameter in self._copied():
+            parameter.data = parameter.data.new_empty(0)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which each process holds a part, where it runs; any other as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.device.type != tensor.device_mesh.device_type:
+        # A part that is kept in the machine's memory; it travels between the devices.
+        tensor = cast(DTensor, tensor.to(tensor.device_mesh.device_type))
+    return tensor.full_tensor()
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state as one process would have it, on the CPU. All processes call it together."""
+    found = optimizer.state_dict()
+    state = {
+        index: {key: whole(value).cpu() if isinstance(value, Tensor) else value for key, value in of_one.items()}
+        for index, of_one in found["state"].items()
+    }
+    return {**found, "state": state}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, found: Mapping[str, Any]) -> None:
+    """Load a state that `whole_optimizer_state`, or one process, has saved; each process keeps its part."""
+    # The numbers of a state count the parameters through all groups.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {key: _part_as(parameters[index], value) for key, value in of_one.items()}
+        for index, of_one in found["state"].items()
+    }
+    optimizer.load_state_dict({**found, "state": state})
+
+
+def _part_as(parameter: Tensor, value: Any) -> Any:
+    """The part of a tensor of the parameter's shape that this process holds of the parameter too."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    # All have read the same file, so nothing is sent.
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

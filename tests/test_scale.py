@@ -1,0 +1,219 @@
+"""`switchkd plan`: sizes from configurations, the memory formula against counted tensors, and what the search finds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from switchkd.cli.main import main
+from switchkd.cli.plan import PAIRS, size_in_bytes
+from switchkd.errors import UserError
+from switchkd.scale.cost import GIB, Assumptions, Clock, Cluster
+from switchkd.scale.memory import Bytes, Load, Split, backward, lasting, needed, rolling_out, with_loss
+from switchkd.scale.plan import Job, Option, plan
+from switchkd.scale.sizes import ModelSize, known_models, size_of
+from tiny import tiny_model
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "plan_check.py"
+SMALL, LARGE = PAIRS[0], PAIRS[2]
+JOB = Job()
+
+
+@pytest.fixture(scope="module")
+def plan_check() -> Any:
+    spec = importlib.util.spec_from_file_location("plan_check", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def planned(names: tuple[str, str], job: Job = JOB, **cluster: Any) -> list[Option]:
+    return plan(size_of(names[0]), size_of(names[1]), job, Clock(Cluster(**cluster), Bytes()))
+
+
+# ------------------------------------------------------------------------------------------------------------------ sizes
+
+
+# As their pages on the hub say, in billions.
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B": 0.494,
+    "Qwen/Qwen2.5-1.5B": 1.544,
+    "Qwen/Qwen2.5-7B": 7.616,
+    "Qwen/Qwen2.5-32B": 32.764,
+    "meta-llama/Llama-3.1-8B": 8.030,
+    "meta-llama/Llama-3.1-70B": 70.554,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_configuration_gives_the_published_number_of_parameters(name: str) -> None:
+    assert round(size_of(name).parameters / 1e9, 3) == PUBLISHED[name]
+    assert PUBLISHED.keys() == known_models().keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3", "gemma2"])
+def test_sizes_are_those_of_the_model_itself(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    for place in (str(tmp_path), str(tmp_path / "config.json")):
+        assert replace(size_of(place), name="") == replace(ModelSize.of(model), name="")
+    assert size_of(str(tmp_path)).parameters == sum(each.numel() for each in model.parameters())
+
+
+def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"configuration of .* cannot be read .*; give a hub id, a folder"):
+        size_of(str(tmp_path / "config.json"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_formula_is_what_a_run_holds(plan_check: Any, checkpointing: bool, tmp_path: Path) -> None:
+    found = plan_check.measure(tmp_path, "ddp", 1, 8, checkpointing)
+    for phase in ("rollout", "training"):
+        # What no part names: token ids, masks, a layer's intermediate results.
+        assert found[f"{phase} by formula"] == pytest.approx(found[phase], rel=0.1)
+
+
+def parts(spread: Any, processes: int, teacher_at: Any = "each") -> dict[str, int]:
+    student, teacher = size_of(SMALL[0]), size_of(SMALL[1])
+    load, split, numbers = Load(8), Split(spread, processes, teacher_at), Bytes()
+    return {
+        **lasting(student, teacher, load, split, numbers),
+        **rolling_out(student, teacher, load, split, numbers),
+        **with_loss(student, load, split, numbers),
+        **backward(student, load, split, numbers),
+    }
+
+
+def test_what_each_split_takes_apart() -> None:
+    student, teacher = size_of(SMALL[0]), size_of(SMALL[1])
+    weights, moments = 4 * student.parameters, 8 * student.parameters
+    expected = {
+        "ddp": (weights, moments, weights),
+        "zero1": (weights, moments // 8, weights),
+        "zero2": (weights, moments // 8, weights // 8),
+        "fsdp2": (weights // 8, moments // 8, weights // 8),
+    }
+    for spread, sizes in expected.items():
+        found = parts(spread, 8)
+        assert (found["student weights"], found["optimizer"], found["gradients"]) == sizes
+        assert ("gathered student" in found) == (spread == "fsdp2")
+    shared = parts("ddp", 8, "shared")["teacher weights"]
+    assert shared == 2 * (teacher.layers * teacher.layer // 8 + teacher.outside)
+    assert parts("ddp", 8)["teacher weights"] == 2 * teacher.parameters
+
+
+def test_rollouts_and_training_do_not_add_up() -> None:
+    assert needed({"a": 1}, {"b": 5}, {"c": 2, "d": 4}) == 7
+
+
+# ------------------------------------------------------------------------------------------------------------------- plans
+
+
+def test_a_small_pair_takes_the_plain_split_and_a_large_one_cannot() -> None:
+    small, large = planned(SMALL), planned(LARGE)
+    assert small[0].fits
+    assert small[0].split == Split("ddp", 8, "each")
+    assert large[0].fits
+    # 141 GB of weights: on no single GPU.
+    assert large[0].split.teacher in ("shared", "device_map")
+    refused = next(each for each in large if each.split.teacher == "each")
+    assert not refused.fits
+    assert refused.largest[0] == "teacher weights"
+
+
+def test_what_is_chosen_fits_and_nothing_faster_does() -> None:
+    options = planned(SMALL, memory=40 * GIB)
+    usable = 40 * GIB * Assumptions().memory_usable
+    assert all((each.bytes <= usable) == each.fits for each in options)
+    times = [each.time for each in options if each.fits]
+    assert times == sorted(times)
+    assert len(times) > 1
+    assert any(not each.fits for each in planned(SMALL, memory=16 * GIB))
+
+
+def test_more_memory_and_a_faster_link_never_cost_time() -> None:
+    by_memory = [planned(SMALL, memory=size * GIB)[0].time for size in (24, 40, 80)]
+    assert by_memory == sorted(by_memory, reverse=True)
+    slow, fast = (
+        next(each for each in planned(SMALL, link=link) if each.split == Split("fsdp2", 8, "each")).time
+        for link in (60, 450)
+    )
+    assert fast < slow
+
+
+def test_one_gpu_has_nothing_to_spread() -> None:
+    assert {each.split for each in planned(SMALL, gpus=1)} == {Split("ddp", 1, "each"), Split("ddp", 1, "cpu")}
+
+
+def test_a_pair_of_two_families_is_refused() -> None:
+    with pytest.raises(UserError, match="not of one tokenizer's family"):
+        planned((SMALL[0], LARGE[1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------- command
+
+
+def command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exited:
+        main(["plan", *arguments])
+    return int(exited.value.code or 0)
+
+
+def test_the_command_prints_a_plan_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("{gpus: 4, memory: 40GB, link: pcie, bandwidth: 1555}")
+    assert command("Qwen2.5-0.5B", "Qwen2.5-7B", "--cluster", str(cluster), "--gpus", "2") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "on 2 GPUs of 37 GiB, 60 GB/s" in out
+    assert "Take " in out
+    assert "bandwidth 1555" in out
+    assert command("Qwen2.5-0.5B", "Qwen2.5-7B", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["student"] == "Qwen/Qwen2.5-0.5B"
+    best = found["options"][0]
+    lasts, *phases = (sum(parts.values()) for parts in best["bytes_by_part"].values())
+    assert best["bytes"] == lasts + max(phases)
+
+
+def test_without_models_it_shows_the_pairs_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--json") == 0
+    assert [(each["student"], each["teacher"]) for each in json.loads(capsys.readouterr().out)] == list(PAIRS)
+    assert command() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("Qwen2.5-0.5B",), "needs a student and a teacher"),
+        (("--memory", "80 bananas"), "write a size such as 80GiB"),
+        (("--link", "string"), "choose nvlink or pcie, or give GB/s"),
+        (("--link", "-3"), "link of the cluster is -3.0; give a number above 0"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(*arguments) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_unknown_key_of_a_cluster_gets_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("gpu: 4")
+    assert command("--cluster", str(path)) == 2
+    assert "did you mean 'gpus'?" in capsys.readouterr().err
+
+
+def test_sizes_of_memory() -> None:
+    assert [size_in_bytes(text) for text in ("80GiB", "24 GB", "1.5tib", 7)] == [80 * GIB, 24 * 10**9, 3 * 2**39, 7]
