@@ -106,9 +106,19 @@ def test_a_block_waits_for_the_device_six_times_at_most_whatever_the_rows(rows: 
     assert 0 < sum(reads.counts.values()) - history <= 6 * blocks + 8, reads.counts
 
 
+# Tracing takes seconds a graph, so the quick suite has the cheapest of each kind of law; SWITCH is in the test of warm graphs.
+TRACED = [
+    pytest.param(
+        policy, temperature, id=f"{type(policy).__name__}-{temperature}", marks=() if quick else pytest.mark.slow
+    )
+    for policy in (Student(), SWITCH, Mix(0.4), AdaSwitch(factor=1.3, window=4))
+    for temperature in (0.0, 1.0)
+    for quick in [(type(policy), temperature) in ((Student, 1.0), (Mix, 0.0))]
+]
+
+
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("policy", [Student(), SWITCH, Mix(0.4), AdaSwitch(factor=1.3, window=4)], ids=str)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("policy", "temperature"), TRACED)
 def test_graphs_write_the_tokens_of_the_reference_engine(policy: Policy, temperature: float) -> None:
     pair, sampling = tiny_pair("llama", dtype=torch.float64), Sampling(13, temperature=temperature)
     expected = ReferenceEngine(pair).generate(PROMPTS, policy, sampling)
@@ -119,6 +129,7 @@ def test_graphs_write_the_tokens_of_the_reference_engine(policy: Policy, tempera
     assert engine.graphs.student_step.compiled is not None  # nothing fell back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "gemma3"])
 @pytest.mark.usefixtures("uncompiled")
 def test_graphs_of_other_families(family: str) -> None:
