@@ -43,7 +43,7 @@ from trainers import EXAMPLES, assert_same_weights, history, make_trainer, weigh
         (Extrapolated(3.0), partial(reference.extrapolated, scale=3.0)),
         (Extrapolated(1.0), reference.teacher),
     ],
-    ids=str,
+    ids=lambda part: str(part) if isinstance(part, Target) else "defined",
 )
 def test_each_target_is_that_of_its_definition(target: Target, definition: Definition) -> None:
     check_target(target, definition)

@@ -83,7 +83,7 @@ def ones(text: Text) -> list[float]:
         (Release(segment_tokens=3), release(3)),
         (Release(segment_tokens=5), ones),
     ],
-    ids=str,
+    ids=lambda part: str(part) if isinstance(part, Weight) else "defined",
 )
 def test_each_weight_is_that_of_its_definition(weight: Weight, of_text: Callable[[Text], list[float]]) -> None:
     check_weight(weight, of_text)
