@@ -58,7 +58,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(saved_at: int, tmp_path: Path)
     assert len(set(found.values())) == 3
     saved = json.loads((tmp_path / f"checkpoint-{saved_at}" / "trainer_state.json").read_text())
     due = 0 if saved_at < 4 else 3
-    assert saved["stateful_callbacks"]["switchkd"] == {"auto_threshold": {"threshold": found[due], "step": due}}
+    kept = saved["stateful_callbacks"]["switchkd"]
+    assert kept["auto_threshold"] == {"threshold": found[due], "step": due}
     resumed = make_trainer(tmp_path, pair, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved_at}"))
     assert_same_weights(weights(whole), weights(resumed))

@@ -27,6 +27,7 @@ from switchkd.models.pair import ModelPair, check_tokenizers_agree, parameter_co
 from switchkd.models.sources import find_source
 from switchkd.run.file import Stage, run_from_values
 from switchkd.run.folder import FINISHED_FILE, save_final
+from switchkd.training.card import CARD_FILE
 from tiny import EOS_ID, FAMILIES, PAD_ID, WORDS, noisy_copy, tiny_model, tiny_pair, tiny_tokenizer
 
 TRANSFORMING = ("gemma2", "gemma3", "cohere", "granite", "falcon_h1")
@@ -333,7 +334,7 @@ def test_a_final_save_that_fails_leaves_the_old_model(saved: Path, monkeypatch: 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
     before = {entry.name: entry.read_bytes() for entry in saved.iterdir()}
     with pytest.raises(UserError, match="no space left"):
-        save_final(tiny_model("llama", seed=5), tiny_tokenizer(), stage_in(saved))
+        save_final(tiny_model("llama", seed=5), tiny_tokenizer(), stage_in(saved), "# A card\n")
     assert {entry.name: entry.read_bytes() for entry in saved.iterdir()} == before
 
 
@@ -345,15 +346,16 @@ def test_a_final_save_replaces_the_model_and_nothing_else(saved: Path) -> None:
     (killed / "adapter_config.json").write_text("{}")
     before = {entry.name for entry in saved.iterdir()}
     other = tiny_model("llama", seed=5)
-    save_final(other, tiny_tokenizer(), stage_in(saved))
+    save_final(other, tiny_tokenizer(), stage_in(saved), "# A card\n")
     assert torch.equal(logits_of(load_model(str(saved)), some_ids()), logits_of(other, some_ids()))
     assert (saved / "notes.txt").read_text() == "mine"
-    assert {entry.name for entry in saved.iterdir()} == before - {killed.name} | {FINISHED_FILE}
+    assert {entry.name for entry in saved.iterdir()} == before - {killed.name} | {FINISHED_FILE, CARD_FILE}
+    assert (saved / CARD_FILE).read_text() == "# A card\n"
     assert list(saved.parent.iterdir()) == [saved]
 
 
 def test_a_model_is_saved_without_a_tokenizer_too(tmp_path: Path) -> None:
-    save_final(tiny_model("llama"), None, stage_in(tmp_path))
+    save_final(tiny_model("llama"), None, stage_in(tmp_path), "# A card\n")
     assert torch.equal(logits_of(load_model(str(tmp_path)), some_ids()), logits_of(tiny_model("llama"), some_ids()))
 
 
