@@ -24,7 +24,7 @@ Answer = dict[str, Any]
 
 
 class Heads(TorchFunctionMode):
-    """The seconds spent in matrix products with a head of at least so many ids."""
+    """The seconds spent in matrix products with a head of at least that number of ids."""
 
     def __init__(self, ids: int) -> None:
         super().__init__()

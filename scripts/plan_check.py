@@ -165,7 +165,7 @@ def measure(folder: Path, spread: str, processes: int, rows: int, checkpointing:
 
 
 def forked(folder: Path, spread: str, processes: int, rows: int) -> dict[str, float]:
-    """`measure` in so many processes of a gloo group; the numbers of the first."""
+    """What `measure` returns in the first process of a gloo group of that size."""
     result = folder / f"{spread}-{processes}.json"
     children = []
     for rank in range(processes):

@@ -10,7 +10,7 @@ from switchkd.records import Example, Prompt
 
 
 class PackedExamples(Sequence[Example]):
-    """Examples whose token ids lie in one array, 4 bytes a token and 32 an example. Each access makes the `Example` anew.
+    """Examples whose token ids lie in one array, 4 bytes a token and 32 an example. Each access makes a new `Example`.
 
     `references` are what answers are compared with, by prompt id: of an evaluation set whose answers are scored.
     """

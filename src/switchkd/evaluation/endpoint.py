@@ -53,7 +53,7 @@ class Budget:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self) -> None:
-        """Count a request before it is sent; raises NoMoreRequests where there is none left."""
+        """Count a request before it is sent; raises NoMoreRequests when the budget is used up."""
         with self._lock:
             if self.stop.is_set():
                 raise NoMoreRequests("stopped")

@@ -148,7 +148,7 @@ def rounded(count: float) -> str:
 
 
 def counted(count: int, thing: str) -> str:
-    """So many of a thing: 1 step, 1,200 steps."""
+    """A count with its noun: 1 step, 1,200 steps."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 

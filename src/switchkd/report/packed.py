@@ -115,7 +115,7 @@ def _share(record: Mapping[str, Any], by_teacher: Sequence[bool]) -> float:
 
 
 def _numbers(values: Any, count: int, digits: int) -> list[float | None]:
-    """Numbers to so many digits behind the point; none at all where none is known."""
+    """Numbers, rounded to `digits` after the point, None where one is unknown; empty if all are."""
     found = [
         None if value is None or not math.isfinite(value) else round(float(value), digits) for value in values or ()
     ]

@@ -16,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 class FollowServer(ThreadingHTTPServer):
-    """Serves the page at / and its data at /data.json, made anew whenever a file that it is made of has changed.
+    """Serves the page at / and its data at /data.json, made again whenever one of its files has changed.
 
     It listens on 127.0.0.1 alone, takes GET alone, and answers only those who call it by that name or as localhost: a page from
     elsewhere whose name was bent to this address is refused. Raises UserError where the port is taken.

@@ -126,7 +126,7 @@ def files_read(sources: Sequence[Source]) -> list[Path]:
 
 
 def gather(sources: Sequence[Source], *, most_rollouts: int, version: str, follow: bool = False) -> ReportData:
-    """The data of the page. At most so many rollouts are taken, evenly from all there are."""
+    """The data of the page. At most `most_rollouts` are taken, at even steps from all of them."""
     runs = [source for source in sources if source.path.is_dir()]
     logs = {source.name: read_log(source.path / LOG_FILE) for source in runs}
     packer = Packer()
@@ -164,7 +164,7 @@ def _rollout_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _evenly(lines: Sequence[tuple[int, Any]], most: int) -> list[tuple[int, Any]]:
-    """At most so many of them, the first and the last among them."""
+    """At most `most` of them, always with the first and the last."""
     if len(lines) <= most:
         return list(lines)
     return [lines[round(at * (len(lines) - 1) / max(1, most - 1))] for at in range(most)]
@@ -183,7 +183,7 @@ def _settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is none that can be read."""
+    """The object in a JSON file; an empty one if no such file can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

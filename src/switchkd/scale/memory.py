@@ -26,7 +26,7 @@ Parts = dict[str, int]
 class Bytes:
     """The bytes of a number: in the student's weights, in the teacher's, and in what both compute in.
 
-    The loss compares a chunk of logits in so many `pieces` (loss/chunked.py).
+    `pieces` is the number of parts in which the loss compares a chunk of logits (loss/chunked.py).
     """
 
     student: int = 4

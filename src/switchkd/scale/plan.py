@@ -28,7 +28,7 @@ _MOST_ROWS = 256
 
 @dataclass(frozen=True)
 class Job:
-    """A step of a run: `texts` over all processes, each a prompt and a response of at most so many tokens."""
+    """A step of a run: `texts` over all processes, each of `prompt` and `response` tokens at most."""
 
     texts: int = 64
     prompt: int = 256
@@ -90,7 +90,7 @@ def plan(student: ModelSize, teacher: ModelSize, job: Job, clock: Clock) -> list
 
 
 def splits(cluster: Cluster) -> Iterator[Split]:
-    """Every way to spread the student and to place the teacher that switchkd runs on so many devices."""
+    """Every way to spread the student and to place the teacher that switchkd can run on that number of devices."""
     for spread, teacher in product(get_args(Spread), get_args(TeacherAt)):
         if teacher == "device_map":
             # One process that has all devices, so there is nothing to spread the student over.
