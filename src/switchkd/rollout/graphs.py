@@ -30,8 +30,8 @@ _R = TypeVar("_R")
 _NARROWEST = 256
 # Widths by doubling, times block sizes, times models of one process; torch stops at 8.
 _MOST_GRAPHS = 256
-# The noise's hash uses each value twice, and torch computes it again at each use unless it has more operations than this. At torch's
-# own 30 a draw takes twelve times as long. Loops are joined again afterwards.
+# The noise's hash uses each value twice. Torch computes a value again at each use unless it has more operations than this; at
+# torch's own 30 a draw takes twelve times as long. Loops are joined again afterwards.
 _MOST_OPERATIONS = 4
 _states = itertools.count()
 
