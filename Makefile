@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-browser slow lint types format docs smollm world-pair benchmarks gpu-check clean
 
-demo: $(READY)  ## distil the embedded student with SWITCH: minutes on two CPU cores
+demo: $(READY)  ## SWITCH beside on-policy text on the embedded pair: ten minutes on two CPU cores
 	$(BIN)/switchkd demo
 
 test: $(READY)  ## the whole suite
