@@ -339,7 +339,7 @@ def test_the_demo_shows_its_table_and_replaces_an_earlier_one(
     suggested = next(line.split() for line in out.splitlines() if line.startswith("  switchkd rollout"))
     model = suggested[suggested.index("--student") + 1]
     assert AutoModelForCausalLM.from_pretrained(model).config.model_type == "llama"
-    # Finished, so that the next demo begins anew.
+    # It is finished, so the next demo starts from nothing.
     (folder / "of-the-earlier").touch()
     make_room(folder, (folder / "demo.yaml").read_text())
     assert [path.name for path in folder.iterdir()] == ["demo.yaml"]

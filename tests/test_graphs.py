@@ -144,7 +144,8 @@ def test_graphs_of_other_families(family: str) -> None:
 @pytest.mark.slow
 def test_compiled_code_writes_the_same_tokens_and_follows_weights_that_change() -> None:
     """The real compiler, with packed weights: half a minute. `make slow` runs it."""
-    pair = tiny_pair("llama", dtype=torch.float64)
+    # Without rotary positions: transformers makes their sines in float32 even here, and compiled ones differ in the last digits.
+    pair = tiny_pair("gpt2", dtype=torch.float64)
     engine = SpeculativeEngine(pair, 4, max_rows=4, compile=True)
     for change in (0.0, 0.1):
         with torch.no_grad():
@@ -152,11 +153,7 @@ def test_compiled_code_writes_the_same_tokens_and_follows_weights_that_change() 
                 for parameter in model.parameters():
                     parameter.mul_(1 + change)
         expected = ReferenceEngine(pair).generate(PROMPTS, SWITCH, SAMPLING)
-        for ours, theirs in zip(engine.generate(PROMPTS, SWITCH, SAMPLING), expected, strict=True):
-            assert ours.token_ids == theirs.token_ids
-            assert ours.written_by_teacher == theirs.written_by_teacher
-            # 1.9e-7 apart, although in float64; why torch's code is less exact there is not known yet.
-            assert ours.divergence == pytest.approx(theirs.divergence, abs=1e-6)
+        assert_same_rollouts(engine.generate(PROMPTS, SWITCH, SAMPLING), expected, pair, SWITCH, SAMPLING)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -289,7 +289,7 @@ def test_the_page_follows_a_run(opened: Open, tmp_path: Path) -> None:
             # What the reader was looking at is still there.
             assert "position 4 " in one(page, ".inspector").text
             assert one(page, "#live").text == "● following"
-            # A browser asks every site for an icon, and there is none.
+            # A browser asks every site for an icon, and this one has no icon.
             assert [each for each in complaints(page) if "favicon" not in each["message"]] == []
         finally:
             server.shutdown()

@@ -1,4 +1,4 @@
-"""The runs of a study, each with the identity by which it is known to be done, here or on another machine."""
+"""The runs of a study. Each has an identity, which says on any machine whether it is done."""
 
 from __future__ import annotations
 
