@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import subprocess
@@ -16,7 +17,8 @@ from statistics import median
 import torch
 import transformers
 
-THREADS = 2
+# One where something else has the other core.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 TRL_MISSING = "TRL is not installed, so its side is left out; install it with `pip install -e .[bench]`."
 
 

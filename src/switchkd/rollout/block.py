@@ -25,11 +25,14 @@ from switchkd.rollout.write import Written, write
 
 
 class Reading(NamedTuple):
-    """What a model reads: new tokens (A, T), the position of each row's first (A,), and the number of slots it looks at."""
+    """What a model reads: new tokens (A, T), the position of each row's first (A,), and the number of slots it looks at.
+
+    A graph that serves any number of slots takes a tensor of that many entries instead.
+    """
 
     ids_AT: Tensor
     start_A: Tensor
-    width: int
+    width: int | Tensor
 
 
 class State(NamedTuple):
@@ -50,15 +53,21 @@ class Verdict(NamedTuple):
     margin: Tensor | None = None
 
 
+def hidden_states(model: CachedModel, reading: Reading) -> Tensor:
+    """The hidden states (A, T, H) after each of the new tokens."""
+    width = reading.width
+    return model.read(reading.ids_AT, reading.start_A, width.shape[0] if isinstance(width, Tensor) else width)
+
+
 def student_step(student: CachedModel, reading: Reading, address: Address, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The student's next token (A,) and the log-probabilities (A, V) it was drawn from."""
-    student_logp = shaped_logp(student.head(student.read(*reading)[:, -1]), sampling)
+    student_logp = shaped_logp(student.head(hidden_states(student, reading)[:, -1]), sampling)
     return student_proposal(student_logp, address, greedy=sampling.greedy), student_logp
 
 
 def teacher_states(teacher: CachedModel, reading: Reading, weights: int) -> Tensor:
     """The teacher's hidden states (A, K, H) that predict a block's tokens; `weights` numbers their state (graphs.py)."""
-    return teacher.read(*reading)
+    return hidden_states(teacher, reading)
 
 
 def scored(head: Head, hidden: Tensor, draft: Draft, sampling: Sampling, weights: int) -> Compared:

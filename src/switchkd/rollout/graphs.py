@@ -1,7 +1,8 @@
 """The draft loop as graphs of the device: which functions are compiled, when, and what happens where they cannot be.
 
-A graph has fixed shapes, so rows are padded to a fixed number and widths come in buckets. Weights change in place from step to
-step, and the graph reads them where they are; those of a frozen teacher on a CPU are packed into the graph.
+On CUDA a graph has fixed shapes, so rows are padded to a fixed number and widths come in buckets. On a CPU one graph serves any
+number of rows and any width. Weights change in place from step to step, and the graph reads them where they are; those of a
+frozen teacher on a CPU are packed into the graph.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from functools import cache
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from switchkd.distributions.draw import Draft
+from switchkd.distributions.noise import Address
 from switchkd.errors import UserError
 from switchkd.models.pair import ModelPair
 from switchkd.rollout.block import scored, student_step, teacher_states, written
@@ -26,9 +29,9 @@ Compile = Literal["auto", True, False]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# Narrower ones cost half a minute of compiling each.
+# Of the fixed widths; narrower ones cost a graph each, and save little.
 _NARROWEST = 256
-# Widths by doubling, times block sizes, times models of one process; torch stops at 8.
+# Widths by doubling, times block sizes, times models of one process; torch itself stops at 8.
 _MOST_GRAPHS = 256
 # The noise's hash uses each value twice. Torch computes a value again at each use unless it has more operations than this; at
 # torch's own 30 a draw takes twelve times as long. Loops are joined again afterwards.
@@ -94,11 +97,25 @@ class Graph(Generic[_P, _R]):
         if not self.on_cuda:
             from torch._inductor import config
 
+            _open((args, kwargs))
             with config.patch(freezing=self.packs_weights, realize_opcount_threshold=_MOST_OPERATIONS):
                 return compiled(*args, **kwargs)
         torch.compiler.cudagraph_mark_step_begin()
         # A CUDA graph writes its results to the same memory each time.
-        return cast(_R, tree_map_only(torch.Tensor, torch.clone, compiled(*args, **kwargs)))
+        return cast(_R, tree_map_only(Tensor, torch.clone, compiled(*args, **kwargs)))
+
+
+def _open(value: object) -> None:
+    """Let a graph serve any number of rows (or slots), the first dimension of each tensor. Torch fixes a single one in any case."""
+    if isinstance(value, Tensor):
+        if value.ndim and len(value) > 1:
+            torch._dynamo.mark_dynamic(value, 0)
+    elif isinstance(value, (tuple, dict, Draft, Address)):
+        parts = (
+            value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else vars(value).values()
+        )
+        for part in parts:
+            _open(part)
 
 
 @cache
@@ -106,8 +123,16 @@ def _cannot_compile() -> tuple[type[Exception], ...]:
     # Imported where it is needed: it takes a second.
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
-    return (TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler)
+    # The last is a model whose code fixes the number of rows or slots.
+    return (
+        TorchDynamoException,
+        FailOnRecompileLimitHit,
+        CppCompileError,
+        InvalidCxxCompiler,
+        ConstraintViolationError,
+    )
 
 
 class _Weights:
@@ -133,6 +158,8 @@ class Graphs:
     """The graphs of a pair, kept from call to call."""
 
     def __init__(self, pair: ModelPair) -> None:
+        # Of shapes.
+        self.fixed = pair.student.device.type == "cuda"
         device, trained = pair.student.device, {each.data_ptr() for each in pair.student.parameters()}
         # A teacher that is its own student, without an adapter or with another, has weights that train.
         packs = device.type == "cpu" and pair.teacher is not None
@@ -143,6 +170,19 @@ class Graphs:
         self.scored = Graph(scored, device, packs_weights=packs)
         # Not on a CPU, where torch 2.13's code of it ended in a segmentation fault (float64; tests/test_graphs.py).
         self.written = Graph(written, device) if device.type == "cuda" else written
+
+    def width(self, least: int, slots: int) -> int | Tensor:
+        """How many of a cache's slots a graph looks at, where it has to see `least`; see `Reading`."""
+        return min(bucket(least), slots) if self.fixed else torch.empty(least, dtype=torch.bool)
+
+    def rows(self, most: int) -> int:
+        """The number of rows that a graph computes at least, those that hold nothing too, where up to `most` are in flight."""
+        # Torch would make a graph of its own for a single row.
+        return 1 << (most - 1).bit_length() if self.fixed else 2
+
+    def shape(self, size: int, least: int, rows: int) -> tuple[int, ...]:
+        """What tells the graphs of a block of `size` from others."""
+        return (size, bucket(least), rows) if self.fixed else (size,)
 
     def weights(self) -> int:
         """The number of the state of the teacher's packed weights; 0 where graphs read them where they are."""

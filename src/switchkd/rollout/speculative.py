@@ -79,7 +79,7 @@ class SpeculativeEngine:
         self.caches: dict[str, RaggedCache] = {}
         self.graphs = Graphs(pair) if compiles(compile, pair.student.device) else None
         # The shapes of blocks whose graphs are made.
-        self.warm: set[tuple[int, int, int]] = set()
+        self.warm: set[tuple[int, ...]] = set()
         self._fallback: ReferenceEngine | None = None
         students, teachers = ("student", pair.student, pair.student_head), ("teacher", pair.teacher, pair.teacher_head)
         for role, model, head in (students, teachers):
@@ -172,10 +172,10 @@ class _Run:
             few_sizes=self.graphs is not None,
         )
         slots = len(prompts[order[0]].token_ids) + sampling.max_new_tokens + self.chooser.largest
-        # Rows that a forward computes at least: a graph has a fixed number of them, and computes those that hold nothing too.
+        # Rows that a forward computes at least, and slots in few sizes, for a graph is made for a cache.
         self.padded_rows = 0
         if self.graphs:
-            slots, self.padded_rows = bucket(slots), 1 << (self.max_rows - 1).bit_length()
+            slots, self.padded_rows = bucket(slots), self.graphs.rows(self.max_rows)
         size, kept = (max(self.max_rows, self.padded_rows), slots), engine.caches
         self.models = {"student": CachedModel(pair.student, pair.student_head, *size, kept.pop("student", None))}
         if pair.teacher is not None and pair.teacher_head is not None and (policy.needs_teacher or keep_teacher):
@@ -201,8 +201,8 @@ class _Run:
             self.metrics.tokens += written
             spent = {part: self.metrics.seconds[part] - before[part] for part in before}
             # The first block of a shape compiles its graphs, and says nothing about the next.
-            shape = (size, self.writer.width(longest + size), self.padded_rows)
-            if not self.graphs or shape in self.warm:
+            shape = self.graphs.shape(size, longest + size, self.padded_rows) if self.graphs else ()
+            if not shape or shape in self.warm:
                 verifying = spent["teacher"] + spent["policy"]
                 self.chooser.learn(size, len(self.rows), written, stopped, spent["student"], verifying)
             self.warm.add(shape)

@@ -18,9 +18,9 @@ from switchkd.distributions.noise import Address
 from switchkd.distributions.shaping import ban_repeated_ngrams, shaped_logp
 from switchkd.models.memory import numbers_at_once, numbers_in_cache, pieces
 from switchkd.records import Sampling
-from switchkd.rollout.block import Reading, State, Verdict, as_drafted, joined, written
+from switchkd.rollout.block import Reading, State, Verdict, as_drafted, hidden_states, joined, written
 from switchkd.rollout.cache import CachedModel
-from switchkd.rollout.graphs import Graphs, bucket
+from switchkd.rollout.graphs import Graphs
 from switchkd.rollout.law import Policy
 from switchkd.rollout.log import Compared, RolloutLog, compare, observe
 from switchkd.rollout.metrics import RolloutMetrics
@@ -55,9 +55,9 @@ class BlockWriter:
         hidden = self._states(self.teacher, draft, state, longest)
         return self._decide(self.teacher, draft, hidden, logs), hidden
 
-    def width(self, least: int) -> int:
-        """The number of slots that a forward looks at, where it has to see that many."""
-        return min(bucket(least), self.student.cache.shared.slots) if self.graphs else least
+    def _width(self, least: int) -> int | Tensor:
+        """The number of slots that a forward looks at, where it has to see that many; see `Reading`."""
+        return self.graphs.width(least, self.student.cache.shared.slots) if self.graphs else least
 
     def _draft(self, size: int, state: State, longest: int, logs: Sequence[RolloutLog]) -> Draft:
         """The student's proposals for the next `size` positions of every row."""
@@ -72,8 +72,9 @@ class BlockWriter:
         token, proposals, logps = state.pending, [], []
         for step in range(size):
             with self.metrics.timing("student"):
-                width = self.width(longest + (size if self.graphs else step + 1))
-                reading = Reading(token[:, None], state.length + step, width)
+                # Graphs of fixed shapes look as far in all of a block, so that it takes those of one width.
+                end = longest + (size if self.graphs and self.graphs.fixed else step + 1)
+                reading = Reading(token[:, None], state.length + step, self._width(end))
                 at = Address(state.key, state.position + step)
                 token, logp = self._step(reading, at, noise[step], logs)
             self.metrics.forwards["student"] += 1
@@ -87,7 +88,7 @@ class BlockWriter:
         """The student's next token of every row, and its log-probabilities; see `student_step`."""
         if self.graphs:
             return self.graphs.student_step(self.student, reading, address, self.sampling)
-        logits = self.student.head(self.student.read(*reading)[:, -1])
+        logits = self.student.head(hidden_states(self.student, reading)[:, -1])
         if ngram_size := self.sampling.no_repeat_ngram_size:
             logits = ban_repeated_ngrams(logits, [log.text for log in logs], ngram_size)
         logp = shaped_logp(logits, self.sampling)
@@ -101,11 +102,11 @@ class BlockWriter:
         """The teacher's hidden states (A, K, H) that predict the block's tokens, in one forward."""
         with self.metrics.timing("teacher"):
             device, block = teacher.model.device, torch.cat([state.pending[:, None], draft.proposal[:, :-1]], dim=1)
-            reading = Reading(block.to(device), state.length.to(device), self.width(longest + block.shape[1]))
+            reading = Reading(block.to(device), state.length.to(device), self._width(longest + block.shape[1]))
             self.metrics.forwards["teacher"] += 1
             if self.graphs:
                 return self.graphs.teacher_states(teacher, reading, self.weights)
-            return teacher.read(*reading)
+            return hidden_states(teacher, reading)
 
     def _decide(self, teacher: CachedModel, draft: Draft, hidden: Tensor, logs: list[RolloutLog]) -> Verdict:
         """The policy's verdict on the whole block, in groups of rows where the vocabulary is large."""
