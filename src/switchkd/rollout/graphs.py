@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
@@ -72,6 +72,7 @@ class Graph(Generic[_P, _R]):
         self.function = function
         self.on_cuda = device.type == "cuda"
         self.packs_weights = packs_weights
+        self._checked: set[Hashable] = set()
         self.compiled: Callable[_P, _R] | None = torch.compile(
             function, fullgraph=True, dynamic=False, mode="reduce-overhead" if self.on_cuda else None
         )
@@ -93,29 +94,44 @@ class Graph(Generic[_P, _R]):
             )
             return self.function(*args, **kwargs)
 
+    def begin(self) -> None:
+        """A call to `generate` begins: the models may be others, or may have changed, since the one before."""
+        self._checked.clear()
+
     def _run(self, compiled: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not self.on_cuda:
+        seen = self._seen(args)
+        if self.on_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        if seen in self._checked:
+            with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
+                result = compiled(*args, **kwargs)
+        else:
             from torch._inductor import config
 
-            _open((args, kwargs))
-            with config.patch(freezing=self.packs_weights, realize_opcount_threshold=_MOST_OPERATIONS):
-                return compiled(*args, **kwargs)
-        torch.compiler.cudagraph_mark_step_begin()
+            how = {} if self.on_cuda else {"freezing": self.packs_weights, "realize_opcount_threshold": _MOST_OPERATIONS}
+            with config.patch(how):
+                result = compiled(*args, **kwargs)
+            self._checked.add(seen)
         # A CUDA graph writes its results to the same memory each time.
-        return cast(_R, tree_map_only(Tensor, torch.clone, compiled(*args, **kwargs)))
+        return cast(_R, tree_map_only(Tensor, torch.clone, result)) if self.on_cuda else result
 
+    def _seen(self, value: object) -> Hashable:
+        """What a graph is made for of its arguments: all but the numbers in tensors and, on a CPU, how many rows (or slots).
 
-def _open(value: object) -> None:
-    """Let a graph serve any number of rows (or slots), the first dimension of each tensor. Torch fixes a single one in any case."""
-    if isinstance(value, Tensor):
-        if value.ndim and len(value) > 1:
-            torch._dynamo.mark_dynamic(value, 0)
-    elif isinstance(value, (tuple, dict, Draft, Address)):
-        parts = (
-            value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else vars(value).values()
-        )
-        for part in parts:
-            _open(part)
+        Torch checks a thousand things of the models before it runs a graph, which takes longer than a small model's step. Within a
+        call to `generate` nothing else changes, so it checks the first time alone.
+        """
+        if isinstance(value, Tensor):
+            if self.on_cuda:
+                return value.dtype, value.shape
+            # Torch makes a graph of its own for a single one in any case, and for tensors that begin where their memory does.
+            several = value.ndim > 0 and len(value) > 1
+            if several:
+                torch._dynamo.mark_dynamic(value, 0)
+            return value.dtype, several, value.shape[1:], value.storage_offset() > 1
+        if isinstance(value, (Draft, Address)):
+            value = tuple(vars(value).values())
+        return tuple(map(self._seen, value)) if isinstance(value, tuple) else cast(Hashable, value)
 
 
 @cache
@@ -171,14 +187,22 @@ class Graphs:
         # Not on a CPU, where torch 2.13's code of it ended in a segmentation fault (float64; tests/test_graphs.py).
         self.written = Graph(written, device) if device.type == "cuda" else written
 
+    def begin(self) -> None:
+        """See `Graph.begin`."""
+        for each in vars(self).values():
+            if isinstance(each, Graph):
+                each.begin()
+
     def width(self, least: int, slots: int) -> int | Tensor:
         """How many of a cache's slots a graph looks at, where it has to see `least`; see `Reading`."""
         return min(bucket(least), slots) if self.fixed else torch.empty(least, dtype=torch.bool)
 
-    def rows(self, most: int) -> int:
-        """The number of rows that a graph computes at least, those that hold nothing too, where up to `most` are in flight."""
-        # Torch would make a graph of its own for a single row.
-        return 1 << (most - 1).bit_length() if self.fixed else 2
+    def rows(self, most: int) -> tuple[int, int]:
+        """How many rows a graph computes at least, those that hold nothing too, and how many a cache has, for `most` in flight."""
+        if self.fixed:
+            return (padded := 1 << (most - 1).bit_length()), padded
+        # Torch makes a graph of its own for a single row, and for a number that can be no other.
+        return min(most, 2), most + 1
 
     def shape(self, size: int, least: int, rows: int) -> tuple[int, ...]:
         """What tells the graphs of a block of `size` from others."""

@@ -173,10 +173,11 @@ class _Run:
         )
         slots = len(prompts[order[0]].token_ids) + sampling.max_new_tokens + self.chooser.largest
         # Rows that a forward computes at least, and slots in few sizes, for a graph is made for a cache.
-        self.padded_rows = 0
+        self.padded_rows, rows = 0, self.max_rows
         if self.graphs:
-            slots, self.padded_rows = bucket(slots), self.graphs.rows(self.max_rows)
-        size, kept = (max(self.max_rows, self.padded_rows), slots), engine.caches
+            self.graphs.begin()
+            slots, (self.padded_rows, rows) = bucket(slots), self.graphs.rows(self.max_rows)
+        size, kept = (rows, slots), engine.caches
         self.models = {"student": CachedModel(pair.student, pair.student_head, *size, kept.pop("student", None))}
         if pair.teacher is not None and pair.teacher_head is not None and (policy.needs_teacher or keep_teacher):
             self.models["teacher"] = CachedModel(pair.teacher, pair.teacher_head, *size, kept.pop("teacher", None))
@@ -279,7 +280,9 @@ class _Run:
         """Where the rows stand, on the device in one copy. Rows that hold nothing begin at nothing."""
         rows = [(row.key, len(row.log.token_ids), row.length, row.pending) for row in self.rows]
         rows += [(0, 0, 0, 0)] * (self.padded_rows - len(rows))
-        return State(*torch.tensor(list(zip(*rows, strict=True)), device=self.device).unbind(dim=0))
+        columns = torch.tensor(list(zip(*rows, strict=True)), device=self.device).unbind(dim=0)
+        # Each in memory of its own, as the tokens are that come after the first: a graph tells the two apart.
+        return State(*(column.clone() for column in columns))
 
     def _accept(self, block: Recorded, hidden: Tensor | None) -> tuple[int, int]:
         """Write each row's block up to and including the position that ends it.
