@@ -108,7 +108,9 @@ class Graph(Generic[_P, _R]):
         else:
             from torch._inductor import config
 
-            how = {} if self.on_cuda else {"freezing": self.packs_weights, "realize_opcount_threshold": _MOST_OPERATIONS}
+            how = (
+                {} if self.on_cuda else {"freezing": self.packs_weights, "realize_opcount_threshold": _MOST_OPERATIONS}
+            )
             with config.patch(how):
                 result = compiled(*args, **kwargs)
             self._checked.add(seen)
@@ -131,7 +133,7 @@ class Graph(Generic[_P, _R]):
             return value.dtype, several, value.shape[1:], value.storage_offset() > 1
         if isinstance(value, (Draft, Address)):
             value = tuple(vars(value).values())
-        return tuple(map(self._seen, value)) if isinstance(value, tuple) else cast(Hashable, value)
+        return tuple(map(self._seen, value)) if isinstance(value, tuple) else value
 
 
 @cache
