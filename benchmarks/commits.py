@@ -1,7 +1,7 @@
 """What a change has gained: rollouts and evaluations of another commit of this package and of this one, by turns.
 
     git worktree add ../old d420c42
-    python benchmarks/commits.py --old ../old [--cases vocabulary compiled evaluation] [--repeats 3] [--write]
+    python benchmarks/commits.py --old ../old [--cases vocabulary compiled evaluation profile] [--repeats 3] [--write]
 
 Each side is a process of its own, and waits while another is measured. Compiled sides start twice: into an empty cache of
 compiled code, and with what the first has left there. Leave the machine alone meanwhile.
@@ -37,9 +37,11 @@ CASES = {
     "vocabulary": [(name, 32) for name in VOCABULARIES if name != "50k"],
     "compiled": [(DEMO, 128), ("5M/40M", 128)],
     "evaluation": [(DEMO, 96)],
+    "profile": [(name, 32) for name in VOCABULARIES if name != "50k"],
     "quick": [("quick", 8)],
 }
 MS_A_TOKEN, HEADS = 2.0, 1.0  # At 131,072 ids: in all, and beyond the heads in units of what those take.
+SHOWN = 8  # Operators of a profile.
 TIMES_FASTER = {DEMO: 2.0, "5M/40M": 1.3}
 
 
@@ -112,6 +114,8 @@ def task_of(kind: str, name: str, new_tokens: int, folder: Path) -> dict[str, An
     pair = load(name)
     task: dict[str, Any] = {"folder": None, "new_tokens": new_tokens, "threads": THREADS, "kind": "rollouts"}
     task |= {"heads": False, "heads_of": kind == "vocabulary", "compiled": False}
+    if kind == "profile":
+        task["kind"] = kind
     if kind == "evaluation":
         return task | {"kind": "answers", "prompts": prompts_for(pair, 200)}
     prompts = prompts_for(pair, 8)
@@ -152,6 +156,26 @@ def row(name: str, side: str, found: dict[str, dict[str, Any]], compiling: dict[
         f"{same}/{len(mine['texts'])}",
         ", then ".join(seconds),
     )
+
+
+def profile(names: Sequence[str] | None, old: Path, *, compiles: bool) -> Report:
+    """The operators in which one SWITCH call of each side spends its time."""
+    report = Report("Profile", ("pair", "side", "a call, profiled", "operators by their own share of the time"), [])
+    sides = {OLD: old, NEW: HERE} | ({COMPILED: HERE} if compiles else {})
+    for name, new_tokens in CASES["profile"]:
+        if name not in (names or [name]):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            task = task_of("profile", name, new_tokens, Path(folder))
+            for side, path in sides.items():
+                with Side(path, task | {"compiled": side == COMPILED}, folder) as running:
+                    found = running.run()
+                parts = [
+                    f"{share:.0%} {operator.removeprefix('aten::')}" for share, operator in found["operators"][:SHOWN]
+                ]
+                report.rows.append((name, side, f"{found['seconds']:.2f} s", ", ".join(parts)))
+                print(report.rows[-1], flush=True)
+    return report
 
 
 def _verdict(reached: bool) -> str:
@@ -196,7 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     git = ["git", "-C", str(options.old), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     for case in options.cases:
-        report = run(case, options.models, options.old, options.repeats, compiles=not options.eager)
+        compiles = not options.eager
+        if case == "profile":
+            report = profile(options.models, options.old, compiles=compiles)
+        else:
+            report = run(case, options.models, options.old, options.repeats, compiles=compiles)
         found = f"{conditions()}; against commit {commit}; median of {options.repeats} by turns."
         console.print(report.table(), found)
         if options.write:

@@ -83,6 +83,21 @@ def rollouts(task: Answer) -> Callable[[], Answer]:
     return run
 
 
+def operators(task: Answer) -> Callable[[], Answer]:
+    """What torch's profiler says of one such call, the first of which warms up: operators by their own share of the time."""
+    run = rollouts(task)
+
+    def profiled() -> Answer:
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            answer = run()
+        spent = {each.key: each.self_cpu_time_total for each in found.key_averages()}
+        total = sum(spent.values())
+        return answer | {"operators": sorted(((time / total, name) for name, time in spent.items()), reverse=True)}
+
+    return profiled
+
+
 def answers(task: Answer) -> Callable[[], Answer]:
     """An evaluation: the student's answers to all prompts, with the command's own batch of its day."""
     from switchkd.evaluation.generate import generate_answers
@@ -118,7 +133,7 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     logging.disable_progress_bar()
     torch.set_num_threads(task["threads"])
-    run = {"rollouts": rollouts, "answers": answers}[task["kind"]](task)
+    run = {"rollouts": rollouts, "answers": answers, "profile": operators}[task["kind"]](task)
     for _ in sys.stdin:
         print(json.dumps(run()), flush=True)
 

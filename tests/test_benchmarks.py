@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,51 @@ def test_engines_that_differ_stop_it(rollout: ModuleType) -> None:
     assert rollout._same_rows(first, first) == 4
     with pytest.raises(SystemExit, match="a bug"):
         rollout._same_rows(second, first)
+
+
+@pytest.mark.parametrize("case", ["quick", "evaluation", "profile"])
+def test_two_commits_side_by_side(
+    case: str, rollout: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits, side = importlib.import_module("commits"), importlib.import_module("side")
+
+    class Here:
+        """A side in this process: one of its own shows nothing more, and costs the seconds of importing torch."""
+
+        def __init__(self, checkout: Path, task: dict[str, Any], cache: str) -> None:
+            kinds = {"rollouts": side.rollouts, "answers": side.answers, "profile": side.operators}
+            # Three prompts will do.
+            self.run = kinds[task["kind"]](task | {"prompts": task["prompts"][:3]})
+
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(commits, "Side", Here)
+    monkeypatch.setattr(
+        commits, "CASES", {"quick": [("quick", 8)], "evaluation": [("demo", 8)], "profile": [("quick", 8)]}
+    )
+    document = tmp_path / "benchmarks.md"
+    commits.main(
+        [
+            "--old",
+            str(BENCHMARKS.parent),
+            "--cases",
+            case,
+            "--eager",
+            "--repeats",
+            "1",
+            "--write",
+            "--document",
+            str(document),
+        ]
+    )
+    rows = [line for line in document.read_text().splitlines() if line.startswith(("| quick |", "| demo |"))]
+    assert [row.split("|")[2].strip() for row in rows] == [commits.OLD, commits.NEW]
+    if case == "profile":
+        assert all("% " in row for row in rows)
+    else:
+        # The same code on both sides wrote the same texts.
+        assert all("| 3/3 |" in row for row in rows)
