@@ -51,8 +51,8 @@ EVAL_ROWS = 9
 PROCESSES = 2
 
 
-def make_pair() -> ModelPair:
-    pair = tiny_pair("llama", layers=2, dtype=torch.float64)
+def make_pair(family: str = "llama") -> ModelPair:
+    pair = tiny_pair(family, layers=2, dtype=torch.float64)
     # Several ids end a text, so that the processes hold different counts of tokens.
     pair.student.generation_config.eos_token_id = list(range(1, 12))
     return pair
