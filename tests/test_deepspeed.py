@@ -1,6 +1,6 @@
 """One process equals two under DeepSpeed, whose ZeRO takes apart the optimizer's state, the gradients too, or the weights too.
 
-It is no dependency, so these run where it is installed: `DS_BUILD_OPS=0 pip install deepspeed`, then `pytest -m slow tests/test_deepspeed.py`.
+It is no dependency, so these run where it is: `DS_BUILD_OPS=0 pip install deepspeed`, `pytest -m slow tests/test_deepspeed.py`.
 """
 
 from __future__ import annotations

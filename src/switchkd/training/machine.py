@@ -77,8 +77,8 @@ def compile_of(args: SwitchConfig, *, in_parts: bool) -> Compile:
         return args.compile
     if args.compile is True:
         raise UserError(
-            "compile is true, but a graph needs weights that stay where they are, and those of a student in parts (FSDP, ZeRO-3) or "
-            "of a shared teacher do not; set compile: auto"
+            "compile is true, but a graph needs weights that stay where they are, and those of a student in parts (FSDP, ZeRO-3) "
+            "or of a shared teacher do not; set compile: auto"
         )
     return False
 
