@@ -1,7 +1,7 @@
 """One process equals two and four: neither data parallelism nor FSDP2 changes what is rolled out or the gradient.
 
-Nearly all runs compute in float64: AdamW's first steps divide a gradient by its own size, and so make 1e-4 of the rounding in float32
-of a gradient near 0.
+Nearly all compute in float64: AdamW's first steps divide a gradient by its own size, and so make 1e-4 of the rounding in float32 of
+a gradient near 0.
 """
 
 from __future__ import annotations
