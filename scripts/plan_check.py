@@ -151,7 +151,7 @@ def measure_resident(folder: Path, spread: str, processes: int, rows: int) -> di
 def measure(
     folder: Path, spread: str, processes: int, rows: int, checkpointing: bool = False, counting: Any = None
 ) -> dict[str, float]:
-    """Train three steps of `rows` texts a process; the most bytes counted in each phase, and what the formula says of it."""
+    """Train two steps of `rows` texts a process; the most bytes counted in each phase, and what the formula says of it."""
     pair = make_pair()
     student, teacher = ModelSize.of(pair.student), ModelSize.of(pair.teacher)
     counting = counting or Counting(*pair.models.values())
@@ -166,7 +166,8 @@ def measure(
             rollout_rows=rows,
             per_device_train_batch_size=rows,
             activation_checkpointing=checkpointing,
-            max_steps=3,
+            # The optimizer's moments are there from the second step on.
+            max_steps=2,
             save_strategy="no",
             disable_tqdm=True,
             use_cpu=True,
@@ -175,7 +176,7 @@ def measure(
             fsdp=True if spread == "fsdp2" else None,
         ),
         train_dataset=[
-            Example(Prompt(tuple(range(2 + row, 2 + row + PROMPT)), row), ()) for row in range(3 * rows * processes)
+            Example(Prompt(tuple(range(2 + row, 2 + row + PROMPT)), row), ()) for row in range(2 * rows * processes)
         ],
         callbacks=[Phases(counting)] if counted else None,
     )

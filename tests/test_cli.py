@@ -307,7 +307,7 @@ def test_measures_are_drawn_where_matplotlib_is_and_told_where_it_is_not(
 ) -> None:
     pytest.importorskip("matplotlib")
     pair = ("--student", models / "student", "--teacher", models / "teacher", "--output", tmp_path)
-    options = ("--prompt", "one two", "--prompt", "sun", "--max-new-tokens", "16")
+    options = ("--prompt", "one two", "--prompt", "sun", "--max-new-tokens", "8")
     for command, name in (("calibrate", "calibration.png"), ("diagnose", "diagnosis.png")):
         assert switchkd(command, *pair, *options) == 0
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from processes import run_group, run_script
@@ -169,6 +171,14 @@ def meet_trouble(folder: Path, rank: int) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
     (folder / f"stopped-{rank}").write_text(str(trainer.state.global_step))
 
+    taken_apart = make_pair()
+    for layer in taken_apart.teacher.get_decoder().layers:
+        fully_shard(layer)
+    try:
+        make_trainer(taken_apart, folder / "apart", 8, 4, method="kd")
+    except UserError as error:
+        (folder / f"apart-{rank}").write_text(str(error))
+
     writer = make_trainer(pair, folder / "broken", 8, 4, method="seqkd")
     if rank == 1:
         writer.engine = Broken()
@@ -311,12 +321,41 @@ def test_a_process_that_cannot_write_the_teachers_text_tells_the_others(runs: Pa
     assert said[1] == "OSError: the disk of this process is gone"
 
 
+def test_a_teacher_that_is_in_parts_already_is_refused(runs: Path) -> None:
+    assert "give it whole, with teacher_offload: shared" in (runs / "two" / "apart-0").read_text()
+
+
+def test_of_a_shared_teacher_one_layer_is_whole_at_a_time(runs: Path) -> None:
+    whole = [(runs / "two-shared" / f"whole-{rank}").read_text().split() for rank in range(PROCESSES)]
+    # Of its two layers, whenever one of them runs; and afterwards none.
+    assert [{*each} for each in whole] == [{"1"}, {"1"}]
+    assert [(runs / "two-shared" / f"rests-{rank}").read_text() for rank in range(PROCESSES)] == ["0", "0"]
+
+
+def share_a_teacher(folder: Path, rank: int) -> None:
+    """Three steps; how many layers of the teacher are whole in this process whenever one of them runs, and afterwards."""
+    pair = make_pair()
+    trainer = make_trainer(pair, folder / "watched", 22, 4, **METHODS["switch"], teacher_offload="shared")
+    layers = pair.teacher.get_decoder().layers
+    seen: list[str] = []
+
+    def whole_layers() -> str:
+        return str(sum(not any(isinstance(each, DTensor) for each in layer.parameters()) for layer in layers))
+
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: seen.append(whole_layers()))
+    trainer.train()
+    (folder / f"whole-{rank}").write_text(" ".join(seen))
+    (folder / f"rests-{rank}").write_text(whole_layers())
+
+
 def be_two(folder: Path, rank: int) -> None:
     train_each_method(folder / "two", 4, METHODS)
     train_each_method(folder / "two", 4, FLOAT32, torch.float32)
     meet_trouble(folder / "two", rank)
     shared = {"teacher_offload": "shared"}
     train_each_method(folder / "two-shared", 4, {name: METHODS[name] | shared for name in ("switch", "seqkd")})
+    share_a_teacher(folder / "two-shared", rank)
     # From here on accelerate's environment asks for FSDP.
     train_each_method(folder / "two-parts", 4, {name: METHODS[name] for name in IN_PARTS} | with_peft(), fsdp=True)
     train_each_method(folder / "two-parts", 4, {"sgd": FLOAT32["sgd"]}, torch.float32, fsdp=True)

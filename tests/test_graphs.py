@@ -158,7 +158,8 @@ def test_compiled_code_writes_the_same_tokens_and_follows_weights_that_change() 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_warm_graphs_are_kept_over_calls_and_over_weights_that_change() -> None:
-    pair = tiny_pair("llama", dtype=torch.float64)
+    # Tracing takes a second a layer.
+    pair = tiny_pair("llama", layers=1, dtype=torch.float64)
     engine = SpeculativeEngine(pair, 4, max_rows=4, compile=True)
     engine.generate(PROMPTS, SWITCH, SAMPLING)
     with torch.no_grad():
@@ -192,7 +193,7 @@ def test_where_torch_cannot_compile_rollouts_go_on_uncompiled(monkeypatch: pytes
 
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: compiled(function, **how | {"backend": no_compiler}))
-    pair = tiny_pair("llama", dtype=torch.float64)
+    pair = tiny_pair("llama", layers=1, dtype=torch.float64)
     expected = SpeculativeEngine(pair, 4).generate(PROMPTS[:2], SWITCH, SAMPLING)
     engine = SpeculativeEngine(pair, 4, compile=True)
     with pytest.warns(UserWarning, match=r"uncompiled.*no C\+\+ compiler.*install a C\+\+ compiler"):

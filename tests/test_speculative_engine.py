@@ -65,11 +65,11 @@ POLICIES: dict[str, Policy] = {
 RULES = ("adaswitch", "interleave", "mix", "trust region")
 
 SAMPLINGS: dict[str, Sampling] = {
-    "plain": Sampling(max_new_tokens=21),
-    "greedy": Sampling(max_new_tokens=21, temperature=0),
-    "cool": Sampling(max_new_tokens=21, temperature=0.7),
-    "top-p": Sampling(max_new_tokens=21, top_p=0.9),
-    "top-k": Sampling(max_new_tokens=21, temperature=1.3, top_k=8),
+    "plain": Sampling(max_new_tokens=17),
+    "greedy": Sampling(max_new_tokens=17, temperature=0),
+    "cool": Sampling(max_new_tokens=17, temperature=0.7),
+    "top-p": Sampling(max_new_tokens=17, top_p=0.9),
+    "top-k": Sampling(max_new_tokens=17, temperature=1.3, top_k=8),
 }
 
 # One-token prompts, equal prompts, padding and end-of-text ids as ordinary prompt tokens.
@@ -128,8 +128,8 @@ def forwards_of(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
 
 
 # A family's cache and masks know no policy. So the quick suite runs SWITCH for every family and the other policies by turns,
-# all of them for three families; `make slow` runs every pair of the two.
-WHOLE = ("gpt2", "opt", "llama")
+# all of them for two families; `make slow` runs every pair of the two.
+WHOLE = ("gpt2", "llama")
 IN_FLOAT64 = ("student", "teacher", *RULES)
 
 
@@ -140,7 +140,7 @@ def by_turns(names: Sequence[str], turn: int, count: int) -> set[str]:
 
 def grid() -> Iterator[Any]:
     others = [policy for policy in POLICIES if policy != "switch low"]
-    for dtype, names, count in ((torch.float32, others, 4), (torch.float64, IN_FLOAT64, 2)):
+    for dtype, names, count in ((torch.float32, others, 3), (torch.float64, IN_FLOAT64, 2)):
         for turn, kind in enumerate(KINDS):
             quick = {"switch low"} | by_turns(names, turn, count)
             if kind in WHOLE and dtype is torch.float32:
@@ -161,9 +161,7 @@ def test_equals_the_reference_engine(turn: int, kind: str, policy: str, dtype: t
     assert_same_rollouts(rollouts, oracle(kind, policy, sampling, dtype), pair, POLICIES[policy], SAMPLINGS[sampling])
 
 
-@pytest.mark.parametrize(
-    "often", [(1, 2, 3, 4, 5, 7, 8, 12, 16), pytest.param(tuple(range(1, 17)), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("often", [(1, 2, 3, 5, 8, 16), pytest.param(tuple(range(1, 17)), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("policy", ["student", "teacher", "switch low", *RULES])
 def test_block_size_changes_no_token(policy: str, sampling: str, often: tuple[int, ...]) -> None:
@@ -282,7 +280,8 @@ def test_learned_positions_may_be_used_up_to_the_last(family: str) -> None:
     # 7 + 20 tokens fill the 27 positions, while drafts of 8 run over them.
     pair = tiny_pair(family, dtype=torch.float64, max_position_embeddings=27)
     sampling = Sampling(max_new_tokens=20)
-    for policy in POLICIES.values():
+    # Each way to write: a model alone, by a threshold, by a coin, and by blended laws.
+    for policy in (POLICIES[name] for name in ("student", "teacher", "switch low", "mix", "trust region")):
         expected = ReferenceEngine(pair).generate([[3] * 7, [4]], policy, sampling)
         rollouts = SpeculativeEngine(pair, 8).generate([[3] * 7, [4]], policy, sampling)
         assert_same_rollouts(rollouts, expected, pair, policy, sampling)
@@ -371,7 +370,7 @@ def check_call_equals_reference(call: dict[str, Any]) -> None:
     assert engine.metrics.tokens == sum(len(rollout.token_ids) for rollout in rollouts)
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(calls())
 def test_any_call_equals_the_reference_engine(call: dict[str, Any]) -> None:
     check_call_equals_reference(call)

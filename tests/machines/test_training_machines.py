@@ -30,6 +30,7 @@ from transformers import TrainerCallback
 from runs import save_pair, switchkd, write_run
 from switchkd.errors import UserError
 from switchkd.loss.chunked import chunked_sum
+from switchkd.methods.config import SwitchConfig
 from switchkd.models import heads
 from switchkd.models.heads import Head
 from switchkd.models.pair import ModelPair, parameter_count, rounded
@@ -39,6 +40,7 @@ from switchkd.rollout.reference import ReferenceEngine
 from switchkd.run import launch
 from switchkd.run.callbacks import StopCleanly
 from switchkd.training.dataset import without_repeats
+from switchkd.training.machine import check_sharding
 from switchkd.training.teachers import TeacherPlace
 from switchkd.training.trainer import SwitchTrainer
 from tiny import tiny_model, tiny_pair
@@ -63,7 +65,8 @@ FSDP, DEEPSPEED = DistributedType.FSDP, DistributedType.DEEPSPEED
     [
         (DEEPSPEED, {"zero_stage": 1}, {}, None),
         (DEEPSPEED, {"zero_stage": 2}, {}, None),
-        (DEEPSPEED, {"zero_stage": 3}, {}, "ZeRO-3 leaves each process with a part .* use FSDP2"),
+        (DEEPSPEED, {"zero_stage": 3}, {}, None),
+        (DEEPSPEED, {"zero_stage": 3}, {"compile": True}, "compile is true, .* set compile: auto"),
         (FSDP, {}, {}, None),
         (FSDP, {"fsdp_version": 1}, {}, "fsdp_version is 1, .* set fsdp_version: 2"),
         (FSDP, {"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading is true, .* set it to false"),
@@ -100,6 +103,14 @@ def test_a_spread_that_would_not_be_right_is_refused(
     monkeypatch.setattr(transformers.Trainer, "__init__", spread)
     with nullcontext() if refused is None else pytest.raises(UserError, match=refused):
         make_trainer(tmp_path, tiny_pair("llama"), **settings)
+
+
+def test_models_that_deepspeed_took_apart_while_they_were_loaded_are_refused() -> None:
+    pair = tiny_pair("llama")
+    state = SimpleNamespace(distributed_type=DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    next(pair.teacher.parameters()).ds_id = 0
+    with pytest.raises(UserError, match=r"took the models apart while they were loaded, .* zero3_init_flag: false"):
+        check_sharding(state, SwitchConfig(), pair)
 
 
 def test_parts_of_one_process_are_refused(tmp_path: Path) -> None:
