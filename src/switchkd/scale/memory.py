@@ -143,7 +143,8 @@ def backward(student: ModelSize, load: Load, split: Split, numbers: Bytes) -> Pa
     parts = _computed_with(student, split, numbers)
     parts["gradients"] = whole // (among if split.spread in ("zero2", "fsdp2") else 1)
     if split.spread in ("zero1", "zero2"):
-        parts["gradients in flight"] = ZERO_BUCKET * numbers.computing
+        # ZeRO-1 sums in the type of its optimizer's state, ZeRO-2 in that of the gradients.
+        parts["gradients in flight"] = ZERO_BUCKET * (numbers.student if split.spread == "zero1" else numbers.computing)
     elif split.spread == "fsdp2":
         # Before they are taken apart.
         parts["gradients in flight"] = (student.layer + student.outside) * numbers.computing
