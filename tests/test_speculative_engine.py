@@ -517,7 +517,7 @@ def test_keeping_changes_no_token() -> None:
         assert all(rollout.teacher_hidden is None for rollout in plain)
 
 
-@pytest.mark.parametrize("block_size", [1, 4, "auto"])
+@pytest.mark.parametrize("block_size", [1, "auto"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_metrics_are_consistent(policy: str, block_size: int | Literal["auto"]) -> None:
     pair = pair_of("llama", torch.float64)

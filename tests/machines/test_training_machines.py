@@ -215,7 +215,7 @@ class Killed(RecordingEngine):
 
 
 def test_the_teachers_text_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"method": "seqkd", "max_steps": 1, "rollout_rows": 1}
+    options: dict[str, Any] = {"method": "seqkd", "max_steps": 1, "rollout_rows": 1, "max_new_tokens": 4}
     examples = make_examples(20)
     whole = make_trainer(tmp_path / "whole", tiny_pair("llama"), examples, **options)
     whole.train()
