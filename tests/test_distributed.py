@@ -257,10 +257,11 @@ def test_in_float32_sgd_ends_in_weights_within_1e_5(run: str, runs: Path) -> Non
 
 
 def test_in_float32_adamw_moves_few_weights_otherwise(runs: Path) -> None:
-    """Where a gradient is near 0 its rounding decides a step's size: of each weight at most the learning rate, 1e-3 a step."""
+    """Where a gradient is near 0 its rounding can decide a step's size, at most the learning rate. Measured: none beyond 4e-7."""
     ours, theirs = weights_of(runs / "one" / "adamw"), weights_of(runs / "two" / "adamw")
     apart = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])
-    assert float(apart.max()) <= 2e-3 * 3
+    # Steps of 1e-3, 6.7e-4 and 3.3e-4, in one direction here and in the other there.
+    assert float(apart.max()) <= 4e-3
     assert float((apart > 1e-5).float().mean()) <= 0.01
 
 
