@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class ShardedTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in `transformers.Trainer`; the head stays whole until its gradient is there."""
         with self._head.kept():
-            return cast(Tensor, super().training_step(*args, **kwargs))
+            return super().training_step(*args, **kwargs)
 
     @contextmanager
     def _as_one_process(self) -> Iterator[None]:
