@@ -102,7 +102,7 @@ def check_sharding(state: AcceleratorState, args: SwitchConfig, pair: ModelPair)
         raise UserError(
             "DeepSpeed took the models apart while they were loaded, but the student's head is proven, and the teacher is read, "
             "whole; start with accelerate launch and zero3_init_flag: false (recipe accelerate/zero3), not with deepspeed in the "
-            "run file"
+            "run file, and each stage of a run by itself"
         )
     if args.load_best_model_at_end:
         raise UserError(

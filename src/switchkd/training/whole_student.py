@@ -97,9 +97,12 @@ class WholeHead:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Where a head that is `gather`ed inside ends. All processes enter at the same time."""
-        with ExitStack() as self._until:
-            yield
-        self._until = None
+        with ExitStack() as until:
+            self._until = until
+            try:
+                yield
+            finally:
+                self._until = None
 
     def gather(self) -> None:
         """Put the head together, if it is in parts and `kept`. All processes call it together."""
