@@ -9,10 +9,11 @@ import gc
 import io
 import itertools
 import signal
+import sys
 import warnings
 import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ import transformers
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedType
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
@@ -43,6 +44,7 @@ from switchkd.training.dataset import without_repeats
 from switchkd.training.machine import check_sharding
 from switchkd.training.teachers import TeacherPlace
 from switchkd.training.trainer import SwitchTrainer
+from switchkd.training.whole_student import WholeHead, whole
 from tiny import tiny_model, tiny_pair
 from trainers import EXAMPLES, RecordingEngine, assert_same_weights, make_examples, make_trainer, weights
 
@@ -111,6 +113,30 @@ def test_models_that_deepspeed_took_apart_while_they_were_loaded_are_refused() -
     next(pair.teacher.parameters()).ds_id = 0
     with pytest.raises(UserError, match=r"took the models apart while they were loaded, .* zero3_init_flag: false"):
         check_sharding(state, SwitchConfig(), pair)
+
+
+def test_a_head_that_deepspeed_took_apart_is_whole_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for DeepSpeed; tests/test_deepspeed.py trains with the real one."""
+    head = nn.Linear(3, 5, bias=False)
+    weights = head.weight.detach().clone()
+
+    @contextmanager
+    def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+        parameters[0].data = weights
+        yield
+        parameters[0].data = torch.empty(0)
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered)))
+    head.weight.ds_id, head.weight.data = 0, torch.empty(0)
+    assert torch.equal(whole(head.weight), weights)
+    reader = WholeHead(head)
+    reader.gather()
+    assert not head.weight.numel()
+    with reader.kept():
+        assert not head.weight.numel()
+        reader.gather()
+        assert torch.equal(head.weight, weights)
+    assert not head.weight.numel()
 
 
 def test_parts_of_one_process_are_refused(tmp_path: Path) -> None:
