@@ -174,7 +174,7 @@ def blocks() -> Iterator[Any]:
             yield pytest.param(policy, sampling, ("auto", 2, 5), marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("policy", "sampling", "sizes"), blocks())
+@pytest.mark.parametrize(("policy", "sampling", "sizes"), [*blocks()])
 def test_block_size_changes_no_token(policy: str, sampling: str, sizes: tuple[int | Literal["auto"], ...]) -> None:
     pair, expected = pair_of("llama", torch.float64), oracle("llama", policy, sampling, torch.float64)
     for block_size in sizes:
