@@ -101,8 +101,7 @@ def check_sharding(state: AcceleratorState, args: SwitchConfig, pair: ModelPair)
     elif any(hasattr(each, "ds_id") for model in pair.models.values() for each in model.parameters()):
         raise UserError(
             "DeepSpeed took the models apart while they were loaded, but the student's head is proven, and the teacher is read, "
-            "whole; start with accelerate launch and zero3_init_flag: false (recipe accelerate/zero3), not with deepspeed in the "
-            "run file, and each stage of a run by itself"
+            "whole; give their names, or load them before any settings that name DeepSpeed are made"
         )
     if args.load_best_model_at_end:
         raise UserError(
