@@ -32,7 +32,7 @@ class Sizes:
 RANDOM_PAIRS = {
     "5M/40M": Sizes(vocabulary=4096, hidden=480, layers=13, heads=8),
     "10M/120M": Sizes(vocabulary=8192, hidden=640, layers=23, heads=10),
-    "quick": Sizes(vocabulary=512, hidden=64, layers=6, heads=4),
+    "quick": Sizes(vocabulary=512, hidden=64, layers=2, heads=4),
 }
 # Small bodies under vocabularies of real models; half of the tokens the teacher's (`vocabulary_pair`).
 VOCABULARIES = {"4k": 4096, "50k": 49152, "131k": 131072}

@@ -1,18 +1,22 @@
 """Is the memory that `switchkd plan` computes the memory that a run takes? Trains for real, on CPUs, and counts tensors.
 
 `python scripts/plan_check.py` trains a small pair in 1, 2 and 4 processes, with DDP and with FSDP2, and prints for each what the
-formula of scale/memory.py says of a process, what was counted, and how far they are apart. About a minute on one core.
+formula of scale/memory.py says of a process, what was counted, and how far they are apart; and beside it by how much the resident
+memory of the process rose at most (Linux). About two minutes on one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +125,37 @@ class Phases(TrainerCallback):
         self.counting.phase = "rollout"
 
 
-def measure(folder: Path, spread: str, processes: int, rows: int, checkpointing: bool = False) -> dict[str, float]:
-    """Train three steps of `rows` texts a process; the most bytes counted in each phase, and what the formula says of it."""
+def resident(name: str) -> int:
+    """The bytes of this process that are in the machine's memory: "VmRSS" now, "VmHWM" at most since `forget_the_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def forget_the_peak() -> int:
+    """Give back what the allocator keeps, and let the peak begin anew; the resident bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def measure_resident(folder: Path, spread: str, processes: int, rows: int) -> dict[str, float]:
+    """What `measure` returns, uncounted, and the most bytes by which resident memory rose."""
+    # What a first training brings in is no part of a run's tensors: libraries, compiled kernels, buffers of the process group.
+    measure(folder, spread, processes, 1, counting=nullcontext())
+    before = forget_the_peak()
+    found = measure(folder, spread, processes, rows, counting=nullcontext())
+    return {**found, "resident": resident("VmHWM") - before}
+
+
+def measure(
+    folder: Path, spread: str, processes: int, rows: int, checkpointing: bool = False, counting: Any = None
+) -> dict[str, float]:
+    """Train two steps of `rows` texts a process; the most bytes counted in each phase, and what the formula says of it."""
     pair = make_pair()
     student, teacher = ModelSize.of(pair.student), ModelSize.of(pair.teacher)
-    counting = Counting(*pair.models.values())
+    counting = counting or Counting(*pair.models.values())
+    counted = isinstance(counting, Counting)
     trainer = SwitchTrainer(
         pair,
         args=SwitchConfig(
@@ -136,7 +166,8 @@ def measure(folder: Path, spread: str, processes: int, rows: int, checkpointing:
             rollout_rows=rows,
             per_device_train_batch_size=rows,
             activation_checkpointing=checkpointing,
-            max_steps=3,
+            # The optimizer's moments are there from the second step on.
+            max_steps=2,
             save_strategy="no",
             disable_tqdm=True,
             use_cpu=True,
@@ -145,9 +176,9 @@ def measure(folder: Path, spread: str, processes: int, rows: int, checkpointing:
             fsdp=True if spread == "fsdp2" else None,
         ),
         train_dataset=[
-            Example(Prompt(tuple(range(2 + row, 2 + row + PROMPT)), row), ()) for row in range(3 * rows * processes)
+            Example(Prompt(tuple(range(2 + row, 2 + row + PROMPT)), row), ()) for row in range(2 * rows * processes)
         ],
-        callbacks=[Phases(counting)],
+        callbacks=[Phases(counting)] if counted else None,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     with counting:
@@ -157,8 +188,7 @@ def measure(folder: Path, spread: str, processes: int, rows: int, checkpointing:
     given = (load, split, CPU_FLOAT32)
     lasts = lasting(student, teacher, *given)
     return {
-        "rollout": counting.most["rollout"],
-        "training": counting.most["training"],
+        **(counting.most if counted else {}),
         "rollout by formula": needed(lasts, rolling_out(student, teacher, *given)),
         "training by formula": needed(lasts, with_loss(student, *given), backward(student, *given)),
     }
@@ -176,7 +206,7 @@ def forked(folder: Path, spread: str, processes: int, rows: int) -> dict[str, fl
                 os.environ.update({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
                 place = f"file://{folder.resolve()}/meeting-{spread}-{processes}"
                 dist.init_process_group("gloo", init_method=place, rank=rank, world_size=processes)
-            found = measure(folder, spread, processes, rows)
+            found = measure_resident(folder, spread, processes, rows) | measure(folder, spread, processes, rows)
             if rank == 0:
                 result.write_text(json.dumps(found))
             if processes > 1:
@@ -203,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for phase in ("rollout", "training"):
                 formula, counted = found[f"{phase} by formula"], found[phase]
                 line += f"   {phase} {formula / 2**20:6.1f} / {counted / 2**20:6.1f} ({formula / counted - 1:+.1%})"
+            largest, rose = max(found["rollout by formula"], found["training by formula"]), found["resident"]
+            line += f"   resident {largest / 2**20:6.1f} / {rose / 2**20:6.1f} ({largest / rose - 1:+.1%})"
             print(line, flush=True)
     return 0
 

@@ -21,8 +21,8 @@ from tiny import tiny_pair, tiny_tokenizer
 
 torch.set_num_threads(1)
 # A busy machine is no failure: the time of one example is not what is tested.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+settings.register_profile("quick, no deadline", deadline=None, max_examples=50)
+settings.load_profile("quick, no deadline")
 
 
 def pytest_collection_finish() -> None:

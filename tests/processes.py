@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -28,6 +29,9 @@ def run_group(folder: Path, count: int, work: Callable[[int], None]) -> None:
     Where one fails the others are ended, since they would wait for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # accelerate collects garbage before every training, which takes half of a short one; what is there by now stays.
+    gc.collect()
+    gc.freeze()
     running = set()
     for rank in range(count):
         pid = os.fork()

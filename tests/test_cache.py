@@ -64,7 +64,7 @@ def assert_close(hidden: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.sampled_from(list(KINDS)), st.data())
 def test_any_order_of_reading_taking_back_and_moving(kind: str, data: st.DataObject) -> None:
     reader, token = cached(kind), st.integers(0, VOCABULARY - 1)

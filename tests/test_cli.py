@@ -6,7 +6,9 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +18,7 @@ from typer.main import get_command
 
 from runs import carry_out_here, switchkd, write_rows, write_run
 from switchkd import __version__
+from switchkd.cli import demo
 from switchkd.cli.demo import make_room, verdict
 from switchkd.cli.main import app
 from switchkd.evaluation.intervals import Interval
@@ -307,7 +310,7 @@ def test_measures_are_drawn_where_matplotlib_is_and_told_where_it_is_not(
 ) -> None:
     pytest.importorskip("matplotlib")
     pair = ("--student", models / "student", "--teacher", models / "teacher", "--output", tmp_path)
-    options = ("--prompt", "one two", "--prompt", "sun", "--max-new-tokens", "16")
+    options = ("--prompt", "one two", "--prompt", "sun", "--max-new-tokens", "8")
     for command, name in (("calibrate", "calibration.png"), ("diagnose", "diagnosis.png")):
         assert switchkd(command, *pair, *options) == 0
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -320,12 +323,20 @@ def test_measures_are_drawn_where_matplotlib_is_and_told_where_it_is_not(
         assert not (tmp_path / name).exists()
 
 
-# The embedded pair is what it is: two steps of 32 texts, and 24 answers.
+# The embedded pair is what it is: two steps of 4 texts, and 24 answers. CI runs ten whole steps besides.
 def test_the_demo_shows_its_table_and_replaces_an_earlier_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without the processes, which would each import torch; tests/test_study.py has them.
     monkeypatch.setattr("switchkd.study.launch.run_all", carry_out_here)
+    values = demo._values
+
+    def of_few_texts(changes: Mapping[str, Any]) -> dict[str, Any]:
+        given = values(changes)
+        return given | {"run": given["run"] | {"per_device_train_batch_size": 4}}
+
+    monkeypatch.setattr(demo, "_values", of_few_texts)
+    monkeypatch.setattr(demo, "_ROLLOUTS", 4)
     folder = tmp_path / "demo"
     call = ("demo", "--output", folder, "--steps", "1", "--limit", "6")
     assert switchkd(*call) == 0

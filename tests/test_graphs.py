@@ -106,14 +106,14 @@ def test_a_block_waits_for_the_device_six_times_at_most_whatever_the_rows(rows: 
     assert 0 < sum(reads.counts.values()) - history <= 6 * blocks + 8, reads.counts
 
 
-# Tracing takes seconds a graph, so the quick suite has the cheapest of each kind of law; SWITCH is in the test of warm graphs.
+# Tracing takes seconds a graph, so the quick suite has one blend, greedily; SWITCH at temperature 1 is in the test of warm graphs.
 TRACED = [
     pytest.param(
         policy, temperature, id=f"{type(policy).__name__}-{temperature}", marks=() if quick else pytest.mark.slow
     )
     for policy in (Student(), SWITCH, Mix(0.4), AdaSwitch(factor=1.3, window=4))
     for temperature in (0.0, 1.0)
-    for quick in [(type(policy), temperature) in ((Student, 1.0), (Mix, 0.0))]
+    for quick in [isinstance(policy, Mix) and temperature == 0]
 ]
 
 
@@ -158,7 +158,8 @@ def test_compiled_code_writes_the_same_tokens_and_follows_weights_that_change() 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_warm_graphs_are_kept_over_calls_and_over_weights_that_change() -> None:
-    pair = tiny_pair("llama", dtype=torch.float64)
+    # Tracing takes a second a layer.
+    pair = tiny_pair("llama", layers=1, dtype=torch.float64)
     engine = SpeculativeEngine(pair, 4, max_rows=4, compile=True)
     engine.generate(PROMPTS, SWITCH, SAMPLING)
     with torch.no_grad():
@@ -197,7 +198,7 @@ def test_where_torch_cannot_compile_rollouts_go_on_uncompiled(monkeypatch: pytes
 
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: compiled(function, **how | {"backend": no_compiler}))
-    pair = tiny_pair("llama", dtype=torch.float64)
+    pair = tiny_pair("llama", layers=1, dtype=torch.float64)
     expected = SpeculativeEngine(pair, 4).generate(PROMPTS[:2], SWITCH, SAMPLING)
     engine = SpeculativeEngine(pair, 4, compile=True)
     with pytest.warns(UserWarning, match=r"uncompiled.*no C\+\+ compiler.*install a C\+\+ compiler"):

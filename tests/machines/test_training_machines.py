@@ -9,10 +9,11 @@ import gc
 import io
 import itertools
 import signal
+import sys
 import warnings
 import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +24,14 @@ import transformers
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedType
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 from runs import save_pair, switchkd, write_run
 from switchkd.errors import UserError
 from switchkd.loss.chunked import chunked_sum
+from switchkd.methods.config import SwitchConfig
 from switchkd.models import heads
 from switchkd.models.heads import Head
 from switchkd.models.pair import ModelPair, parameter_count, rounded
@@ -39,8 +41,10 @@ from switchkd.rollout.reference import ReferenceEngine
 from switchkd.run import launch
 from switchkd.run.callbacks import StopCleanly
 from switchkd.training.dataset import without_repeats
+from switchkd.training.machine import check_sharding
 from switchkd.training.teachers import TeacherPlace
 from switchkd.training.trainer import SwitchTrainer
+from switchkd.training.whole_student import WholeHead, whole
 from tiny import tiny_model, tiny_pair
 from trainers import EXAMPLES, RecordingEngine, assert_same_weights, make_examples, make_trainer, weights
 
@@ -63,7 +67,8 @@ FSDP, DEEPSPEED = DistributedType.FSDP, DistributedType.DEEPSPEED
     [
         (DEEPSPEED, {"zero_stage": 1}, {}, None),
         (DEEPSPEED, {"zero_stage": 2}, {}, None),
-        (DEEPSPEED, {"zero_stage": 3}, {}, "ZeRO-3 leaves each process with a part .* use FSDP2"),
+        (DEEPSPEED, {"zero_stage": 3}, {}, None),
+        (DEEPSPEED, {"zero_stage": 3}, {"compile": True}, "compile is true, .* set compile: auto"),
         (FSDP, {}, {}, None),
         (FSDP, {"fsdp_version": 1}, {}, "fsdp_version is 1, .* set fsdp_version: 2"),
         (FSDP, {"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading is true, .* set it to false"),
@@ -100,6 +105,38 @@ def test_a_spread_that_would_not_be_right_is_refused(
     monkeypatch.setattr(transformers.Trainer, "__init__", spread)
     with nullcontext() if refused is None else pytest.raises(UserError, match=refused):
         make_trainer(tmp_path, tiny_pair("llama"), **settings)
+
+
+def test_models_that_deepspeed_took_apart_while_they_were_loaded_are_refused() -> None:
+    pair = tiny_pair("llama")
+    state = SimpleNamespace(distributed_type=DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    next(pair.teacher.parameters()).ds_id = 0
+    with pytest.raises(UserError, match=r"took the models apart while they were loaded, .* give their names"):
+        check_sharding(state, SwitchConfig(), pair)
+
+
+def test_a_head_that_deepspeed_took_apart_is_whole_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for DeepSpeed; tests/test_deepspeed.py trains with the real one."""
+    head = nn.Linear(3, 5, bias=False)
+    weights = head.weight.detach().clone()
+
+    @contextmanager
+    def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+        parameters[0].data = weights
+        yield
+        parameters[0].data = torch.empty(0)
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered)))
+    head.weight.ds_id, head.weight.data = 0, torch.empty(0)
+    assert torch.equal(whole(head.weight), weights)
+    reader = WholeHead(head)
+    reader.gather()
+    assert not head.weight.numel()
+    with reader.kept():
+        assert not head.weight.numel()
+        reader.gather()
+        assert torch.equal(head.weight, weights)
+    assert not head.weight.numel()
 
 
 def test_parts_of_one_process_are_refused(tmp_path: Path) -> None:
@@ -204,7 +241,7 @@ class Killed(RecordingEngine):
 
 
 def test_the_teachers_text_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"method": "seqkd", "max_steps": 1, "rollout_rows": 1}
+    options: dict[str, Any] = {"method": "seqkd", "max_steps": 1, "rollout_rows": 1, "max_new_tokens": 4}
     examples = make_examples(20)
     whole = make_trainer(tmp_path / "whole", tiny_pair("llama"), examples, **options)
     whole.train()

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from switchkd.errors import UserError
 from switchkd.models.hub import UNREACHABLE, offline_at_once
@@ -122,7 +122,9 @@ def load_model(
             )
         options["quantization_config"] = _quantization(quantization, options["dtype"])
     on_accelerator = device is not None and device.type != "cpu" and "device_map" not in options
-    if on_accelerator and source.gguf_file is None and not is_deepspeed_zero3_enabled():
+    # Else transformers takes a model apart while it loads it under ZeRO-3, whatever zero3_init_flag says, and the teacher too.
+    unset_hf_deepspeed_config()
+    if on_accelerator and source.gguf_file is None:
         # Onto the device, weight by weight: a machine with eight GPUs has no room for eight teachers in its own memory.
         options["device_map"] = {"": device}
     model = _in_full(name, source, options)

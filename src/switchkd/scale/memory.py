@@ -143,7 +143,8 @@ def backward(student: ModelSize, load: Load, split: Split, numbers: Bytes) -> Pa
     parts = _computed_with(student, split, numbers)
     parts["gradients"] = whole // (among if split.spread in ("zero2", "fsdp2") else 1)
     if split.spread in ("zero1", "zero2"):
-        parts["gradients in flight"] = 2 * ZERO_BUCKET * numbers.student
+        # ZeRO-1 sums in the type of its optimizer's state, ZeRO-2 in that of the gradients.
+        parts["gradients in flight"] = ZERO_BUCKET * (numbers.student if split.spread == "zero1" else numbers.computing)
     elif split.spread == "fsdp2":
         # Before they are taken apart.
         parts["gradients in flight"] = (student.layer + student.outside) * numbers.computing
@@ -161,8 +162,8 @@ def _computed_with(student: ModelSize, split: Split, numbers: Bytes) -> Parts:
 
 # At the peak of a training comparison: six float32 tensors of the logits' size and two masks.
 _BYTES_A_LOGIT = 26
-# Numbers in one of ZeRO's buckets, as recipes/accelerate/zero*.yaml set them.
-ZERO_BUCKET = 50_000_000
+# Numbers in the buffer that ZeRO-1 and 2 sum gradients in: DeepSpeed's reduce_bucket_size where nothing sets it.
+ZERO_BUCKET = 500_000_000
 
 
 def activation_bytes(student: ModelSize, load: Load, numbers: Bytes) -> int:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -76,24 +77,50 @@ def compile_of(args: SwitchConfig, *, in_parts: bool) -> Compile:
         return args.compile
     if args.compile is True:
         raise UserError(
-            "compile is true, but a graph needs weights that stay where they are, and those of a student in parts (FSDP) or of a "
-            "shared teacher do not; set compile: auto"
+            "compile is true, but a graph needs weights that stay where they are, and those of a student in parts (FSDP, ZeRO-3) "
+            "or of a shared teacher do not; set compile: auto"
         )
     return False
 
 
+def sharding_of(state: AcceleratorState) -> Literal["FSDP", "ZeRO-3"] | None:
+    """What takes the student's weights apart, if anything does: ZeRO 1 and 2 do so with optimizer state and gradients alone."""
+    if state.distributed_type == DistributedType.FSDP:
+        return "FSDP"
+    zero3 = state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3
+    return "ZeRO-3" if zero3 else None
+
+
 def check_sharding(state: AcceleratorState, args: SwitchConfig, pair: ModelPair) -> None:
     """Raise UserError for a way to spread the student's weights that would fail late, or train something else."""
-    # ZeRO 1 and 2 take apart the optimizer's state and the gradients alone.
-    if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
-        raise UserError(
-            "DeepSpeed ZeRO-3 leaves each process with a part of the weights, and the loss reads the head beside the model's "
-            "forward; use FSDP2, which spreads as much (fsdp: true, or recipe accelerate/fsdp2), DeepSpeed ZeRO-2, or an "
-            "adapter (peft)"
-        )
-    if state.distributed_type != DistributedType.FSDP:
+    kind = sharding_of(state)
+    if kind is None:
         return
-    plugin = state.fsdp_plugin
+    if kind == "FSDP":
+        _check_fsdp(state.fsdp_plugin)
+    elif any(hasattr(each, "ds_id") for model in pair.models.values() for each in model.parameters()):
+        raise UserError(
+            "DeepSpeed took the models apart while they were loaded, but the student's head is proven, and the teacher is read, "
+            "whole; give their names, or load them before any settings that name DeepSpeed are made"
+        )
+    if args.load_best_model_at_end:
+        raise UserError(
+            f"load_best_model_at_end is true, but a student in parts ({kind}) takes no weights while it trains; leave it out, and "
+            f"take the best checkpoint's folder yourself"
+        )
+    if args.plan.objective.needs_start and hasattr(pair.student, "disable_adapter"):
+        raise UserError(
+            f"start_weight and target: extrapolated look back at the student without its adapter, and an adapter's student in "
+            f"parts ({kind}) cannot be read so; leave peft out, or use plain data parallelism (torchrun --nproc-per-node N)"
+        )
+    if getattr(pair.student, "is_quantized", False):
+        raise UserError(
+            f"the student is quantized, and {kind} cannot take packed weights apart exactly; leave student_quantization out, or "
+            f"use plain data parallelism (torchrun --nproc-per-node N)"
+        )
+
+
+def _check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
     if plugin.fsdp_version != 2:
         raise UserError(
             f"fsdp_version is {plugin.fsdp_version}, whose flat parameters the loss cannot read; set fsdp_version: 2"
@@ -102,21 +129,6 @@ def check_sharding(state: AcceleratorState, args: SwitchConfig, pair: ModelPair)
         raise UserError(
             "fsdp_cpu_ram_efficient_loading is true, so that only the first process would read the models' weights, the "
             "teacher's too; set it to false"
-        )
-    if args.load_best_model_at_end:
-        raise UserError(
-            "load_best_model_at_end is true, but a student in parts (FSDP) takes no weights while it trains; leave it out, and "
-            "take the best checkpoint's folder yourself"
-        )
-    if args.plan.objective.needs_start and hasattr(pair.student, "disable_adapter"):
-        raise UserError(
-            "start_weight and target: extrapolated look back at the student without its adapter, and an adapter's student in parts "
-            "(FSDP) cannot be read so; leave peft out, or use plain data parallelism (torchrun --nproc-per-node N)"
-        )
-    if getattr(pair.student, "is_quantized", False):
-        raise UserError(
-            "the student is quantized, and FSDP cannot take packed weights apart exactly; leave student_quantization out, or "
-            "use plain data parallelism (torchrun --nproc-per-node N)"
         )
 
 

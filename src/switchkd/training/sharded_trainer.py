@@ -1,6 +1,7 @@
-"""`transformers.Trainer` whose student may lie in parts on the processes (FSDP2).
+"""`transformers.Trainer` whose student may lie in parts on the processes (FSDP2, ZeRO-3).
 
-Its checkpoints are those of one process, weights and optimizer whole: a run goes on with any number of processes, sharded or not.
+Under FSDP2 its checkpoints are those of one process, weights and optimizer whole: a run goes on with any number of processes,
+sharded or not. Under ZeRO the weights are saved whole, and what a run goes on with is DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
@@ -19,16 +20,18 @@ from transformers.trainer_utils import TrainOutput
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
-from switchkd.training.machine import check_sharding, set_up_sharding
+from switchkd.training.machine import check_sharding, set_up_sharding, sharding_of
 from switchkd.training.teachers import TeacherPlace
-from switchkd.training.whole_student import WholeStudent, load_optimizer_state, whole_optimizer_state
+from switchkd.training.whole_student import WholeHead, WholeStudent, load_optimizer_state, whole_optimizer_state
 
 
 class ShardedTrainer(Trainer):
-    """A trainer that reads, saves and loads its student whole. Without FSDP it is `transformers.Trainer`."""
+    """A trainer that reads and saves its student whole. Without parts it is `transformers.Trainer`."""
 
     args: SwitchConfig
     whole: WholeStudent
+    in_parts: bool
+    _head: WholeHead
     _place: TeacherPlace
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -39,10 +42,12 @@ class ShardedTrainer(Trainer):
     def _read_whole(self, pair: ModelPair) -> ModelPair:
         """The pair that rollouts read, inside `reading` alone. Raises UserError for sharding that would not be right."""
         check_sharding(self.accelerator.state, self.args, pair)
-        if self.is_fsdp_enabled:
+        self.in_parts = sharding_of(self.accelerator.state) is not None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # The trainer leaves it where it is, and whatever is proven before training needs it whole.
             nn.Module.to(pair.student, self.args.device)
-        self.whole = WholeStudent(pair, sharded=self.is_fsdp_enabled)
+        self.whole = WholeStudent(pair, sharded=self.in_parts)
+        self._head = WholeHead(pair.student_head.projection)
         folder = Path(str(self.args.output_dir))
         self._place = TeacherPlace(pair.teacher, self.args.teacher_offload, self.args.device, folder)
         return self.whole.pair
@@ -59,16 +64,22 @@ class ShardedTrainer(Trainer):
             self._load_before_sharding(Path(str(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in `transformers.Trainer`; the head stays whole until its gradient is there."""
+        with self._head.kept():
+            return super().training_step(*args, **kwargs)
+
     @contextmanager
     def _as_one_process(self) -> Iterator[None]:
-        """Inside, the base class sees the whole student, and no FSDP. All processes enter at the same time."""
-        sharded, model = self.is_fsdp_enabled, self.model
+        """Inside, the base class sees the whole student, and neither FSDP nor DeepSpeed. All processes enter at the same time."""
+        fsdp, deepspeed, model = self.is_fsdp_enabled, self.is_deepspeed_enabled, self.model
         with self.whole.gathered():
-            self.is_fsdp_enabled, self.model = False, self.whole.pair.student if sharded else model
+            self.is_fsdp_enabled = self.is_deepspeed_enabled = False
+            self.model = self.whole.pair.student if self.in_parts else model
             try:
                 yield
             finally:
-                self.is_fsdp_enabled, self.model = sharded, model
+                self.is_fsdp_enabled, self.is_deepspeed_enabled, self.model = fsdp, deepspeed, model
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `transformers.Trainer`; a student in parts is saved whole. All processes call it."""
@@ -76,11 +87,11 @@ class ShardedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in `transformers.Trainer`; a student that is to be in parts is evaluated once it is, from the first step on."""
-        if self.is_fsdp_enabled and not self.accelerator._models:
+        """As in `transformers.Trainer`; under FSDP and DeepSpeed from the first step on."""
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.accelerator._models:
+            kind = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise UserError(
-                "the student is to be in parts (FSDP), and accelerate takes it apart when training begins; evaluate after train, "
-                "or without FSDP"
+                f"{kind} takes the student over when training begins; evaluate after train, or without {kind}"
             )
         return super().evaluate(*args, **kwargs)
 

@@ -45,6 +45,8 @@ class StepLoss:
         self.start = StartModel(pair) if plan.objective.needs_start else None
         # Told the role of each model that reads a batch.
         self.on_forward: Callable[[Literal["student", "teacher"]], None] = lambda role: None
+        # Called between the student's forward and the reading of its head, which may have to be put together.
+        self.before_head: Callable[[], None] = lambda: None
 
     def scored(self, sequences: Sequence[Example | Rollout]) -> Sequence[Example | Rollout]:
         """The sequences, each with the teacher's last hidden states that predict its response, (T, H) on its device.
@@ -136,6 +138,7 @@ class StepLoss:
         teacher, teacher_NH = None, batch.teacher_hidden_NH
         if self.teacher_head is not None and teacher_NH is not None:
             teacher = DenseTeacher(teacher_NH, self.teacher_head, self.objective.loss_temperature)
+        self.before_head()
         return distillation_loss(
             counted, self.student_head, self.objective, teacher=teacher, denominator=denominator, measure=measure
         )

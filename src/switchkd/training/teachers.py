@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from switchkd.errors import UserError
@@ -98,7 +99,7 @@ class TeacherPlace:
     and reads them from there; the file is removed at the end. The head stays: the objective projects the kept states through it.
     "shared" spreads its layers over the processes (shared_teacher.py). Without a teacher nothing is moved; one with a device_map
     stays where that put it. Raises UserError for an unknown `offload`, and for a teacher that would have to move but cannot: a
-    quantized one, one on several devices, or to share one that is its own student.
+    quantized one, one on several devices, or to share one that is its own student; and for one that is in parts already.
     """
 
     def __init__(self, teacher: PreTrainedModel | None, offload: Offload, device: torch.device, folder: Path) -> None:
@@ -112,6 +113,11 @@ class TeacherPlace:
         self._shared: SharedTeacher | None = None
         if teacher is None:
             return
+        if any(isinstance(each, DTensor) for each in teacher.parameters()):
+            raise UserError(
+                "the teacher is in parts already, but the processes do not read it equally often, and would wait for each other; "
+                "give it whole, with teacher_offload: shared"
+            )
         quantized = bool(getattr(teacher, "is_quantized", False))
         if offload != "none" and (quantized or is_spread(teacher)):
             kind = "quantized weights" if quantized else "the weights of a teacher on several devices"

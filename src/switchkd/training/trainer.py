@@ -130,10 +130,11 @@ class SwitchTrainer(ShardedTrainer):
         args, pair, plan = self.args, self.pair, self.plan
         reading = self._read_whole(pair)
         with self.reading():
-            self.engine = engine or _engine(reading, args, in_parts=self.is_fsdp_enabled)
+            self.engine = engine or _engine(reading, args, in_parts=self.in_parts)
             self._loss = StepLoss(pair, plan, rows=args.train_batch_size, teacher=reading.teacher)
         self.costs = Costs(args)
         self._loss.on_forward = self.costs.count
+        self._loss.before_head = self._head.gather
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
         self._text = StepText(args, reading, self._meters, self.train_dataset or ())
         for callback in filter(None, (self.costs, self._text.share, teacher_share_alarm(plan))):
@@ -285,7 +286,7 @@ class SwitchTrainer(ShardedTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Add the batch's losses and tokens to the evaluation's. None is returned: the loop would take a mean of means."""
         examples = self._without_repeats(inputs["examples"], self._eval_rows)
-        with self.pair.computing(), torch.no_grad():
+        with self.pair.computing(), torch.no_grad(), self._head.kept():
             # Other processes have rows, and a forward of a student in parts takes all of them.
             answered = self._answered(examples) if examples else [replace(inputs["examples"][0], response_ids=())]
             inputs = self._on_device(self._loss.inputs(self._loss.scored(answered)))

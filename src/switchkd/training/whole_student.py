@@ -1,4 +1,4 @@
-"""A student whose weights lie in parts on the processes (FSDP2), read whole where rollouts and saves need it.
+"""A student whose weights lie in parts on the processes (FSDP2, ZeRO-3), read whole where rollouts and saves need it.
 
 Between the two, each process holds its part alone. What runs on the parts themselves is the training forward.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -73,7 +73,7 @@ class WholeStudent:
         parts = {_OF_WRAPPERS.sub("", name): each for name, each in self._trained.student.named_parameters()}
         lowered = {id(each) for each in linear_weights(self.pair.student)} if self.pair.autocast_dtype else set()
         for name, parameter in self._copied():
-            gathered = whole(parts[name].detach())
+            gathered = whole(parts[name])
             # float64 is not lowered by autocast either.
             lower = id(parameter) in lowered and gathered.dtype == torch.float32
             parameter.data = gathered.to(self.pair.autocast_dtype) if lower else gathered
@@ -83,8 +83,50 @@ class WholeStudent:
             parameter.data = parameter.data.new_empty(0)
 
 
+class WholeHead:
+    """The head of a student in parts under ZeRO-3, whole from the model's forward until the backward pass has its gradient.
+
+    The model's own head runs inside the forward, and DeepSpeed takes it apart behind it; the objective reads it after that.
+    FSDP2 keeps it by itself, and there, as without parts, nothing is done.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self._parameters = [*head.parameters()]
+        self._until: ExitStack | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Where a head that is `gather`ed inside ends. All processes enter at the same time."""
+        with ExitStack() as until:
+            self._until = until
+            try:
+                yield
+            finally:
+                self._until = None
+
+    def gather(self) -> None:
+        """Put the head together, if it is in parts and `kept`. All processes call it together."""
+        if self._until is not None and any(map(_is_of_zero3, self._parameters)):
+            self._until.enter_context(_gathered_by_deepspeed(self._parameters))
+
+
+def _is_of_zero3(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id")
+
+
+def _gathered_by_deepspeed(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    # It is there where a parameter is its own.
+    import deepspeed
+
+    return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(parameters))
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which each process holds a part, where it runs; any other as it is."""
+    """The tensor of which each process holds a part, where it runs; any other as it is. All processes call it together."""
+    if _is_of_zero3(tensor):
+        with _gathered_by_deepspeed([cast(nn.Parameter, tensor)]):
+            return tensor.detach().clone()
+    tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
     if tensor.device.type != tensor.device_mesh.device_type:
