@@ -21,14 +21,12 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.m
 
 # What stands in for what the pages name. Folders of these names hold the small student, the small teacher, or a short run.
 STUDENTS = (
-    "STUDENT",
-    "S",
-    "path-or-hub-id",
-    "my-student",
-    *(f"Qwen/{each}" for each in ("Qwen2.5-0.5B", "Qwen3-0.6B")),
+    *("STUDENT", "S", "path-or-hub-id", "my-student", "gpt2", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-0.6B"),
+    # The teacher of a page whose student is the 7B: the two have to differ.
+    "Qwen/Qwen2.5-14B",
 )
-TEACHERS = ("TEACHER", "T", "my-teacher", *(f"Qwen/{each}" for each in ("Qwen2.5-7B", "Qwen2.5-14B", "Qwen3-8B")))
-RUNS = ("runs/run", "runs/switch", "runs/gkd", "runs/distillm")
+TEACHERS = ("TEACHER", "T", "my-teacher", "gpt2-xl", "Qwen/Qwen2.5-7B", "Qwen/Qwen3-8B")
+RUNS = ("runs/run", "runs/switch", "runs/gkd")
 DATA = ("my-prompts.jsonl", "held-out.jsonl", "a.jsonl", "prompts.jsonl")
 CHATS = ("chats.jsonl", "my-chats.jsonl")
 TABLES = ("qa.csv", "b.csv")
@@ -46,7 +44,7 @@ SMALLER_COMMANDS: dict[str, tuple[str, ...]] = {
     "eval": ("--limit", "2", "--seeds", "1", "--max-new-tokens", "8"),
     "rollout": ("--max-new-tokens", "8"),
     "diagnose": ("--limit", "2", "--max-new-tokens", "8"),
-    "calibrate": ("--limit", "8", "--max-new-tokens", "16"),
+    "calibrate": ("--limit", "4", "--max-new-tokens", "12"),
     # A study's runs are trained by tests/test_study.py.
     "compare": ("--dry-run",),
 }
@@ -92,8 +90,8 @@ def blocks_of(page: Path) -> list[Block]:
 
 def commands_of(block: Block) -> list[list[str]]:
     """The commands of a block as words, without comments."""
-    lines = block.text.replace("\\\n", " ").splitlines()
-    commands = [shlex.split(part, comments=True) for line in lines for part in re.split(r";(?=\s)", line)]
+    lines = [re.sub(r"(^|\s)#.*", "", line) for line in block.text.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(part) for line in lines for part in re.split(r";(?=\s)", line)]
     return [command for command in commands if command]
 
 

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tomllib
@@ -139,7 +140,7 @@ def run_block(block: Block, shared: dict[str, object], monkeypatch: pytest.Monke
 def run_python(block: Block, shared: dict[str, object]) -> None:
     code = block.text
     for pattern, smaller in pages.SMALLER_PYTHON:
-        code = pages.re.sub(pattern, smaller, code)
+        code = re.sub(pattern, smaller, code)
     if block.file or block.not_run:
         names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
         assert all(find_spec(node.module or "") for node in names if isinstance(node, ast.ImportFrom)), block.where
@@ -170,7 +171,7 @@ def run_yaml(block: Block) -> None:
 
 
 def run_command(command: list[str], block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    while command and pages.re.fullmatch(r"[A-Z_]+=.*", command[0]):
+    while command and re.fullmatch(r"[A-Z_]+=.*", command[0]):
         name, _, value = command.pop(0).partition("=")
         if value != "...":
             monkeypatch.setenv(name, value)
@@ -206,8 +207,11 @@ def call(arguments: list[str], block: Block, output: Path | None) -> None:
     smaller = list(pages.SMALLER_COMMANDS.get(arguments[0], ()))
     if arguments[0] == "rollout" and "--prompt" in arguments and "--limit" in smaller:
         smaller = smaller[:-2]
-    if any(argument.startswith("recipe:") for argument in arguments) and arguments[0] == "train":
-        smaller += ["--set", "train_data=chats.jsonl"]
+    if arguments[0] == "train":
+        # The finished run that is there for other pages.
+        shutil.rmtree(Path("runs") / Path(arguments[1]).stem, ignore_errors=True)
+        if arguments[1].startswith("recipe:"):
+            smaller += ["--set", "train_data=chats.jsonl"]
     shown = io.StringIO()
     with redirect_stdout(shown):
         assert switchkd(*arguments, *smaller) == 0, f"{block.where}: {' '.join(arguments)}"
@@ -224,12 +228,12 @@ def parse(arguments: list[str], block: Block) -> None:
 
 
 def check_target(target: str, where: object) -> None:
-    assert pages.re.search(rf"^{target}:", MAKEFILE, pages.re.MULTILINE), f"{where}: make has no target {target}"
+    assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), f"{where}: make has no target {target}"
 
 
 def check_install(arguments: list[str], block: Block) -> None:
     """Extras that exist. A package of others is for a block that says why it is not run."""
-    for name, extras in pages.re.findall(r"(\.|switchkd|\w+)\[([\w,]+)\]", " ".join(arguments)):
+    for name, extras in re.findall(r"(\.|switchkd|\w+)\[([\w,]+)\]", " ".join(arguments)):
         if name in (".", "switchkd"):
             assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys(), block.where
         else:
@@ -241,7 +245,7 @@ def test_commands_in_the_text_exist(page: Path) -> None:
     for program, *words in commands_in_the_text(page):
         if program == "make":
             for target in words:
-                if "=" not in target and not target.startswith("-"):
+                if not re.match(r"-|\d|\w+=", target):
                     check_target(target, page)
             continue
         if words[0].startswith("--"):
@@ -257,7 +261,7 @@ def test_no_command_hides_in_an_indented_block() -> None:
     # A fence says what a block is; four blanks do not.
     programs = r"^ {4,}(?:\S+=\S+ )?(?:switchkd|python|make|pip|torchrun|accelerate) "
     hidden = {
-        page.name: pages.re.findall(programs, pages.re.sub(r"(?sm)^ *```.*?^ *```$", "", page.read_text()), pages.re.M)
+        page.name: re.findall(programs, re.sub(r"(?sm)^ *```.*?^ *```$", "", page.read_text()), re.M)
         for page in pages.PAGES
     }
     assert not {name for name, found in hidden.items() if found}
