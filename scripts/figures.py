@@ -57,7 +57,7 @@ def addressed_noise() -> Figure:
     assert whole.equal(resumed)
 
     figure, ax = plt.subplots(figsize=(7.2, 3.0), layout="constrained")
-    ax.imshow(whole, cmap="Greys", vmin=-0.1, vmax=1.6, aspect="auto")
+    ax.imshow(whole.numpy(), cmap="Greys", vmin=-0.1, vmax=1.6, aspect="auto")
     for (row, column), value in zip(
         torch.cartesian_prod(torch.arange(6), torch.arange(12)).tolist(), whole.flatten(), strict=True
     ):
@@ -84,15 +84,15 @@ def coupled_draw() -> Figure:
     kept = 1 - replaced.double().mean()
 
     figure, ax = plt.subplots(figsize=(7.2, 3.0), layout="constrained")
-    shared, place = torch.minimum(student, teacher), torch.arange(8)
-    ax.bar(place - 0.2, student, 0.38, color="white", edgecolor=STUDENT, linewidth=1.5, label="student's probability")
-    ax.bar(place - 0.2, shared, 0.38, color=STUDENT, alpha=0.45, label="kept as they are")
-    ax.bar(place + 0.2, teacher, 0.38, color="white", edgecolor=TEACHER, linewidth=1.5, label="teacher's probability")
-    ax.bar(place + 0.2, shared, 0.38, color=STUDENT, alpha=0.45)
-    ax.bar(
-        place + 0.2, teacher - shared, 0.38, bottom=shared, color=TEACHER, alpha=0.45, hatch="//", label="the excess"
-    )
-    ax.plot(place + 0.2, seen, "o", color=LINE, markersize=4, label="share of 20,000 draws")
+    # matplotlib asks a tensor for its numbers in a way that numpy warns of.
+    p_s, p_t, shared = student.numpy(), teacher.numpy(), torch.minimum(student, teacher).numpy()
+    left, right = [n - 0.2 for n in range(8)], [n + 0.2 for n in range(8)]
+    ax.bar(left, p_s, 0.38, color="white", edgecolor=STUDENT, linewidth=1.5, label="student's probability")
+    ax.bar(left, shared, 0.38, color=STUDENT, alpha=0.45, label="kept as they are")
+    ax.bar(right, p_t, 0.38, color="white", edgecolor=TEACHER, linewidth=1.5, label="teacher's probability")
+    ax.bar(right, shared, 0.38, color=STUDENT, alpha=0.45)
+    ax.bar(right, p_t - shared, 0.38, bottom=shared, color=TEACHER, alpha=0.45, hatch="//", label="the excess")
+    ax.plot(right, seen.tolist(), "o", color=LINE, markersize=4, label="share of 20,000 draws")
     ax.set(xlabel="token", ylabel="probability", xticks=range(8), xticklabels=list("abcdefgh"))
     ax.set_title(f"1 - TV = {shared.sum():.2f}; proposals kept: {kept:.3f}", fontsize=9)
     ax.legend(frameon=False)
