@@ -43,7 +43,8 @@ SMALLER_COMMANDS: dict[str, tuple[str, ...]] = {
     "train": tuple(part for key, value in SMALLER_RUN.items() for part in ("--set", f"{key}={str(value).lower()}")),
     "eval": ("--limit", "2", "--seeds", "1", "--max-new-tokens", "8"),
     "rollout": ("--max-new-tokens", "8"),
-    "diagnose": ("--limit", "2", "--max-new-tokens", "8"),
+    # A threshold of its own spares a calibration.
+    "diagnose": ("--limit", "2", "--max-new-tokens", "8", "--threshold", "0.3"),
     "calibrate": ("--limit", "4", "--max-new-tokens", "12"),
     # A study's runs are trained by tests/test_study.py.
     "compare": ("--dry-run",),

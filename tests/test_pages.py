@@ -213,10 +213,8 @@ def call(arguments: list[str], block: Block, output: Path | None) -> None:
         if arguments[1].startswith("recipe:"):
             smaller += ["--set", "train_data=chats.jsonl"]
     shown = io.StringIO()
-    import time; t0 = time.process_time()
     with redirect_stdout(shown):
         assert switchkd(*arguments, *smaller) == 0, f"{block.where}: {' '.join(arguments)}"
-    print("TIMED", f"{time.process_time() - t0:.2f}", block.where, arguments)
     if output:
         output.write_text(shown.getvalue())
 
