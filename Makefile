@@ -37,7 +37,8 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 docs: $(READY)  ## the site, in build/site: warnings are errors, and every link and anchor is checked
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+# Not --quiet: it drops the warnings before --strict counts them.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python scripts/check_site.py build/site
 
 figures: $(READY)  ## draw the figures of the site again

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import switchkd
 
@@ -57,6 +60,26 @@ def test_a_notebook_becomes_a_page() -> None:
     assert page.startswith("# SWITCH in 60 lines")
     assert page.count("```python") == 4
     assert "(parts.ipynb)" in page
+
+
+def test_a_dead_link_stops_the_build(tmp_path: Path) -> None:
+    """With the site's own settings of what is checked, on a page of its own."""
+    pytest.importorskip("mkdocs")
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    kept = {key: settings[key] for key in ("site_name", "validation", "use_directory_urls")}
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump({**kept, "nav": ["index.md"], "plugins": []}))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "index.md"
+    for text, fault in (
+        ("# A\n", ""),
+        ("# A\n\n[x](nowhere.md)\n", "nowhere.md"),
+        ("# A\n\n[x](#nowhere)\n", "#nowhere"),
+    ):
+        page.write_text(text)
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+        built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert bool(built.returncode) == bool(fault), built.stderr
+        assert fault in built.stderr
 
 
 def test_the_check_of_links_sees_what_is_wrong(tmp_path: Path) -> None:
