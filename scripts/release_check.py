@@ -56,7 +56,7 @@ def main() -> None:
     run(sys.executable, "-m", "build", "--quiet", "--outdir", DIST, cwd=ROOT)
     (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
     look_into(wheel)
-    venv.create(CLEAN, with_pip=True)
+    venv.create(CLEAN, with_pip=True, symlinks=True)
     # Without bytecode of all that torch brings, of which a demo needs little.
     pip = (CLEAN / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check")
     run(*pip, "-c", ROOT / "constraints.txt", wheel)

@@ -99,4 +99,6 @@ def commands_of(block: Block) -> list[list[str]]:
 def commands_in_the_text(page: Path) -> list[list[str]]:
     """Commands between backticks in a page's sentences."""
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    return [span.split() for span in re.findall(r"`((?:switchkd|make) [^`\n]+)`", text)]
+    spans = [span.split() for span in re.findall(r"`((?:switchkd|make|torchrun|accelerate launch) [^`\n]+)`", text)]
+    # What a launcher starts in each process.
+    return [span[span.index("-m") + 1 :] if "-m" in span else span for span in spans]

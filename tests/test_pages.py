@@ -248,6 +248,7 @@ def test_commands_in_the_text_exist(page: Path) -> None:
                 if not re.match(r"-|\d|\w+=", target):
                     check_target(target, page)
             continue
+        assert program == "switchkd", f"{page}: nothing is said of what {program} starts"
         if words[0].startswith("--"):
             continue
         assert words[0] in COMMANDS, f"{page}: there is no command {words[0]}"
