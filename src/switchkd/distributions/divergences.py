@@ -4,7 +4,7 @@ A divergence is called with `student_logp` and `teacher_logp` of shape (..., V),
 shape (...). It knows no mask, temperature or chunk; those are the objective's. It is 0 exactly where the two distributions are
 equal, never negative, and finite in value and gradient where an id is excluded (-inf) in both.
 
-A new divergence is a frozen dataclass and a row of `DIVERGENCES`, or a class of another package (CONTRIBUTING.md).
+A new divergence is a frozen dataclass and a row of `DIVERGENCES`, or a class of another package (docs/extending.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the student is compared with: the teacher's distribution, or one made of it.
 
 A new target is a frozen dataclass that extends `Target`, and a row of `TARGETS` or a class of another package
-(CONTRIBUTING.md).
+(docs/extending.md).
 
 Shape letters: P positions, E events.
 """

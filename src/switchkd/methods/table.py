@@ -1,6 +1,6 @@
 """The method table: who writes the training text, what is compared, and how much of the text comes from where.
 
-A method is data. A new one is a row of `METHODS`, or a `Method` of another package (CONTRIBUTING.md).
+A method is data. A new one is a row of `METHODS`, or a `Method` of another package (docs/extending.md).
 """
 
 from __future__ import annotations
