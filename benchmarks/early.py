@@ -55,7 +55,7 @@ class _StoppingWriter(BlockWriter):
     drafted = 0
 
     def _draft(self, size: int, state: State, longest: int, logs: Sequence[RolloutLog]) -> Draft:
-        # Drafted in full and cut off where the rule stops it: the tokens are the same, and only the forwards up to there are counted.
+        # Drafted in full and cut where the rule stops it: the tokens are the same, and only the forwards up to there count.
         draft = super()._draft(size, state, longest, logs)
         surprise = -draft.student_logp.gather(-1, draft.proposal[..., None])[..., 0]
         stops = (surprise > self.rule.cut) | torch.isin(draft.proposal, self.eos_ids)

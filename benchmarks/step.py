@@ -164,7 +164,7 @@ def train_trl(task: Task, folder: str, measured: Measured) -> None:
         args=DistillationConfig(
             output_dir=folder, max_completion_length=task.new_tokens, beta=1.0, temperature=1.0, **task.settings
         ),
-        train_dataset=Dataset.from_dict({"prompt": [" ".join(map(str, ids)) for ids in task.prompts]}),
+        train_dataset=Dataset.from_dict({"prompt": [" ".join(map(word, ids)) for ids in task.prompts]}),
         processing_class=tokenizer_of_numbers(task.pair),
         callbacks=[clock],
     )
@@ -192,16 +192,21 @@ def _train(trainer: Trainer) -> None:
     trainer.train()
 
 
+def word(number: int) -> str:
+    """An id as text. No id's text holds another's: a tokenizer looks for the padding's inside of words as well."""
+    return f"<{number}>"
+
+
 def tokenizer_of_numbers(pair: ModelPair) -> Any:
     """A tokenizer whose text is the ids themselves, and whose end of text is an id that no model here can write."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {str(number): number for number in range(pair.vocabulary_size)}
+    vocabulary = {word(number): number for number in range(pair.vocabulary_size)}
     tokenizer = Tokenizer(models.WordLevel({**vocabulary, "<end>": pair.vocabulary_size}, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>", pad_token=str(pair.pad_id)
+        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>", pad_token=word(pair.pad_id)
     )
 
 

@@ -145,3 +145,12 @@ def test_two_commits_side_by_side(
     else:
         # The same code on both sides wrote the same texts.
         assert all("| 3/3 |" in row for row in rows)
+
+
+def test_both_sides_train_on_the_same_prompts(rollout: ModuleType) -> None:
+    step, pairs = importlib.import_module("step"), importlib.import_module("pairs")
+    pair = pairs.load("quick")
+    tokenizer = step.tokenizer_of_numbers(pair)
+    # With the padding's id inside other numbers, which was once taken for a token.
+    prompts = [*pairs.prompts_for(pair, 4), [pair.pad_id, 10, 100, 101, pair.vocabulary_size - 1]]
+    assert [tokenizer(" ".join(map(step.word, ids)))["input_ids"] for ids in prompts] == prompts
