@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import TrainingArguments
-
 from switchkd.data.examples import AddBos, Rendering, TrainTurns
 from switchkd.distributions.divergences import Divergence
 from switchkd.errors import UserError
@@ -19,7 +17,7 @@ from switchkd.loss.targets import Target
 from switchkd.loss.weight import Weight
 from switchkd.loss.weights import WEIGHT
 from switchkd.methods.device import placement_for
-from switchkd.methods.inherited import check_inherited, renamed
+from switchkd.methods.inherited import TransformersSettings, check_inherited, renamed
 from switchkd.methods.parts import (
     AUTO,
     COMPONENTS,
@@ -48,7 +46,7 @@ Offload = Literal["none", "cpu", "disk", "shared"]
 
 
 @dataclass
-class SwitchConfig(TrainingArguments):
+class SwitchConfig(TransformersSettings):
     """`transformers.TrainingArguments` with what distillation adds.
 
     A component (`policy`, `divergence`, `teacher_text_divergence`) is an object, a name, or a mapping of `name` and settings;
