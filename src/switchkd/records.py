@@ -73,6 +73,21 @@ class Sampling:
         return self.temperature == 0
 
 
+@dataclass(frozen=True, eq=False)
+class TopLogp:
+    """A model's likeliest K ids at each of T positions: `ids` (T, K) int64, and their log-probabilities in nats at temperature 1,
+    `logp` (T, K) float32; `rest_logp` (T,) float32 is that of all other ids together, -inf where there are none.
+    """
+
+    ids: torch.Tensor
+    logp: torch.Tensor
+    rest_logp: torch.Tensor
+
+    def at(self, index: slice) -> TopLogp:
+        """Those of some of the positions."""
+        return TopLogp(self.ids[index], self.logp[index], self.rest_logp[index])
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One finished response with, for every token of it, who wrote it and how far apart the two models were.
@@ -87,7 +102,8 @@ class Rollout:
     `law_logp` is the log-probability in nats with which the token was written, that of its writer or of a blend;
     `teacher_part`, 0 to 1, is the probability that the teacher is its writer, given the token: 0 or 1 but for blends. `margin`
     is what, in nats, the teacher's favorite among the student's likeliest tokens has over the next of them, where the engine
-    was asked for it. All three may be left out.
+    was asked for it. All three may be left out. `teacher_top` is what the teacher found likeliest in each token's place, where
+    the engine was asked for that, on the CPU.
     """
 
     prompt: Prompt
@@ -102,6 +118,7 @@ class Rollout:
     law_logp: tuple[float, ...] = ()
     teacher_part: tuple[float, ...] = ()
     margin: tuple[float, ...] = ()
+    teacher_top: TopLogp | None = None
 
     @property
     def teacher_tokens(self) -> float:

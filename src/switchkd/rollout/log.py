@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from switchkd.distributions.divergences import JensenShannon
 from switchkd.distributions.draw import Draft
 from switchkd.distributions.noise import Stream, uniform
-from switchkd.records import FinishReason, Prompt, Rollout, Sampling
+from switchkd.records import FinishReason, Prompt, Rollout, Sampling, TopLogp
 from switchkd.rollout.law import Policy, Positions
 
 # What every rollout records, whatever the policy compares and the loss takes.
@@ -38,6 +38,7 @@ class RolloutLog:
         self.teacher_part: list[float] = []
         self.margin: list[float] = []
         self.teacher_hidden: list[Tensor] = []
+        self.teacher_top: list[TopLogp] = []
 
     @property
     def text(self) -> list[int]:
@@ -66,6 +67,8 @@ class RolloutLog:
         pieces = [piece.reshape(-1, piece.shape[-1]) for piece in self.teacher_hidden]
         # One copy a row. A copy for each block would wait for the device each time.
         hidden = torch.cat(pieces).to(hidden_device) if pieces else None
+        tops = self.teacher_top
+        columns = [torch.cat([getattr(top, name) for top in tops]) for name in ("ids", "logp", "rest_logp") if tops]
         return Rollout(
             prompt=self.prompt,
             token_ids=tuple(self.token_ids),
@@ -79,6 +82,7 @@ class RolloutLog:
             law_logp=tuple(self.law_logp),
             teacher_part=tuple(self.teacher_part),
             margin=tuple(self.margin),
+            teacher_top=TopLogp(*columns) if tops else None,
         )
 
 

@@ -1,0 +1,118 @@
+"""`VllmEngine`: rollouts by vLLM, in this process or on a server, by the call of every engine."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from switchkd.errors import UserError
+from switchkd.models.pair import ModelPair
+from switchkd.records import Prompt, Rollout, Sampling
+from switchkd.rollout.checks import checked_prompts
+from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
+from switchkd.rollout.law import Policy
+from switchkd.serving.call import Call, rollouts_of
+from switchkd.serving.colocated import ColocatedVllm, VllmOptions
+
+
+class Backend(Protocol):
+    """What writes rollouts with weights that it was given."""
+
+    def rollouts(
+        self, prompts: Sequence[Prompt], call: Call, seed: int, on_progress: Callable[[int], None] | None = None
+    ) -> Mapping[str, Tensor]:
+        """What `rollouts_of` reads."""
+        ...
+
+    def load(self, path: Path) -> int:
+        """Take the student's weights from a safetensors file; returns the version that answers with them carry."""
+        ...
+
+
+class VllmEngine:
+    """Rolls out by vLLM: the teacher is its target model, the student its draft model, and the policy decides what stands.
+
+    The tokens are those of `ReferenceEngine`, as far as vLLM's kernels round like transformers' (in float32 on a CPU they do;
+    docs/vllm.md). `backend` is by default vLLM in this process, which reads the teacher from `teacher`, a folder or name, or
+    from a copy that is saved for it. Before a call the student's weights are sent, if they have changed since the last one.
+    Raises UserError for a pair without a teacher and for an adapter.
+    """
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        backend: Backend | None = None,
+        *,
+        options: VllmOptions = VllmOptions(),
+        teacher: str | None = None,
+        margin_top_k: int = 0,
+    ) -> None:
+        if pair.teacher is None:
+            raise UserError("vLLM writes with a teacher and a student, but the pair has no teacher; load one")
+        if hasattr(pair.student, "peft_config"):
+            raise UserError(
+                "the student is an adapter, and vLLM's draft model takes whole weights alone; merge it first"
+            )
+        self.pair = pair
+        self.margin_top_k = margin_top_k
+        self._folder = Path(tempfile.mkdtemp(prefix="switchkd-vllm-"))
+        # Gone with the engine.
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._sent: object = None
+        self._version = -1
+        self.backend: Backend = backend or self._colocated(teacher, options)
+
+    def _colocated(self, teacher: str | None, options: VllmOptions) -> Backend:
+        folder = self._folder
+        for role, model in self.pair.models.items():
+            if role == "student" or teacher is None:
+                model.save_pretrained(folder / role)
+        return ColocatedVllm(teacher or str(folder / "teacher"), str(folder / "student"), options)
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        policy: Policy,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        keep_teacher: KeepTeacher = None,
+        on_progress: Progress | None = None,
+    ) -> list[Rollout]:
+        """One rollout for each prompt, in their order; see `Engine.generate`. A prompt has at least two tokens."""
+        records = checked_prompts(self.pair, prompts, policy, sampling, keep_teacher)
+        if keep_teacher == "hidden":
+            raise UserError("vLLM hands over no hidden states of the teacher; set teacher_signal: {top_k: 64}")
+        if sampling.no_repeat_ngram_size:
+            raise UserError("no_repeat_ngram_size is not for rollouts by vLLM; set it to 0")
+        if not records:
+            return []
+        call = Call(
+            policy,
+            sampling,
+            self.pair.vocabulary_size,
+            self.pair.eos_ids,
+            asks_teacher=bool(keep_teacher),
+            top_k=keep_teacher or 0,
+            margin_top_k=self.margin_top_k,
+        )
+        self._send_weights()
+        return rollouts_of(self.backend.rollouts(records, call, seed, on_progress), records, call, self._version)
+
+    def _send_weights(self) -> None:
+        # An optimizer changes weights in place, which torch counts; whoever replaces a tensor changes its address.
+        state = [(name, each.data_ptr(), each._version) for name, each in self.pair.student.named_parameters()]
+        if state == self._sent:
+            return
+        path = self._folder / "weights.safetensors"
+        # Tied weights are one tensor, and the format holds no two names of one.
+        save_file({name: each.detach().cpu().contiguous() for name, each in self.pair.student.named_parameters()}, path)
+        self._version = self.backend.load(path)
+        self._sent = state
+        path.unlink()
