@@ -255,7 +255,7 @@ class Recording:
 
 def test_the_engine_sends_weights_when_they_have_changed_and_only_then() -> None:
     backend, model = Recording(), tiny_pair("llama", dtype=torch.float64)
-    engine = VllmEngine(model, backend)
+    engine = VllmEngine(model, backend=backend)
     wanted = ReferenceEngine(model).generate(PROMPTS, Switch(threshold=0.3), Sampling(max_new_tokens=5), 3)
     for _ in range(2):
         check_equal(engine.generate(PROMPTS, Switch(threshold=0.3), Sampling(max_new_tokens=5), 3), wanted)
@@ -271,12 +271,12 @@ def test_the_engine_sends_weights_when_they_have_changed_and_only_then() -> None
 
 
 def test_the_engine_says_what_it_cannot_do() -> None:
-    engine = VllmEngine(pair(), Recording())
+    engine = VllmEngine(pair(), backend=Recording())
     with pytest.raises(UserError, match="teacher_signal"):
         engine.generate(PROMPTS, Switch(), keep_teacher="hidden")
     with pytest.raises(UserError, match="no_repeat_ngram_size"):
         engine.generate(PROMPTS, Student(), Sampling(no_repeat_ngram_size=3))
     with pytest.raises(UserError, match="has no teacher"):
-        VllmEngine(ModelPair(pair().student), Recording())
+        VllmEngine(ModelPair(pair().student), backend=Recording())
     with pytest.raises(UserError, match="keep_teacher is -1"):
         ReferenceEngine(pair()).generate(PROMPTS, Teacher(), keep_teacher=-1)

@@ -25,12 +25,13 @@ from switchkd.methods.parts import (
     HEADLINE,
     OF_LOSS,
     OF_TEXT,
+    TEACHER_SIGNAL,
     auto_threshold,
     check_not_moved,
     described,
     weights_of,
 )
-from switchkd.methods.plan import AutoThreshold, Plan
+from switchkd.methods.plan import AutoThreshold, Plan, TopK, check_signal
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
 from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
 from switchkd.models.placement import Placement
@@ -106,6 +107,9 @@ class SwitchConfig(TransformersSettings):
     target: None | str | Target | dict[str, Any] = setting(
         None, "What stands in the teacher's place in the divergence: {name: ..., its settings}."
     )
+    teacher_signal: None | str | TopK | dict[str, Any] = setting(
+        None, "What is kept of the teacher for the loss: {top_k: 64}; by default whole distributions."
+    )
     start_weight: float | None = setting(None, "Weight of an added divergence to the student's start model; 0 is none.")
     start_divergence: None | str | Divergence | dict[str, Any] = setting(
         None, "The divergence to the start model: {name: ..., its settings}."
@@ -142,6 +146,9 @@ class SwitchConfig(TransformersSettings):
     # fixed one makes equal runs equal bit for bit.
     block_size: int | str = setting(
         4, "Tokens drafted before the teacher is asked; auto is chosen by speed. Changes no token."
+    )
+    vllm: None | str | dict[str, Any] = setting(
+        None, "Let vLLM write the rollouts: here, or the address of switchkd serve; or {url: ..., cache_gib: 4, ...}."
     )
     compile: Compile = setting("auto", "Whether rollouts run as graphs of the device: true, false, auto (on CUDA).")
     measure_every: int = setting(
@@ -255,8 +262,11 @@ class SwitchConfig(TransformersSettings):
             weights=method.weight,
             **of_loss,
         )
-        text = self._teacher_text(method)
-        return Plan(method.policy, method.student_share, objective, auto, teacher_text=text, **of_text)
+        text, signal = self._teacher_text(method), None
+        if self.teacher_signal is not None:
+            signal = TEACHER_SIGNAL.make(self.teacher_signal, default=TopK())
+        share, given = method.student_share, {"teacher_text": text, "teacher_signal": signal}
+        return Plan(method.policy, share, objective, auto, **given, **of_text)
 
     def _policy(self, row: Method) -> tuple[AutoThreshold | None, Policy]:
         """What finds the threshold, if it is to be found, and the policy: the run's, else the row's, with the flat settings."""
@@ -332,4 +342,5 @@ class SwitchConfig(TransformersSettings):
             raise UserError(
                 f"{reader} needs text drawn from the models' own distributions; set temperature and top_p to 1 and top_k to 0"
             )
+        check_signal(self.plan, in_vllm=self.vllm is not None)
         check_inherited(self)

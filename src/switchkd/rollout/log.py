@@ -67,8 +67,6 @@ class RolloutLog:
         pieces = [piece.reshape(-1, piece.shape[-1]) for piece in self.teacher_hidden]
         # One copy a row. A copy for each block would wait for the device each time.
         hidden = torch.cat(pieces).to(hidden_device) if pieces else None
-        tops = self.teacher_top
-        columns = [torch.cat([getattr(top, name) for top in tops]) for name in ("ids", "logp", "rest_logp") if tops]
         return Rollout(
             prompt=self.prompt,
             token_ids=tuple(self.token_ids),
@@ -82,7 +80,7 @@ class RolloutLog:
             law_logp=tuple(self.law_logp),
             teacher_part=tuple(self.teacher_part),
             margin=tuple(self.margin),
-            teacher_top=TopLogp(*columns) if tops else None,
+            teacher_top=TopLogp.joined(self.teacher_top) if self.teacher_top else None,
         )
 
 

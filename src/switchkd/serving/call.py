@@ -8,10 +8,11 @@ Shape letters: T tokens of a rollout, C tokens of all rollouts of an answer, R r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
@@ -44,6 +45,20 @@ class Call:
         return json.dumps(
             {**asdict(self), "policy": POLICY.describe(self.policy), "sampling": asdict(self.sampling)}, sort_keys=True
         )
+
+
+class Backend(Protocol):
+    """What writes rollouts with weights that it was given."""
+
+    def rollouts(
+        self, prompts: Sequence[Prompt], call: Call, seed: int, on_progress: Callable[[int], None] | None = None
+    ) -> Mapping[str, Tensor]:
+        """What `rollouts_of` reads."""
+        ...
+
+    def load(self, path: Path) -> int:
+        """Take the student's weights from a safetensors file; returns the version that answers with them carry."""
+        ...
 
 
 @lru_cache(maxsize=64)

@@ -5,54 +5,46 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, get_type_hints
 
 from safetensors.torch import save_file
-from torch import Tensor
 
-from switchkd.errors import UserError
+from switchkd.errors import UserError, did_you_mean
 from switchkd.models.pair import ModelPair
-from switchkd.records import Prompt, Rollout, Sampling
+from switchkd.records import Rollout, Sampling
 from switchkd.rollout.checks import checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
 from switchkd.rollout.law import Policy
-from switchkd.serving.call import Call, rollouts_of
+from switchkd.serving.call import Backend, Call, rollouts_of
 from switchkd.serving.colocated import ColocatedVllm, VllmOptions
+from switchkd.serving.remote import RemoteVllm
+from switchkd.settings.typed import typed
 
-
-class Backend(Protocol):
-    """What writes rollouts with weights that it was given."""
-
-    def rollouts(
-        self, prompts: Sequence[Prompt], call: Call, seed: int, on_progress: Callable[[int], None] | None = None
-    ) -> Mapping[str, Tensor]:
-        """What `rollouts_of` reads."""
-        ...
-
-    def load(self, path: Path) -> int:
-        """Take the student's weights from a safetensors file; returns the version that answers with them carry."""
-        ...
+# The word for vLLM in the trainer's own process.
+HERE = "here"
 
 
 class VllmEngine:
     """Rolls out by vLLM: the teacher is its target model, the student its draft model, and the policy decides what stands.
 
     The tokens are those of `ReferenceEngine`, as far as vLLM's kernels round like transformers' (in float32 on a CPU they do;
-    docs/vllm.md). `backend` is by default vLLM in this process, which reads the teacher from `teacher`, a folder or name, or
-    from a copy that is saved for it. Before a call the student's weights are sent, if they have changed since the last one.
+    docs/vllm.md). `url` is the address of a `switchkd serve`; without one vLLM is started in this process, with `options`,
+    and reads the teacher from `teacher`, a folder or name, or from a copy that is saved for it. `backend` takes the place of both.
+    Before a call the student's weights are sent, if they have changed since the last one.
     Raises UserError for a pair without a teacher and for an adapter.
     """
 
     def __init__(
         self,
         pair: ModelPair,
-        backend: Backend | None = None,
+        url: str | None = None,
         *,
         options: VllmOptions = VllmOptions(),
         teacher: str | None = None,
         margin_top_k: int = 0,
+        backend: Backend | None = None,
     ) -> None:
         if pair.teacher is None:
             raise UserError("vLLM writes with a teacher and a student, but the pair has no teacher; load one")
@@ -67,7 +59,8 @@ class VllmEngine:
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._sent: object = None
         self._version = -1
-        self.backend: Backend = backend or self._colocated(teacher, options)
+        remote = RemoteVllm(url) if url and backend is None else None
+        self.backend: Backend = backend or remote or self._colocated(teacher, options)
 
     def _colocated(self, teacher: str | None, options: VllmOptions) -> Backend:
         folder = self._folder
@@ -116,3 +109,28 @@ class VllmEngine:
         self._version = self.backend.load(path)
         self._sent = state
         path.unlink()
+
+
+def vllm_settings(given: str | Mapping[str, Any]) -> tuple[str | None, str | None, VllmOptions]:
+    """The server's address (None: in this process), the teacher's place for vLLM and its options, from a run's `vllm`.
+
+    Raises UserError for an unknown setting, or one of another type.
+    """
+    settings = dict(given) if isinstance(given, Mapping) else {} if given == HERE else {"url": given}
+    hints = {**get_type_hints(VllmOptions), "url": str, "teacher": str}
+    for key in settings:
+        if key not in hints:
+            raise UserError(f"vllm has no setting {key!r}{did_you_mean(key, hints)}")
+    values = {key: typed(f"vllm.{key}", value, hints[key]) for key, value in settings.items()}
+    url, teacher = values.pop("url", None), values.pop("teacher", None)
+    if url is not None and (values or teacher):
+        raise UserError(
+            f"vllm.{next(iter(values), 'teacher')} is set, but the server at {url} has been started; set it there"
+        )
+    return url, teacher, VllmOptions(**values)
+
+
+def vllm_engine(pair: ModelPair, given: str | Mapping[str, Any], *, margin_top_k: int = 0) -> VllmEngine:
+    """The engine that a run's `vllm` asks for."""
+    url, teacher, options = vllm_settings(given)
+    return VllmEngine(pair, url, options=options, teacher=teacher, margin_top_k=margin_top_k)
