@@ -140,7 +140,12 @@ def test_what_is_no_request_is_refused_and_the_server_goes_on(tmp_path: Path) ->
     with serving(backend, most_weights=4000) as server:
         for body, words in (
             (b"\x80\x04.", "no JSON"),
+            (b"[" * 100_000, "no JSON"),
             (b"[]", "protocol"),
+            (
+                json.dumps({"protocol": PROTOCOL, "call": "{", "seed": 1, "prompts": [[[1], 0, 0, 0]]}).encode(),
+                "no JSON",
+            ),
             (json.dumps({"protocol": PROTOCOL, "call": "{}", "seed": 1, "prompts": []}).encode(), "lacks"),
             (
                 json.dumps({"protocol": PROTOCOL, "call": "[]", "seed": 1, "prompts": [[[1], 0, 0, 0]]}).encode(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.serving.acceptance import Request, accept, propose
 from switchkd.serving.call import Call, answer_of, call_of, rollouts_of
 from switchkd.serving.engine import VllmEngine
+from switchkd.serving.heads import Padding, padded_copy, padding_of
 from tiny import EOS_ID, tiny_pair
 
 POLICIES: list[Policy] = [
@@ -195,6 +197,7 @@ def test_a_call_survives_its_text() -> None:
         ({"vocabulary_size": "many"}, "vocabulary_size is 'many'"),
         ({"vocabulary_size": 0}, "vocabulary_size is 0"),
         ({"eos_ids": "1"}, "eos_ids is '1'"),
+        ({"eos_ids": [64]}, "eos_ids has 64"),
         ({"run": "rm"}, "no 'run'"),
     ],
 )
@@ -280,3 +283,30 @@ def test_the_engine_says_what_it_cannot_do() -> None:
         VllmEngine(ModelPair(pair().student), backend=Recording())
     with pytest.raises(UserError, match="keep_teacher is -1"):
         ReferenceEngine(pair()).generate(PROMPTS, Teacher(), keep_teacher=-1)
+
+
+# ------ heads filled up with zeros
+
+
+def test_a_wider_head_says_what_the_narrow_one_said(tmp_path: Path) -> None:
+    """The turned part of a head is its first numbers; transformers turns all, so here it is seen at position 0, where none is."""
+    model = tiny_pair("llama").student
+    model.save_pretrained(tmp_path / "narrow")
+    padding = padding_of(tmp_path / "narrow")
+    assert padding == Padding(8, 32)
+    into = padded_copy(tmp_path / "narrow", padding, tmp_path / "wide")
+    assert json.loads((into / "config.json").read_text())["rope_parameters"]["rope_dim"] == 8
+    wide = type(model).from_pretrained(into).eval()
+    with torch.no_grad():
+        for token in (5, 9, 30):
+            ids = torch.tensor([[token]])
+            # float32, with weights scaled by 20 (tests/tiny.py).
+            torch.testing.assert_close(wide(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    attention = wide.model.layers[0].self_attn
+    queries = attention.q_proj.weight.unflatten(0, (-1, 32))
+    old = model.model.layers[0].self_attn.q_proj.weight.unflatten(0, (-1, 8))
+    # The score of a pair is their product over the root of the width.
+    torch.testing.assert_close(queries[:, :8] / 32**0.5, old / 8**0.5)
+    assert not queries[:, 8:].any()
+    assert padding_of(into) is None
+    assert padding_of(tmp_path / "nothing") is None

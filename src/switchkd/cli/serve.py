@@ -8,6 +8,7 @@ from rich.text import Text
 
 from switchkd.cli.help import DEVICE, MODELS, option
 from switchkd.cli.options import new_console
+from switchkd.errors import UserError
 
 _SERVER, _PORT = "Server", 8377
 
@@ -35,10 +36,12 @@ def serve(
     from switchkd.serving.server import RolloutServer, serve_key
 
     options = VllmOptions(block_size, max_rows, max_tokens, dtype, cache_gib)
-    places = [find_source(name).place for name in (teacher, student)]
+    sources = [find_source(name) for name in (teacher, student)]
+    if packed := [name for name, source in zip((teacher, student), sources, strict=True) if source.gguf_file]:
+        raise UserError(f"model {packed[0]!r} is a .gguf file, and vLLM reads folders; save it to one first")
     console = new_console()
     with console.status("vLLM starts ..."):
-        backend = ColocatedVllm(*places, options)
+        backend = ColocatedVllm(*(source.place for source in sources), options)
     with RolloutServer(backend, host, port, key=serve_key()) as server:
         console.print(Text(f"serving at http://{host}:{server.port}; stop with Ctrl-C"), soft_wrap=True)
         server.serve_forever()

@@ -68,7 +68,10 @@ def call_of(text: str, *, any_policy: bool = False) -> Call:
     A policy that is not of our table would be imported, and so run: taken only where `any_policy`, from within the process.
     Raises UserError for what is no call, naming the setting.
     """
-    given = _mapping("the call", json.loads(text))
+    try:
+        given = _mapping("the call", json.loads(text))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"the call is no JSON ({error})") from error
     policy = _mapping("policy", given.get("policy"))
     if not any_policy and policy.get("name") not in POLICIES:
         raise UserError(
@@ -87,6 +90,8 @@ def call_of(text: str, *, any_policy: bool = False) -> Call:
     for key, least in (("vocabulary_size", 1), ("top_k", 0), ("margin_top_k", 0)):
         if getattr(call, key) < least:
             raise UserError(f"{key} is {getattr(call, key)}; it has to be at least {least}")
+    if outside := [each for each in eos_ids if not 0 <= each < call.vocabulary_size]:
+        raise UserError(f"eos_ids has {outside[0]}, outside the vocabulary of {call.vocabulary_size} ids")
     if call.sampling.no_repeat_ngram_size:
         raise UserError("no_repeat_ngram_size is for evaluating a student alone; set it to 0")
     return call

@@ -6,18 +6,24 @@ vLLM itself is imported when one is started: it is an extra, and most of the pac
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from switchkd.distributions.noise import row_keys
 from switchkd.errors import UserError
 from switchkd.records import Prompt
 from switchkd.serving.call import Call
+from switchkd.serving.heads import Padding, padded_copy, padding_of
 
 # A lost draft is asked for again, and gives the same tokens; a cache that is too small loses it every time.
 _ATTEMPTS = 3
@@ -78,14 +84,36 @@ class ColocatedVllm:
     def __init__(self, teacher: str, student: str, options: VllmOptions = VllmOptions()) -> None:
         self.options = options
         self.version = 0
-        self.llm = _started(teacher, student, options)
+        self._folder = Path(tempfile.mkdtemp(prefix="switchkd-heads-"))
+        # Gone with this object.
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        # Of the student's weights, now and whenever new ones come.
+        self._padding: Padding | None = None
+        self.llm = _started(self._filled_up("teacher", teacher), self._filled_up("student", student), options)
         self.llm.collective_rpc("switchkd_begin")
+        self.vocabulary_size = int(self.llm.model_config.get_vocab_size())
         self._names = 0
+
+    def _filled_up(self, role: str, place: str) -> str:
+        """The place of the model as vLLM's kernels here take it."""
+        if find_spec("vllm") is None:
+            raise UserError("vLLM is not installed here; see docs/vllm.md, or name a server by its url")
+        from vllm.platforms import current_platform
+
+        padding = padding_of(Path(place)) if current_platform.is_cpu() else None
+        if padding is None:
+            return place
+        self._padding = padding if role == "student" else self._padding
+        return str(padded_copy(Path(place), padding, self._folder / role))
 
     def rollouts(
         self, prompts: Sequence[Prompt], call: Call, seed: int, on_progress: Callable[[int], None] | None = None
     ) -> dict[str, Tensor]:
         """What `rollouts_of` turns into the rollouts of these prompts, in their order. Raises UserError where there are none."""
+        if call.vocabulary_size > self.vocabulary_size:
+            raise UserError(
+                f"vocabulary_size is {call.vocabulary_size}, but the models here have {self.vocabulary_size} ids"
+            )
         check_prompts(prompts, call, self.options)
         keys, text = row_keys(seed, prompts).tolist(), call.to_json()
         self._names += 1
@@ -151,6 +179,10 @@ class ColocatedVllm:
         Returns their version, which every answer carries from then on.
         """
         self.version += 1
+        if self._padding is not None:
+            filled_up = self._folder / "weights.safetensors"
+            save_file(self._padding.weights(load_file(path)), filled_up)
+            path = filled_up
         self.llm.collective_rpc("switchkd_load", args=(str(path), self.version))
         if not self.llm.reset_prefix_cache():
             raise UserError("vLLM could not drop its cache after new weights; no rollout may be running meanwhile")
@@ -165,8 +197,6 @@ def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _started(teacher: str, student: str, options: VllmOptions) -> Any:
-    if find_spec("vllm") is None:
-        raise UserError("vLLM is not installed here; see docs/vllm.md, or name a server by its url")
     # In this process, so that answers are handed over and not sent; and the runner whose parts our rule replaces.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -193,4 +223,10 @@ def _started(teacher: str, student: str, options: VllmOptions) -> Any:
         "generation_config": "vllm",
         "disable_log_stats": True,
     }
-    return LLM(**{**settings, **options.more})
+    try:
+        return LLM(**{**settings, **options.more})
+    except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+        reason = shorten(str(error), 500, placeholder=" ...") or type(error).__name__
+        raise UserError(
+            f"vLLM does not start with the teacher {teacher} and the student {student}: {reason}"
+        ) from error

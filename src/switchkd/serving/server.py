@@ -78,31 +78,37 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "switchkd", ""
     protocol_version = "HTTP/1.1"
     timeout = _PATIENCE
+    # Bytes of the request that have not been read.
+    unread = 0
 
     def do_GET(self) -> None:
-        if self._allowed() and self.path == STATE:
+        if not self._allowed():
+            return
+        if self.path == STATE:
             self._json(HTTPStatus.OK, {"protocol": PROTOCOL, "version": self.server.backend.version})
-        elif not self.close_connection:
+        else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
 
     def do_POST(self) -> None:
         handlers = {ROLLOUTS: (self._rollouts, _MOST_JSON), WEIGHTS: (self._weights, self.server.most_weights)}
+        length = self.headers.get("Content-Length", "")
+        has_length = length.isascii() and length.isdigit() and len(length) < 16
+        self.unread = int(length) if has_length else 0
         if not self._allowed():
             return
         if self.path not in handlers:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
             return
         handle, most = handlers[self.path]
-        length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdigit():
+        if not has_length:
             self._refuse(HTTPStatus.LENGTH_REQUIRED, "say how long the request is")
-        elif int(length) > most:
+        elif self.unread > most:
             self._refuse(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request has {length} bytes; at most {most} are taken"
             )
         else:
             try:
-                handle(int(length))
+                handle()
             except UserError as error:
                 self._refuse(HTTPStatus.BAD_REQUEST, str(error))
 
@@ -123,19 +129,23 @@ class _Handler(BaseHTTPRequestHandler):
     def _names(self) -> set[str]:
         return {self.server.host, "localhost", "127.0.0.1", "[::1]"}
 
-    def _rollouts(self, length: int) -> None:
-        call, prompts, seed = request_of(self.rfile.read(length))
+    def _body(self, most: int) -> bytes:
+        """Up to `most` bytes of what has not been read."""
+        piece = self.rfile.read(min(self.unread, most))
+        self.unread = self.unread - len(piece) if piece else 0
+        return piece
+
+    def _rollouts(self) -> None:
+        call, prompts, seed = request_of(self._body(_MOST_JSON))
         body = save(dict(self.server.backend.rollouts(prompts, call, seed)))
         self._send(HTTPStatus.OK, body, "application/octet-stream")
 
-    def _weights(self, length: int) -> None:
+    def _weights(self) -> None:
         with tempfile.TemporaryDirectory(prefix="switchkd-serve-") as folder:
             path = Path(folder) / "weights.safetensors"
             with path.open("wb") as file:
-                left = length
-                while left and (piece := self.rfile.read(min(left, _PIECE))):
-                    file.write(piece)
-                    left -= len(piece)
+                while self.unread:
+                    file.write(self._body(_PIECE))
             try:
                 with safe_open(path, framework="pt") as weights:
                     names = list(weights.keys())
@@ -149,8 +159,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps(value).encode(), "application/json")
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        # A body that may follow is not read.
-        self.close_connection = True
+        if self.unread <= _PIECE:
+            # Closed on a request that is half read, a connection may lose the answer.
+            self._body(_PIECE)
         self._json(status, {"error": reason})
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
@@ -162,8 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
             ("Cache-Control", "no-store"),
         ):
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
+        # One client at a time: none that stays connected keeps the others out.
+        self.close_connection = True
+        self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 
@@ -181,7 +193,7 @@ def request_of(text: bytes) -> tuple[Call, list[Prompt], int]:
     """The call, the prompts and the seed of a request. Raises UserError for what is none."""
     try:
         given = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the request is no JSON ({error})") from error
     if not isinstance(given, dict) or given.get("protocol") != PROTOCOL:
         raise UserError(f"this server speaks protocol {PROTOCOL}; install the same switchkd on both sides")
