@@ -41,7 +41,7 @@ def serve(
         raise UserError(f"model {packed[0]!r} is a .gguf file, and vLLM reads folders; save it to one first")
     console = new_console()
     with console.status("vLLM starts ..."):
-        backend = ColocatedVllm(*(source.place for source in sources), options)
+        backend = ColocatedVllm(sources[0].place, sources[1].place, options)
     with RolloutServer(backend, host, port, key=serve_key()) as server:
         console.print(Text(f"serving at http://{host}:{server.port}; stop with Ctrl-C"), soft_wrap=True)
         server.serve_forever()

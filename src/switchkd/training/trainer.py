@@ -182,7 +182,7 @@ class SwitchTrainer(ShardedTrainer):
                 written = self._text.sequences_of_step(examples, self.state, engine, self.log)
             except Unreachable:
                 # Nothing of this step is trained on yet: what there is, is what the last one left.
-                self._save_checkpoint(self.model, None)
+                self._save_checkpoint(self.pair.student, None)
                 raise
             if not last:
                 # The other processes have rows, and wait for this one's gradient: one of a text that counts nowhere.
