@@ -198,7 +198,12 @@ def request_of(text: bytes) -> tuple[Call, list[Prompt], int]:
     if not isinstance(given, dict) or given.get("protocol") != PROTOCOL:
         raise UserError(f"this server speaks protocol {PROTOCOL}; install the same switchkd on both sides")
     call, seed, rows = given.get("call"), given.get("seed"), given.get("prompts")
-    if not isinstance(call, str) or not isinstance(seed, int) or not _is_int(seed) or not isinstance(rows, list) or not rows:
+    if (
+        not isinstance(call, str)
+        or not isinstance(seed, int)
+        or not isinstance(rows, list)
+        or not (rows and _is_int(seed))
+    ):
         raise UserError("the request lacks a call, a seed or prompts")
     return call_of(call), [_prompt(row) for row in rows], seed
 
