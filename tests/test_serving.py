@@ -268,8 +268,13 @@ def test_the_engine_sends_weights_when_they_have_changed_and_only_then() -> None
         weight.add_(1.0)
     engine.generate(PROMPTS, Student(), Sampling(max_new_tokens=2), 3)
     assert len(backend.loaded) == 2
+    # An optimizer that torch's own count of changes does not see.
+    weight.grad = torch.full_like(weight, 1e-3)
+    torch.optim.AdamW([weight], lr=1e-12, fused=True).step()
+    engine.generate(PROMPTS, Student(), Sampling(max_new_tokens=2), 3)
+    assert len(backend.loaded) == 3
     name = next(iter(dict(model.student.named_parameters())))
-    assert torch.equal(backend.loaded[1][name], weight)
+    assert torch.equal(backend.loaded[2][name], weight)
     assert engine.generate([], Student()) == []
 
 

@@ -46,6 +46,8 @@ def server_of(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         process.kill()
         process.wait(timeout=30)
         log.close()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 class KilledAt:

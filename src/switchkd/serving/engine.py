@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from switchkd.errors import UserError, did_you_mean
 from switchkd.models.pair import ModelPair
@@ -99,8 +101,7 @@ class VllmEngine:
         return rollouts_of(self.backend.rollouts(records, call, seed, on_progress), records, call, self._version)
 
     def _send_weights(self) -> None:
-        # An optimizer changes weights in place, which torch counts; whoever replaces a tensor changes its address.
-        state = [(name, each.data_ptr(), each._version) for name, each in self.pair.student.named_parameters()]
+        state = [(name, *_bit_sums(each)) for name, each in self.pair.student.named_parameters()]
         if state == self._sent:
             return
         path = self._folder / "weights.safetensors"
@@ -109,6 +110,20 @@ class VllmEngine:
         self._version = self.backend.load(path)
         self._sent = state
         path.unlink()
+
+
+def _bit_sums(weight: Tensor) -> tuple[int, int]:
+    """Two sums over a tensor's bits, read as whole numbers of its own width and of half of it: an update changes one of them."""
+    # Not torch's count of changes: a fused optimizer does not raise it. Nor a sum of floats, which rounds small changes away.
+    views = {
+        1: (torch.uint8, torch.int8),
+        2: (torch.int16, torch.int8),
+        4: (torch.int32, torch.int16),
+        8: (torch.int64, torch.int32),
+    }
+    flat = weight.detach().contiguous().flatten()
+    first, second = (int(flat.view(dtype).sum(dtype=torch.int64)) for dtype in views[weight.element_size()])
+    return first, second
 
 
 def vllm_settings(given: str | Mapping[str, Any]) -> tuple[str | None, str | None, VllmOptions]:
