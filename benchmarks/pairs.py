@@ -31,8 +31,6 @@ class Sizes:
 
 RANDOM_PAIRS = {
     "5M/40M": Sizes(vocabulary=4096, hidden=480, layers=13, heads=8),
-    # vLLM's attention on a CPU takes heads of 80, and not of 60.
-    "5M/40M-80": Sizes(vocabulary=4096, hidden=480, layers=13, heads=6),
     "10M/120M": Sizes(vocabulary=8192, hidden=640, layers=23, heads=10),
     "quick": Sizes(vocabulary=512, hidden=64, layers=6, heads=4),
 }

@@ -1,6 +1,6 @@
 """Tokens a second of our engine, of vLLM with our rule, and of transformers' generate, in one run.
 
-    python benchmarks/vllm_speed.py [--models 5M/40M-80 SmolLM2] [--batch 1 8 32] [--repeats 3] [--write]
+    python benchmarks/vllm_speed.py [--models 5M/40M SmolLM2] [--batch 1 8 32] [--repeats 3] [--write]
 
 In the environment of `make test-vllm`. The sides take turns; texts never end, so that every row writes the same number of tokens.
 """
@@ -74,7 +74,7 @@ def measured(name: str, batches: Sequence[int], new_tokens: int, repeats: int) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["5M/40M-80"])
+    parser.add_argument("--models", nargs="+", default=["5M/40M"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
