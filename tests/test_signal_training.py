@@ -66,7 +66,7 @@ def test_what_is_kept_of_the_teacher_goes_through_the_replay(tmp_path: Path) -> 
     ("options", "message"),
     [
         ({"vllm": "here"}, "set teacher_signal"),
-        ({"vllm": "here", "method": "sft"}, "nothing is rolled out"),
+        ({"vllm": "here", "method": "sft"}, "no model writes text"),
         ({"teacher_signal": {"top_k": 0}}, "keep at least 1"),
         ({"teacher_signal": {"k": 4}}, "takes top_k"),
         ({"teacher_signal": {"top_k": 4}, "loss_temperature": 2.0}, "loss_temperature is 2.0"),
@@ -77,6 +77,10 @@ def test_what_is_kept_of_the_teacher_goes_through_the_replay(tmp_path: Path) -> 
 def test_a_signal_that_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SwitchConfig(output_dir="unused", **options)
+
+
+def test_the_teachers_text_can_be_written_by_vllm() -> None:
+    assert SwitchConfig(output_dir="unused", method="seqkd", vllm="here").plan.teacher_signal is None
 
 
 class Gone:

@@ -170,9 +170,9 @@ class Plan:
 def check_signal(plan: Plan, *, in_vllm: bool) -> None:
     """Raise UserError where the loss needs more of the teacher than is kept, or than vLLM hands over."""
     objective, signal = plan.objective, plan.teacher_signal
-    if in_vllm and not plan.rolls_out:
-        raise UserError("vllm is set, but nothing is rolled out; leave it out")
-    if in_vllm and signal is None and objective.divergence is not None:
+    if in_vllm and plan.trains_data_alone:
+        raise UserError("vllm is set, but no model writes text here; leave it out")
+    if in_vllm and plan.rolls_out and signal is None and objective.divergence is not None:
         raise UserError("vllm hands over the teacher's likeliest ids alone; set teacher_signal: {top_k: 64}")
     if signal is None:
         return
