@@ -52,7 +52,7 @@ def loss_and_gradient(pair: ModelPair, counted: Counted, name: str, teacher: Tea
     at = Counted(hidden, counted.token_ids_N)
     loss, _ = distillation_loss(at, pair.student_head, objective, teacher=teacher, denominator=float(len(hidden)))
     loss.backward()
-    return float(loss), hidden.grad
+    return float(loss.detach()), hidden.grad
 
 
 def measured(name: str, rows: int, new_tokens: int) -> list[tuple[str, ...]]:
