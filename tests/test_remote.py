@@ -81,7 +81,7 @@ def test_an_answer_by_other_weights_is_refused() -> None:
             engine.generate(PROMPTS, Student(), SHORT)
 
 
-def test_a_server_that_is_gone_is_asked_again_and_then_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_gone_is_asked_again_and_then_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     waits: list[float] = []
     monkeypatch.setattr("switchkd.serving.remote.time.sleep", waits.append)
     with serving(Recording()) as server:
@@ -89,6 +89,9 @@ def test_a_server_that_is_gone_is_asked_again_and_then_told_of(monkeypatch: pyte
     with pytest.raises(Unreachable, match=r"does not answer .*4 times; start it again"):
         remote.rollouts(PROMPTS, Call(Student(), SHORT, 64, (1,)), 0)
     assert waits == [1, 2, 4]
+    save_file({"w": torch.ones(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(Unreachable, match="start it again"):
+        remote.load(tmp_path / "w.safetensors")
 
 
 class Failing(Recording):

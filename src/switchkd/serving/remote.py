@@ -73,8 +73,9 @@ class RemoteVllm:
         return version
 
     def _json(self, place: str, body: Path | None = None) -> dict[str, Any]:
+        answer = self._ask(place, body, "application/octet-stream")
         try:
-            found = json.loads(self._ask(place, body, "application/octet-stream"))
+            found = json.loads(answer)
         except ValueError as error:
             raise UserError(f"the answer of {self.url} is no JSON ({error}); is it a server of switchkd?") from error
         return found if isinstance(found, dict) else {}
