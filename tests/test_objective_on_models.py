@@ -33,7 +33,9 @@ def frozen_backbone(model: nn.Module) -> nn.Module:
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
-    model.activation_checkpointing_enable()
+    # The older of the two names, in older releases of transformers.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
     return model.train()
 
 

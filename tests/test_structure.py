@@ -31,7 +31,7 @@ FLOORS = [
     {"records", "settings"},
     {"distributions", "models"},
     {"data", "rollout"},
-    {"loss", "evaluation"},
+    {"loss", "evaluation", "serving"},
     {"methods", "analysis", "scale"},
     {"report", "training"},
     {"run"},

@@ -57,6 +57,8 @@ from .rollout.policies import Switch as Switch
 from .rollout.reference import ReferenceEngine as ReferenceEngine
 from .rollout.speculative import SpeculativeEngine as SpeculativeEngine
 from .run.launch import train_run as train_run
+from .serving.colocated import VllmOptions as VllmOptions
+from .serving.engine import VllmEngine as VllmEngine
 from .training.trainer import SwitchTrainer as SwitchTrainer
 
 __version__: str

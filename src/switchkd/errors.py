@@ -13,6 +13,10 @@ class UserError(ValueError):
     """Says in one sentence what was wrong, with which value, and what to do; the command line exits with code 2."""
 
 
+class Unreachable(UserError):  # noqa: N818 - nothing of the person's is wrong
+    """What a run needs from elsewhere does not answer; training keeps what there is and stops."""
+
+
 class Stopped(Exception):  # noqa: N818 - not an error
     """A run was stopped by Ctrl-C: says where, what is kept and how to go on; the command line exits with code 130."""
 

@@ -73,6 +73,31 @@ class Sampling:
         return self.temperature == 0
 
 
+@dataclass(frozen=True, eq=False)
+class TopLogp:
+    """A model's likeliest K ids at each of T positions: `ids` (T, K) int64, and their log-probabilities in nats at temperature 1,
+    `logp` (T, K) float32; `rest_logp` (T,) float32 is that of all other ids together, -inf where there are none.
+    """
+
+    ids: torch.Tensor
+    logp: torch.Tensor
+    rest_logp: torch.Tensor
+
+    def at(self, index: slice) -> TopLogp:
+        """Those of some of the positions."""
+        return TopLogp(self.ids[index], self.logp[index], self.rest_logp[index])
+
+    def to(self, device: torch.device | str) -> TopLogp:
+        """The same on another device."""
+        return TopLogp(self.ids.to(device), self.logp.to(device), self.rest_logp.to(device))
+
+    @staticmethod
+    def joined(parts: Sequence[TopLogp]) -> TopLogp:
+        """Those of several texts, one after another."""
+        columns = ([getattr(part, each.name) for part in parts] for each in fields(TopLogp))
+        return TopLogp(*map(torch.cat, columns))
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One finished response with, for every token of it, who wrote it and how far apart the two models were.
@@ -87,7 +112,8 @@ class Rollout:
     `law_logp` is the log-probability in nats with which the token was written, that of its writer or of a blend;
     `teacher_part`, 0 to 1, is the probability that the teacher is its writer, given the token: 0 or 1 but for blends. `margin`
     is what, in nats, the teacher's favorite among the student's likeliest tokens has over the next of them, where the engine
-    was asked for it. All three may be left out.
+    was asked for it. All three may be left out. `teacher_top` is what the teacher found likeliest in each token's place, where
+    the engine was asked for that, on the CPU.
     """
 
     prompt: Prompt
@@ -102,6 +128,7 @@ class Rollout:
     law_logp: tuple[float, ...] = ()
     teacher_part: tuple[float, ...] = ()
     margin: tuple[float, ...] = ()
+    teacher_top: TopLogp | None = None
 
     @property
     def teacher_tokens(self) -> float:
@@ -128,12 +155,13 @@ def teacher_share_of(rollouts: Sequence[Rollout]) -> float:
 class Example:
     """A prompt with the response that the data set gives for it (empty where there is none); both as token ids.
 
-    `teacher_hidden` as in a `Rollout`, once the teacher has been asked.
+    `teacher_hidden` and `teacher_top` as in a `Rollout`, once the teacher has been asked.
     """
 
     prompt: Prompt
     response_ids: tuple[int, ...]
     teacher_hidden: torch.Tensor | None = None
+    teacher_top: TopLogp | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +175,8 @@ class Batch:
     under each model and under the law that wrote it, when it was written, and `margin_BT` (float64, nats) the teacher's margin
     there, 0 where there is no rollout and NaN where it was not recorded; they stay on the CPU. `beginning_BT` (bool) is True
     at the response tokens of a rollout's row that it began with, from another text. `teacher_hidden_NH` is the teacher's last
-    hidden state that predicted each counted token, row after row, where every sequence brought it.
+    hidden state that predicted each counted token, row after row, where every sequence brought it, and `teacher_top_N` what it
+    found likeliest there, likewise.
     """
 
     input_ids_BT: torch.Tensor
@@ -160,6 +189,7 @@ class Batch:
     teacher_logp_BT: torch.Tensor | None = None
     law_logp_BT: torch.Tensor | None = None
     margin_BT: torch.Tensor | None = None
+    teacher_top_N: TopLogp | None = None
 
     @property
     def beginning_BT(self) -> torch.Tensor:  # noqa: N802

@@ -33,6 +33,7 @@ from switchkd.cli.options import (
 )
 from switchkd.cli.plan import plan
 from switchkd.cli.report import report
+from switchkd.cli.serve import serve
 from switchkd.cli.start import init, methods, recipes, settings
 from switchkd.errors import Stopped, UserError
 
@@ -139,6 +140,12 @@ def train(
     run = run.changed({key: value for key, value in options.items() if value is not None}, "on the command line")
     train_run(run, new_console(), resume=resume)
 
+
+app.command(
+    cls=Command,
+    rich_help_panel=TRAIN,
+    epilog=example("serve --teacher Qwen/Qwen3-8B --student runs/run --dtype bfloat16"),
+)(serve)
 
 app.command(
     "eval", cls=Command, rich_help_panel=MEASURE, epilog=example("eval runs/run --sets dolly,vicuna --with-start")

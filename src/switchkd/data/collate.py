@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from switchkd.records import Batch, Example, Rollout
+from switchkd.records import Batch, Example, Rollout, TopLogp
 
 # Tokens. A forward over fewer costs a large model as much, since it reads all weights.
 _FULL_FORWARD = 256
@@ -21,7 +21,7 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
     """Prompts and responses as one Batch of shape (B, T), padded on the right to the longest sequence.
 
     Examples and rollouts may be mixed; an example's response counts as not written by the teacher. The batch has
-    `teacher_hidden` only where every sequence has. Raises ValueError for no sequences.
+    `teacher_hidden` and `teacher_top` only where every sequence has. Raises ValueError for no sequences.
     """
     if not sequences:
         raise ValueError("there are no sequences to collate; give at least one")
@@ -57,6 +57,7 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
         rolled_out_BT,
         written_by_teacher_BT,
         _packed_teacher_hidden(sequences),
+        teacher_top_N=_packed_teacher_top(sequences),
         **{f"{name}_BT": values_BT for name, values_BT in measured.items()},
     )
 
@@ -73,6 +74,11 @@ def _packed_teacher_hidden(sequences: Sequence[Example | Rollout]) -> torch.Tens
     # Those of this step are where the teacher is, replayed ones may be on the CPU.
     device = next((hidden.device for hidden in kept if hidden.device.type != "cpu"), kept[0].device)
     return torch.cat([hidden.to(device) for hidden in kept])
+
+
+def _packed_teacher_top(sequences: Sequence[Example | Rollout]) -> TopLogp | None:
+    kept = [sequence.teacher_top for sequence in sequences if sequence.teacher_top is not None]
+    return TopLogp.joined(kept) if len(kept) == len(sequences) else None
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:

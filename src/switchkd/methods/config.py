@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import TrainingArguments
-
 from switchkd.data.examples import AddBos, Rendering, TrainTurns
 from switchkd.distributions.divergences import Divergence
 from switchkd.errors import UserError
@@ -19,7 +17,7 @@ from switchkd.loss.targets import Target
 from switchkd.loss.weight import Weight
 from switchkd.loss.weights import WEIGHT
 from switchkd.methods.device import placement_for
-from switchkd.methods.inherited import check_inherited, renamed
+from switchkd.methods.inherited import TransformersSettings, check_inherited, renamed
 from switchkd.methods.parts import (
     AUTO,
     COMPONENTS,
@@ -27,12 +25,13 @@ from switchkd.methods.parts import (
     HEADLINE,
     OF_LOSS,
     OF_TEXT,
+    TEACHER_SIGNAL,
     auto_threshold,
     check_not_moved,
     described,
     weights_of,
 )
-from switchkd.methods.plan import AutoThreshold, Plan
+from switchkd.methods.plan import AutoThreshold, Plan, TopK, check_signal
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
 from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
 from switchkd.models.placement import Placement
@@ -48,7 +47,7 @@ Offload = Literal["none", "cpu", "disk", "shared"]
 
 
 @dataclass
-class SwitchConfig(TrainingArguments):
+class SwitchConfig(TransformersSettings):
     """`transformers.TrainingArguments` with what distillation adds.
 
     A component (`policy`, `divergence`, `teacher_text_divergence`) is an object, a name, or a mapping of `name` and settings;
@@ -108,6 +107,9 @@ class SwitchConfig(TrainingArguments):
     target: None | str | Target | dict[str, Any] = setting(
         None, "What stands in the teacher's place in the divergence: {name: ..., its settings}."
     )
+    teacher_signal: None | str | TopK | dict[str, Any] = setting(
+        None, "What is kept of the teacher for the loss: {top_k: 64}; by default whole distributions."
+    )
     start_weight: float | None = setting(None, "Weight of an added divergence to the student's start model; 0 is none.")
     start_divergence: None | str | Divergence | dict[str, Any] = setting(
         None, "The divergence to the start model: {name: ..., its settings}."
@@ -144,6 +146,9 @@ class SwitchConfig(TrainingArguments):
     # fixed one makes equal runs equal bit for bit.
     block_size: int | str = setting(
         4, "Tokens drafted before the teacher is asked; auto is chosen by speed. Changes no token."
+    )
+    vllm: None | str | dict[str, Any] = setting(
+        None, "Let vLLM write the rollouts: here, or the address of switchkd serve; or {url: ..., cache_gib: 4, ...}."
     )
     compile: Compile = setting("auto", "Whether rollouts run as graphs of the device: true, false, auto (on CUDA).")
     measure_every: int = setting(
@@ -257,8 +262,11 @@ class SwitchConfig(TrainingArguments):
             weights=method.weight,
             **of_loss,
         )
-        text = self._teacher_text(method)
-        return Plan(method.policy, method.student_share, objective, auto, teacher_text=text, **of_text)
+        text, signal = self._teacher_text(method), None
+        if self.teacher_signal is not None:
+            signal = TEACHER_SIGNAL.make(self.teacher_signal, default=TopK())
+        share, given = method.student_share, {"teacher_text": text, "teacher_signal": signal}
+        return Plan(method.policy, share, objective, auto, **given, **of_text)
 
     def _policy(self, row: Method) -> tuple[AutoThreshold | None, Policy]:
         """What finds the threshold, if it is to be found, and the policy: the run's, else the row's, with the flat settings."""
@@ -334,4 +342,5 @@ class SwitchConfig(TrainingArguments):
             raise UserError(
                 f"{reader} needs text drawn from the models' own distributions; set temperature and top_p to 1 and top_k to 0"
             )
+        check_signal(self.plan, in_vllm=self.vllm is not None)
         check_inherited(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ _ABOVE_0 = (
     *("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "save_total_limit"),
     *("max_seconds", "max_generated_tokens"),
 )
+_RENAMED = (
+    ("gradient_checkpointing", "activation_checkpointing"),
+    ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+)
+_OF_TRANSFORMERS = {each.name: each for each in fields(TrainingArguments)}
 # The package that reports, where it has not the reporter's own name; TensorBoard's writer comes from either of two.
 _REPORTERS = {"azure_ml": "azureml", "comet_ml": "comet_ml", "flyte": "flytekit", "kubeflow": "kubeflow"}
 _TENSORBOARD = ("tensorboard", "tensorboardX")
@@ -69,15 +75,38 @@ def check_inherited(args: TrainingArguments) -> None:
         )
 
 
-def renamed(args: TrainingArguments) -> None:
+def _under_newer_name(name: str, sentence: str) -> Any:
+    known = _OF_TRANSFORMERS.get(name)
+    return field(default=None, metadata={"help": sentence} if known is None else dict(known.metadata))
+
+
+@dataclass
+class TransformersSettings(TrainingArguments):
+    """The settings of transformers by their newest names, in every release that we run with.
+
+    In older ones `activation_checkpointing` is called `gradient_checkpointing`; both names are taken.
+    """
+
+    activation_checkpointing: bool | None = _under_newer_name(
+        "activation_checkpointing", "Compute activations again in the backward pass, to save memory."
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = _under_newer_name(  # noqa: RUF009
+        "activation_checkpointing_kwargs", "Keyword arguments of the model's activation checkpointing."
+    )
+
+
+def renamed(args: TransformersSettings) -> None:
     """Give older names of transformers' settings, which people still write, their newer ones."""
-    for older, newer in (
-        ("gradient_checkpointing", "activation_checkpointing"),
-        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
-    ):
-        if (given := getattr(args, older, None)) is not None:
-            setattr(args, newer, given)
-            setattr(args, older, None)
+    for older, newer in _RENAMED:
+        if newer in _OF_TRANSFORMERS:
+            if (given := getattr(args, older, None)) is not None:
+                setattr(args, newer, given)
+                setattr(args, older, None)
+        elif (given := getattr(args, newer)) is not None:
+            # This transformers reads the older name alone.
+            setattr(args, older, given)
+        else:
+            setattr(args, newer, getattr(args, older))
 
 
 def in_plain_words(message: str) -> str:

@@ -9,7 +9,7 @@ from switchkd.errors import UserError
 from switchkd.loss.targets import TARGET
 from switchkd.loss.weight import Weight
 from switchkd.loss.weights import WEIGHT
-from switchkd.methods.plan import AutoThreshold
+from switchkd.methods.plan import AutoThreshold, TopK
 from switchkd.methods.text import LENGTH_GROWTH, REPLAYED_PREFIX, REWRITE, LengthGrowth, ReplayedPrefix, Rewrite
 from switchkd.rollout.policies import POLICIES, POLICY
 from switchkd.settings.components import Registry, settings_of
@@ -17,6 +17,7 @@ from switchkd.settings.components import Registry, settings_of
 # The threshold that a run finds itself.
 AUTO = "auto"
 _THRESHOLD = Registry("threshold", "switchkd.thresholds", AutoThreshold, {AUTO: AutoThreshold})
+TEACHER_SIGNAL = Registry("teacher_signal", "switchkd.teacher_signals", TopK, {"top_k": TopK})
 # The registries of the components that replace a row's one for one.
 COMPONENTS: dict[str, Registry[Any]] = {
     "divergence": DIVERGENCE,
@@ -89,6 +90,6 @@ def described(value: Any) -> Any:
     """A component, or a list of them, as the mappings that make them again; anything else as it is."""
     if isinstance(value, list | tuple):
         return [described(each) for each in value]
-    registries: list[Registry[Any]] = [POLICY, WEIGHT, *COMPONENTS.values()]
+    registries: list[Registry[Any]] = [POLICY, WEIGHT, TEACHER_SIGNAL, *COMPONENTS.values()]
     registry = next((each for each in registries if isinstance(value, each.base)), None)
     return value if registry is None else registry.describe(value)

@@ -9,6 +9,7 @@ from switchkd.errors import UserError
 from switchkd.loss.objective import Objective
 from switchkd.loss.weights import WEIGHT
 from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
+from switchkd.rollout.engine import KeepTeacher
 from switchkd.rollout.law import Policy
 from switchkd.settings.components import setting
 from switchkd.settings.paper import DEFAULT_SHARE
@@ -32,12 +33,24 @@ class AutoThreshold:
 
 
 @dataclass(frozen=True)
+class TopK:
+    """Of what the teacher says, its likeliest ids alone are kept, and one number for all others. Raises UserError below 1."""
+
+    top_k: int = setting(64, "How many of the teacher's likeliest ids are kept of each token.")
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise UserError(f"teacher_signal.top_k is {self.top_k}; keep at least 1 id, or leave teacher_signal out")
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the trainer carries out. Raises UserError for shares out of range, and for parts that contradict each other.
 
     Of the sequences, `rollout_share` are rolled out (with `share_rise`, at the start). The teacher alone writes
     `teacher_text_share` of these, and `policy` the others. `auto_threshold` calibrates the threshold of a Switch
-    (training/auto_threshold.py). `teacher_text` is the file of the teacher's text that replaces the data set's. text.py
+    (training/auto_threshold.py). `teacher_signal` says what is kept of the teacher for the loss; None: its whole
+    distributions. `teacher_text` is the file of the teacher's text that replaces the data set's. text.py
     has the starts, lengths and rewriting of rollouts.
     """
 
@@ -53,6 +66,7 @@ class Plan:
     replayed_prefix: ReplayedPrefix | None = None
     length_growth: LengthGrowth | None = None
     rewrite: Rewrite | None = None
+    teacher_signal: TopK | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rollout_share <= 1:
@@ -68,6 +82,11 @@ class Plan:
         self._check_long_term()
         self._check_weights()
         self._check_rewrite()
+
+    @property
+    def kept_of_teacher(self) -> KeepTeacher:
+        """What an engine is asked to keep of the teacher for the loss."""
+        return self.teacher_signal.top_k if self.teacher_signal else "hidden"
 
     @property
     def rolls_out(self) -> bool:
@@ -146,3 +165,23 @@ class Plan:
                     f"weight {WEIGHT.name_of(type(weight))} is {weight}, but here rollouts are written by "
                     f"{' and '.join(writers)}, so no token of them trains; set its weight of {' or '.join(writers)} above 0"
                 )
+
+
+def check_signal(plan: Plan, *, in_vllm: bool) -> None:
+    """Raise UserError where the loss needs more of the teacher than is kept, or than vLLM hands over."""
+    objective, signal = plan.objective, plan.teacher_signal
+    if in_vllm and plan.trains_data_alone:
+        raise UserError("vllm is set, but no model writes text here; leave it out")
+    if in_vllm and plan.rolls_out and signal is None and objective.divergence is not None:
+        raise UserError("vllm hands over the teacher's likeliest ids alone; set teacher_signal: {top_k: 64}")
+    if signal is None:
+        return
+    if objective.divergence is None:
+        raise UserError("teacher_signal is set, but nothing is compared with the teacher; leave it out")
+    if objective.loss_temperature != 1:
+        raise UserError(
+            f"loss_temperature is {objective.loss_temperature}, but of the teacher only likeliest ids are kept, at temperature 1; "
+            f"set it to 1, or leave teacher_signal out"
+        )
+    if objective.target.needs_start:
+        raise UserError("the target is made of whole distributions; leave teacher_signal out")

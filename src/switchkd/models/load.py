@@ -106,10 +106,7 @@ def load_model(
     # Whatever the keywords say: pickled weights, the other format, could run code.
     options |= {**init_options(init_kwargs), "use_safetensors": True}
     if source.gguf_file is not None:
-        from transformers import GgufConfig
-
-        # Left packed, the model would count as quantized: it could be neither saved nor trained.
-        options |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        options |= {"gguf_file": source.gguf_file, **_unpacking()}
     if quantization is not None:
         if source.gguf_file is not None:
             raise UserError(
@@ -135,6 +132,16 @@ def load_model(
     # For messages: a name such as world:student says more than the folder it leads to.
     model.name_or_path = name
     return model
+
+
+def _unpacking() -> dict[str, Any]:
+    """What has transformers unpack a GGUF file's weights. Left packed, a model counts as quantized: neither saved nor trained."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        # An older release always unpacks them, and does not know the setting.
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _in_full(name: str, source: Source, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -216,13 +223,24 @@ CHATML = (
 def _mend_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     """Put back what transformers drops when it reads a tokenizer from a GGUF file."""
     from tokenizers import pre_tokenizers
-    from transformers.integrations.gguf.reader import read_gguf_metadata
 
-    metadata, _ = read_gguf_metadata(str(file))
     # SmolLM splits off every digit before its byte-level step; GGUF names that rule but does not hold it.
-    if metadata.get("tokenizer.ggml.pre") == "smollm":
+    if _gguf_splitting(file) == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     if tokenizer.chat_template is None and {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
         tokenizer.chat_template = CHATML
+
+
+def _gguf_splitting(file: Path) -> str | None:
+    """The name of the rule by which a GGUF file's tokenizer splits text before its byte-level step."""
+    try:
+        from transformers.integrations.gguf.reader import read_gguf_metadata
+    except ImportError:
+        from gguf import GGUFReader
+
+        found = GGUFReader(file).get_field("tokenizer.ggml.pre")
+        return None if found is None else str(found.contents())
+    rule: str | None = read_gguf_metadata(str(file))[0].get("tokenizer.ggml.pre")
+    return rule

@@ -8,6 +8,7 @@ Shape letters: A rows in flight, K positions of a block, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,3 +120,9 @@ def read_back(verdict: Verdict, eos_ids: Tensor) -> Recorded:
     return Recorded(
         parted | torch.isin(ids, eos_ids), [ids, teachers, numbers[0], threshold, *numbers[1:].unbind(dim=0)]
     )
+
+
+def kept_counts(ends: Tensor, rooms: Sequence[int]) -> list[int]:
+    """How many tokens of a block each row keeps: to its first end in `ends` (A, K), that included, and as far as it has room."""
+    upto = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, ends.shape[1]).tolist()
+    return [min(count, room) for count, room in zip(upto, rooms, strict=True)]

@@ -40,6 +40,10 @@ def checked_prompts(
     """
     if policy.needs_teacher and pair.teacher is None:
         raise UserError(f"the policy {type(policy).__name__} needs a teacher, but the pair has none; load one")
+    if isinstance(keep_teacher, int) and keep_teacher < 1:
+        raise UserError(
+            f"keep_teacher is {keep_teacher}; give the number of the teacher's likeliest ids, or leave it out"
+        )
     if keep_teacher and pair.teacher is None:
         raise UserError(f"keep_teacher is {keep_teacher!r}, but the pair has no teacher; load one, or leave it out")
     if sampling.no_repeat_ngram_size and (policy.needs_teacher or keep_teacher):

@@ -10,7 +10,8 @@ from switchkd.rollout.law import Policy
 
 PromptLike = str | Sequence[int] | Prompt
 Progress = Callable[[int], None]
-KeepTeacher = Literal["hidden"] | None
+# An int is the number of the teacher's likeliest ids.
+KeepTeacher = Literal["hidden"] | int | None
 
 
 class Engine(Protocol):
@@ -28,6 +29,7 @@ class Engine(Protocol):
         """One rollout for each prompt, in the order of the prompts.
 
         `keep_teacher="hidden"` keeps the teacher's last hidden state for every token: T x H numbers per rollout, in the
-        teacher's dtype and on its device. `on_progress` is called after each step with the number of finished rollouts. Raises
+        teacher's dtype and on its device. A number K keeps `teacher_top`, the K likeliest ids with their log-probabilities.
+        `on_progress` is called after each step with the number of finished rollouts. Raises
         UserError for prompts, policy and sampling that do not fit the models or one another.
         """

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from switchkd.distributions.divergences import JensenShannon
 from switchkd.distributions.draw import Draft
 from switchkd.distributions.noise import Stream, uniform
-from switchkd.records import FinishReason, Prompt, Rollout, Sampling
+from switchkd.records import FinishReason, Prompt, Rollout, Sampling, TopLogp
 from switchkd.rollout.law import Policy, Positions
 
 # What every rollout records, whatever the policy compares and the loss takes.
@@ -38,6 +38,7 @@ class RolloutLog:
         self.teacher_part: list[float] = []
         self.margin: list[float] = []
         self.teacher_hidden: list[Tensor] = []
+        self.teacher_top: list[TopLogp] = []
 
     @property
     def text(self) -> list[int]:
@@ -79,6 +80,7 @@ class RolloutLog:
             law_logp=tuple(self.law_logp),
             teacher_part=tuple(self.teacher_part),
             margin=tuple(self.margin),
+            teacher_top=TopLogp.joined(self.teacher_top) if self.teacher_top else None,
         )
 
 

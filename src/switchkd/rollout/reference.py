@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from switchkd.distributions.draw import Draft, student_proposal
 from switchkd.distributions.noise import Address, row_keys
-from switchkd.distributions.shaping import ban_repeated_ngrams, shaped_logp
+from switchkd.distributions.shaping import ban_repeated_ngrams, shaped_logp, top_logp
 from switchkd.models.heads import evaluating
 from switchkd.models.pair import ModelPair, position_limit
 from switchkd.records import Prompt, Rollout, Sampling
@@ -127,7 +127,8 @@ class ReferenceEngine:
             student_logp = shaped_logp(logits, sampling)
             address = Address(key, torch.full_like(key, position))
             draft = Draft(student_proposal(student_logp, address, greedy=sampling.greedy), student_logp, address)
-            teacher_logp = None if teacher is None else shaped_logp(teacher.step(ids_BT, mask_BS), sampling).to(device)
+            teacher_logits = None if teacher is None else teacher.step(ids_BT, mask_BS)
+            teacher_logp = None if teacher_logits is None else shaped_logp(teacher_logits, sampling).to(device)
             recorded = self._written(policy, draft, teacher_logp, logs, sampling)
             token = recorded[0]
             columns = [each.tolist() for each in recorded]
@@ -137,6 +138,8 @@ class ReferenceEngine:
                     log.extend(*(column[row : row + 1] for column in columns))
                     if teacher is not None and teacher.keep_hidden:
                         log.teacher_hidden.append(teacher.hidden_BH[row])
+                    if isinstance(keep_teacher, int) and teacher_logits is not None:
+                        log.teacher_top.append(top_logp(teacher_logits[row : row + 1], keep_teacher))
                     room = sampling.max_new_tokens - log.prompt.begun - len(log.token_ids)
                     writing[row] = room > 0 and log.token_ids[-1] not in pair.eos_ids
             if not any(writing):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from switchkd.distributions.noise import row_keys
+from switchkd.distributions.shaping import top_logp
 from switchkd.errors import UserError
 from switchkd.models.heads import evaluating
 from switchkd.models.pair import ModelPair
@@ -23,6 +24,7 @@ from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.block import (
     Recorded,
     State,
+    kept_counts,
     read_back,
 )
 from switchkd.rollout.blocks import BlockChooser, check_block_size
@@ -292,18 +294,24 @@ class _Run:
         rows, size = len(self.rows), block.ends.shape[1]
         divergence, student_logp = block.columns[2][:rows], block.columns[4][:rows]
         check_numbers(student_logp, divergence if "teacher" in self.models else None)
-        ends = block.ends[:rows]
-        upto = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, size).tolist()
+        counts = kept_counts(block.ends[:rows], [self._room(row) for row in self.rows])
         # They become Python's numbers, which hold those of any type exactly.
         columns = [each[:rows].tolist() for each in block.columns]
         written = stopped = 0
         for place, row in enumerate(self.rows):
-            count = min(upto[place], self._room(row))
+            count = counts[place]
             stopped += count < min(size, self._room(row))
             row.log.extend(*(column[place][:count] for column in columns))
-            if self.keep_teacher and hidden is not None:
-                row.log.teacher_hidden.append(hidden[place, :count])
+            if hidden is not None:
+                self._keep(row.log, hidden[place, :count])
             row.length += count
             row.pending = row.log.token_ids[-1]
             written += count
         return written, stopped
+
+    def _keep(self, log: RolloutLog, hidden_TH: Tensor) -> None:
+        """Put with a row what is kept of the teacher, from its hidden states at the tokens just written."""
+        if self.keep_teacher == "hidden":
+            log.teacher_hidden.append(hidden_TH)
+        elif self.keep_teacher:
+            log.teacher_top.append(top_logp(self.models["teacher"].head(hidden_TH), self.keep_teacher))

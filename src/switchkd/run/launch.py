@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 from switchkd.data.sets import resolve
-from switchkd.errors import Stopped, UserError
+from switchkd.errors import Stopped, Unreachable, UserError
 from switchkd.methods.describe import describe_objective
 from switchkd.models.chat import set_template
 from switchkd.models.hub import offline_at_once
@@ -154,6 +154,9 @@ def _train_stage(
     except KeyboardInterrupt:
         progress.close()
         raise Stopped(_how_to_resume(run, stage, f"stopped at once, after step {trainer.state.global_step}")) from None
+    except Unreachable as error:
+        step = f"{error}; stopped after step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise Unreachable(_how_to_resume(run, stage, step)) from error
     finally:
         progress.close()
         stopper.close()

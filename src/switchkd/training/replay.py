@@ -17,7 +17,7 @@ from torch import Tensor
 
 from switchkd.errors import UserError
 from switchkd.files import replacing
-from switchkd.records import FinishReason, Prompt, Rollout
+from switchkd.records import FinishReason, Prompt, Rollout, TopLogp
 
 FILE_NAME = "replay.safetensors"
 # The types of the engines' own numbers: in float32 a resumed run would not be equal bit for bit.
@@ -31,7 +31,7 @@ class ReplayBuffer:
     """The newest `capacity` rollouts, oldest first, with what they keep of the teacher.
 
     A token takes 57 bytes in a checkpoint and 240 in memory, and 8 and 32 more with its margin. A kept `teacher_hidden` adds T
-    x H numbers to both.
+    x H numbers to both, a `teacher_top` 12 bytes for each id of each token.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -49,9 +49,9 @@ class ReplayBuffer:
 
     def put_back(self, rollouts: Iterable[Rollout]) -> None:
         """Take rollouts that the teacher has read in the place of those kept unread, so that each is read once."""
-        read = {_address(rollout): rollout for rollout in rollouts if rollout.teacher_hidden is not None}
+        read = {_address(rollout): rollout for rollout in rollouts if _is_read(rollout)}
         for index, kept in enumerate(self.rollouts):
-            if kept.teacher_hidden is None and _address(kept) in read:
+            if not _is_read(kept) and _address(kept) in read:
                 self.rollouts[index] = read[_address(kept)].to("cpu")
 
     def draw(self, uniform: float) -> Rollout:
@@ -77,6 +77,11 @@ class ReplayBuffer:
                 f"{path} cannot be read ({error}), and the run goes on from its rollouts; resume from another checkpoint"
             ) from error
         self.rollouts.extend(_unpacked(tensors))
+
+
+def _is_read(rollout: Rollout) -> bool:
+    """Whether it has what the teacher says of it."""
+    return rollout.teacher_hidden is not None or rollout.teacher_top is not None
 
 
 def _address(rollout: Rollout) -> tuple[int, int]:
@@ -106,11 +111,30 @@ def _packed(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         # A rollout that began with a trained part of its response has states for that part too.
         "hidden_rows": torch.tensor([len(hidden_TH) for hidden_TH in kept.values()], dtype=torch.int64),
         "hidden": torch.cat([hidden_TH.cpu() for hidden_TH in kept.values()]) if kept else torch.empty(0, 0),
+        **_packed_tops(rollouts),
         **{
             name: torch.tensor([value for r in rollouts for value in getattr(r, name)], dtype=dtype)
             for name, dtype in _PER_TOKEN.items()
         },
     }
+
+
+def _packed_tops(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+    """What is kept of the teacher's likeliest ids: whose it is, how many positions each has, and the three columns."""
+    kept = {row: rollout.teacher_top for row, rollout in enumerate(rollouts) if rollout.teacher_top is not None}
+    if not kept:
+        return {}
+    of, rows = torch.tensor(list(kept)), torch.tensor([len(top.ids) for top in kept.values()])
+    columns = TopLogp.joined([*kept.values()])
+    return {"top_of": of, "top_rows": rows, **{f"top_{name}": each for name, each in vars(columns).items()}}
+
+
+def _unpacked_tops(tensors: dict[str, Tensor]) -> dict[int, TopLogp]:
+    if "top_of" not in tensors:
+        return {}
+    lengths = tensors["top_rows"].tolist()
+    parts = zip(*(tensors[f"top_{name}"].split(lengths) for name in ("ids", "logp", "rest_logp")), strict=True)
+    return {row: TopLogp(*columns) for row, columns in zip(tensors["top_of"].tolist(), parts, strict=True)}
 
 
 def _unpacked(tensors: dict[str, Tensor]) -> list[Rollout]:
@@ -120,9 +144,10 @@ def _unpacked(tensors: dict[str, Tensor]) -> list[Rollout]:
     # What the engine was not asked for is empty.
     per_token = {name: tensors[name].split(lengths) for name in _PER_TOKEN if len(tensors[name]) == sum(lengths)}
     hidden = dict(zip(owners, tensors["hidden"].split(tensors["hidden_rows"].tolist()), strict=True))
-    found = []
+    found, tops = [], _unpacked_tops(tensors)
     for row, (_, _, prompt_id, sample_id, begun, trains, reason) in enumerate(table):
         values: dict[str, Any] = {name: tuple(parts[row].tolist()) for name, parts in per_token.items()}
         prompt = Prompt(tuple(prompts[row].tolist()), prompt_id, sample_id, begun, bool(trains))
-        found.append(Rollout(prompt, finish_reason=_REASONS[reason], teacher_hidden=hidden.get(row), **values))
+        values |= {"teacher_hidden": hidden.get(row), "teacher_top": tops.get(row)}
+        found.append(Rollout(prompt, finish_reason=_REASONS[reason], **values))
     return found

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from switchkd.data.collate import collate, micro_batches, response_ids
+from switchkd.distributions.shaping import top_logp
 from switchkd.loss.objective import Counted, Report, distillation_loss
 from switchkd.loss.policy_gradient import importance_and_returns
-from switchkd.loss.signals import DenseTeacher
+from switchkd.loss.signals import DenseTeacher, TeacherSignal, TopKTeacher
 from switchkd.loss.states import response_states
 from switchkd.loss.weight import product_of
 from switchkd.methods.plan import Plan
@@ -40,6 +41,7 @@ class StepLoss:
         self.rows = rows
         self.objective = plan.objective
         self.replayed_prefix = plan.replayed_prefix
+        self.top_k = 0 if plan.teacher_signal is None else plan.teacher_signal.top_k
         self.student_head = pair.student_head
         self.teacher_head = None if plan.objective.divergence is None else pair.teacher_head
         self.start = StartModel(pair) if plan.objective.needs_start else None
@@ -49,7 +51,8 @@ class StepLoss:
         self.before_head: Callable[[], None] = lambda: None
 
     def scored(self, sequences: Sequence[Example | Rollout]) -> Sequence[Example | Rollout]:
-        """The sequences, each with the teacher's last hidden states that predict its response, (T, H) on its device.
+        """The sequences, each with what the teacher says of its response: its last hidden states that predict it, (T, H) on its
+        device, or its likeliest ids where the plan keeps these alone.
 
         Rollouts that the teacher took part in have them already. The teacher reads the others, at most `rows` of similar
         length at a time, and one that occurs twice (a replayed one) once. Where the objective compares with no teacher, the
@@ -58,14 +61,23 @@ class StepLoss:
         teacher = self.teacher
         if self.teacher_head is None or teacher is None:
             return sequences
-        unread = [*{id(each): each for each in sequences if each.teacher_hidden is None}.values()]
+        unread = [
+            *{id(each): each for each in sequences if each.teacher_hidden is None and each.teacher_top is None}.values()
+        ]
         states = response_states(
             teacher, unread, pad_id=self.pair.pad_id, rows=self.rows, on_forward=lambda: self.on_forward("teacher")
         )
         read: dict[int, Example | Rollout] = {
-            id(unread[index]): replace(unread[index], teacher_hidden=hidden_TH) for index, hidden_TH in states
+            id(unread[index]): self._with_teacher(unread[index], hidden_TH) for index, hidden_TH in states
         }
         return [read.get(id(sequence), sequence) for sequence in sequences]
+
+    def _with_teacher(self, sequence: Example | Rollout, hidden_TH: Tensor) -> Example | Rollout:
+        if not self.top_k:
+            return replace(sequence, teacher_hidden=hidden_TH)
+        assert self.teacher_head is not None
+        with torch.no_grad():
+            return replace(sequence, teacher_top=top_logp(self.teacher_head(hidden_TH), self.top_k))
 
     def micro_batches(self, sequences: Sequence[Example | Rollout], size: int) -> list[dict[str, Any]]:
         """The inputs of a step's forwards, each on at most `size` sequences of similar length, the longest first."""
@@ -135,9 +147,12 @@ class StepLoss:
             cross_entropy_factor_N=self.objective.cross_entropy_factor(by_teacher_N, rolled_out_N),
             start=self._start_signal(batch, mask_BT),
         )
-        teacher, teacher_NH = None, batch.teacher_hidden_NH
-        if self.teacher_head is not None and teacher_NH is not None:
-            teacher = DenseTeacher(teacher_NH, self.teacher_head, self.objective.loss_temperature)
+        teacher: TeacherSignal | None = None
+        temperature, teacher_NH, top = self.objective.loss_temperature, batch.teacher_hidden_NH, batch.teacher_top_N
+        if self.teacher_head is not None and top is not None:
+            teacher = TopKTeacher(top.ids, top.logp, temperature, top.rest_logp)
+        elif self.teacher_head is not None and teacher_NH is not None:
+            teacher = DenseTeacher(teacher_NH, self.teacher_head, temperature)
         self.before_head()
         return distillation_loss(
             counted, self.student_head, self.objective, teacher=teacher, denominator=denominator, measure=measure

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -118,7 +119,7 @@ class StepText:
             if rows:
                 rollouts = self._roll_out([prompts[row] for row in rows], writer, engine, limit)
                 written.update(zip(rows, rollouts, strict=True))
-        self.newest = [replace(written[row], teacher_hidden=None) for row in sorted(written)]
+        self.newest = [replace(written[row], teacher_hidden=None, teacher_top=None) for row in sorted(written)]
         if self.on_written and self.newest:
             sampling = replace(self.args.sampling, max_new_tokens=limit)
             writer = policy if by_policy else Teacher()
@@ -177,11 +178,12 @@ class StepText:
             policy=policy,
             sampling=replace(self.args.sampling, max_new_tokens=limit),
             seed=self.args.seed,
-            keep_teacher="hidden" if asks_teacher and plan.objective.divergence else None,
+            keep_teacher=plan.kept_of_teacher if asks_teacher and plan.objective.divergence else None,
         )
         if plan.replayed_prefix and plan.replayed_prefix.weight:
             # The states of the prefix are not among them: the teacher reads these texts whole.
-            rollouts = [replace(each, teacher_hidden=None) if each.prompt.begun else each for each in rollouts]
+            unread: Any = {"teacher_hidden": None, "teacher_top": None}
+            rollouts = [replace(each, **unread) if each.prompt.begun else each for each in rollouts]
         seconds = time.perf_counter() - started
         # Sums and counts, not shares: the means are over all processes and all steps of a log line.
         add, tokens = self.meters.add, sum(len(rollout.token_ids) for rollout in rollouts)
@@ -199,4 +201,5 @@ def _cut(example: Example, limit: int) -> Example:
     if len(example.response_ids) <= limit:
         return example
     hidden = None if example.teacher_hidden is None else example.teacher_hidden[:limit]
-    return replace(example, response_ids=example.response_ids[:limit], teacher_hidden=hidden)
+    top = None if example.teacher_top is None else example.teacher_top.at(slice(limit))
+    return replace(example, response_ids=example.response_ids[:limit], teacher_hidden=hidden, teacher_top=top)

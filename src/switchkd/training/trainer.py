@@ -14,20 +14,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from switchkd.errors import Unreachable
 from switchkd.evaluation.measures import scores_named
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Rollout
-from switchkd.rollout.engine import Engine, KeepTeacher
+from switchkd.rollout.engine import Engine
 from switchkd.rollout.law import Student
-from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.costs import Costs
 from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers, without_repeats
+from switchkd.training.engine import engine_of
 from switchkd.training.learning_rate import learning_rate_for
-from switchkd.training.machine import check_one_device, compile_of, warn_if_weights_stand_still
+from switchkd.training.machine import check_one_device, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
 from switchkd.training.outlook import check_call, check_room, describe_training
 from switchkd.training.scored_answers import ScoredAnswers
@@ -55,12 +56,6 @@ class TrainerOptions(TypedDict, total=False):
     callbacks: list[TrainerCallback] | None
     optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
-
-
-def _engine(pair: ModelPair, args: SwitchConfig, *, in_parts: bool) -> SpeculativeEngine:
-    """The engine that a run writes its text with."""
-    margin, compile = args.plan.objective.margin_top_k, compile_of(args, in_parts=in_parts)
-    return SpeculativeEngine(pair, args.block_size, max_rows=args.rollout_rows, margin_top_k=margin, compile=compile)
 
 
 class SwitchTrainer(ShardedTrainer):
@@ -130,7 +125,7 @@ class SwitchTrainer(ShardedTrainer):
         args, pair, plan = self.args, self.pair, self.plan
         reading = self._read_whole(pair)
         with self.reading():
-            self.engine = engine or _engine(reading, args, in_parts=self.in_parts)
+            self.engine = engine or engine_of(reading, args, in_parts=self.in_parts)
             self._loss = StepLoss(pair, plan, rows=args.train_batch_size, teacher=reading.teacher)
         self.costs = Costs(args)
         self._loss.on_forward = self.costs.count
@@ -184,7 +179,12 @@ class SwitchTrainer(ShardedTrainer):
             return [], None
         with self.reading(), self.pair.computing():
             engine = self.costs.counting(self.engine)
-            written = self._text.sequences_of_step(examples, self.state, engine, self.log)
+            try:
+                written = self._text.sequences_of_step(examples, self.state, engine, self.log)
+            except Unreachable:
+                # Nothing of this step is trained on yet: what there is, is what the last one left.
+                self._save_checkpoint(self.pair.student, None)
+                raise
             if not last:
                 # The other processes have rows, and wait for this one's gradient: one of a text that counts nowhere.
                 written.append(replace(loaded[-1][0], response_ids=()))
@@ -301,7 +301,7 @@ class SwitchTrainer(ShardedTrainer):
         prompts_alone = not any(example.response_ids for example in examples)
         if not prompts_alone and not self._answers.scores:
             return examples
-        keep: KeepTeacher = "hidden" if self.plan.objective.reads_logp else None
+        keep = self.plan.kept_of_teacher if self.plan.objective.reads_logp else None
         prompts = [replace(example.prompt, sample_id=_EVALUATION) for example in examples]
         rollouts = self.engine.generate(
             prompts, policy=Student(), sampling=self.args.sampling, seed=self.args.seed, keep_teacher=keep

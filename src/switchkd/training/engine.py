@@ -1,0 +1,19 @@
+"""The engine that a run writes its text with."""
+
+from __future__ import annotations
+
+from switchkd.methods.config import SwitchConfig
+from switchkd.models.pair import ModelPair
+from switchkd.rollout.engine import Engine
+from switchkd.rollout.speculative import SpeculativeEngine
+from switchkd.serving.engine import vllm_engine
+from switchkd.training.machine import compile_of
+
+
+def engine_of(pair: ModelPair, args: SwitchConfig, *, in_parts: bool) -> Engine:
+    """vLLM where the run names it, or else our own; `in_parts`: the weights are spread over processes."""
+    margin = args.plan.objective.margin_top_k
+    if args.vllm:
+        return vllm_engine(pair, args.vllm, margin_top_k=margin)
+    compile = compile_of(args, in_parts=in_parts)
+    return SpeculativeEngine(pair, args.block_size, max_rows=args.rollout_rows, margin_top_k=margin, compile=compile)

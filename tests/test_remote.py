@@ -1,0 +1,201 @@
+"""The server of rollouts and its client, over a socket of this machine, with a backend that writes by the reference's rule."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from switchkd.errors import Unreachable, UserError
+from switchkd.records import Prompt, Sampling
+from switchkd.rollout.law import Student
+from switchkd.rollout.policies import Switch
+from switchkd.rollout.reference import ReferenceEngine
+from switchkd.serving.call import Call
+from switchkd.serving.engine import VllmEngine, vllm_settings
+from switchkd.serving.remote import RemoteVllm
+from switchkd.serving.server import PROTOCOL, ROLLOUTS, STATE, WEIGHTS, RolloutServer, request_of, request_to
+from test_serving import PROMPTS, Recording, check_equal, pair
+
+SHORT = Sampling(max_new_tokens=4)
+
+
+@contextmanager
+def serving(backend: Any, host: str = "127.0.0.1", **options: Any) -> Iterator[RolloutServer]:
+    with RolloutServer(backend, host, 0, **options) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def url_of(server: RolloutServer) -> str:
+    return f"http://127.0.0.1:{server.port}"
+
+
+def asked(server: RolloutServer, method: str, place: str, body: bytes = b"", **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.request(method, place, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    response = connection.getresponse()
+    found = response.status, json.loads(response.read())
+    connection.close()
+    return found
+
+
+def test_rollouts_and_weights_cross_as_they_are() -> None:
+    backend = Recording()
+    with serving(backend) as server:
+        engine = VllmEngine(pair(), url_of(server))
+        told: list[int] = []
+        got = engine.generate(PROMPTS, Switch(threshold=0.3), SHORT, 3, keep_teacher=5, on_progress=told.append)
+    wanted = ReferenceEngine(pair()).generate(PROMPTS, Switch(threshold=0.3), SHORT, 3, keep_teacher=5)
+    check_equal(got, wanted)
+    assert told == [len(PROMPTS)]
+    for one, other in zip(got, wanted, strict=True):
+        assert one.teacher_top is not None
+        assert other.teacher_top is not None
+        assert torch.equal(one.teacher_top.ids, other.teacher_top.ids)
+    (loaded,) = backend.loaded
+    assert {*loaded} == {name for name, _ in pair().student.named_parameters()}
+
+
+def test_an_answer_by_other_weights_is_refused() -> None:
+    backend = Recording()
+    with serving(backend) as server:
+        engine = VllmEngine(pair(), url_of(server))
+        engine.generate(PROMPTS, Student(), SHORT)
+        # Another run sends its student to the same server.
+        backend.version += 1
+        with pytest.raises(UserError, match="weights of version 2, not 1"):
+            engine.generate(PROMPTS, Student(), SHORT)
+
+
+def test_a_server_that_is_gone_is_asked_again_and_then_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("switchkd.serving.remote.time.sleep", waits.append)
+    with serving(Recording()) as server:
+        remote = RemoteVllm(url_of(server), retries=3)
+    with pytest.raises(Unreachable, match=r"does not answer .*4 times; start it again"):
+        remote.rollouts(PROMPTS, Call(Student(), SHORT, 64, (1,)), 0)
+    assert waits == [1, 2, 4]
+    save_file({"w": torch.ones(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(Unreachable, match="start it again"):
+        remote.load(tmp_path / "w.safetensors")
+
+
+class Failing(Recording):
+    """Fails once, as a server does whose machine is out of memory for a moment."""
+
+    def rollouts(self, *given: Any) -> Any:
+        if not self.loaded:
+            self.loaded.append({})
+            raise RuntimeError("for a moment")
+        return super().rollouts(*given)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_moments_failure_is_survived(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("switchkd.serving.remote.time.sleep", lambda seconds: None)
+    backend = Failing()
+    with serving(backend) as server:
+        answer = RemoteVllm(url_of(server)).rollouts(PROMPTS, Call(Student(), SHORT, 64, (1,)), 0)
+    assert len(answer["lengths"]) == len(PROMPTS)
+
+
+# ------ who may ask, and what
+
+
+def test_only_this_machine_may_ask_where_there_is_no_key() -> None:
+    with pytest.raises(UserError, match="SWITCHKD_SERVE_KEY"):
+        RolloutServer(Recording(), "0.0.0.0", 0)
+    with serving(Recording()) as server:
+        assert asked(server, "GET", STATE) == (200, {"protocol": PROTOCOL, "version": 0})
+        assert asked(server, "GET", STATE, Host="evil.example")[0] == 421
+        assert asked(server, "POST", ROLLOUTS, b"{}", Origin="http://evil.example")[0] == 403
+        assert asked(server, "GET", "/etc/passwd")[0] == 404
+        assert asked(server, "POST", "/v1/run", b"{}")[0] == 404
+
+
+def test_a_key_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SWITCHKD_SERVE_KEY", raising=False)
+    with serving(Recording(), key="secret") as server:
+        assert asked(server, "GET", STATE)[0] == 401
+        assert asked(server, "GET", STATE, Authorization="Bearer secreT")[0] == 401
+        with pytest.raises(UserError, match="the key is missing"):
+            RemoteVllm(url_of(server))
+        monkeypatch.setenv("SWITCHKD_SERVE_KEY", "secret")
+        RemoteVllm(url_of(server))
+
+
+def test_what_is_no_request_is_refused_and_the_server_goes_on(tmp_path: Path) -> None:
+    backend = Recording()
+    with serving(backend, most_weights=4000) as server:
+        for body, words in (
+            (b"\x80\x04.", "no JSON"),
+            (b"[" * 100_000, "no JSON"),
+            (b"[]", "protocol"),
+            (
+                json.dumps({"protocol": PROTOCOL, "call": "{", "seed": 1, "prompts": [[[1], 0, 0, 0]]}).encode(),
+                "no JSON",
+            ),
+            (json.dumps({"protocol": PROTOCOL, "call": "{}", "seed": 1, "prompts": []}).encode(), "lacks"),
+            (
+                json.dumps({"protocol": PROTOCOL, "call": "[]", "seed": 1, "prompts": [[[1], 0, 0, 0]]}).encode(),
+                "mapping",
+            ),
+            (
+                json.dumps({"protocol": PROTOCOL, "call": "{}", "seed": 1, "prompts": [[["a"], 0, 0, 0]]}).encode(),
+                "mapping",
+            ),
+        ):
+            status, said = asked(server, "POST", ROLLOUTS, body)
+            assert status == 400, body
+            assert words in said["error"]
+        assert asked(server, "POST", WEIGHTS, b"\x80\x04N.")[0] == 400
+        assert asked(server, "POST", WEIGHTS, b"0" * 5000)[0] == 413
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.putrequest("POST", WEIGHTS)
+        connection.endheaders()
+        assert connection.getresponse().status == 411
+        connection.close()
+        assert not backend.loaded
+        save_file({"w": torch.ones(3)}, tmp_path / "w.safetensors")
+        assert RemoteVllm(url_of(server)).load(tmp_path / "w.safetensors") == 1
+        assert torch.equal(backend.loaded[0]["w"], torch.ones(3))
+        assert load_file(tmp_path / "w.safetensors").keys() == {"w"}
+
+
+@pytest.mark.parametrize("row", [[[1, 2.5], 0, 0, 0], [[1], 0, 0], [[True], 0, 0, 0], [[1], 2**63, 0, 0], "text"])
+def test_a_prompt_that_is_none_is_refused(row: Any) -> None:
+    call = Call(Student(), SHORT, 64, (1,))
+    text = json.loads(request_to(call, [Prompt((5, 6), 1)], 3))
+    assert request_of(json.dumps(text).encode()) == (call, [Prompt((5, 6), 1)], 3)
+    with pytest.raises(UserError, match="prompt"):
+        request_of(json.dumps({**text, "prompts": [row]}).encode())
+
+
+def test_what_a_run_says_of_vllm() -> None:
+    assert vllm_settings("http://127.0.0.1:9")[0] == "http://127.0.0.1:9"
+    url, teacher, options = vllm_settings({"teacher": "folder", "cache_gib": 2})
+    assert (url, teacher, options.cache_gib) == (None, "folder", 2.0)
+    assert vllm_settings("here")[0] is None
+    with pytest.raises(UserError, match="did you mean 'cache_gib'"):
+        vllm_settings({"cach_gib": 2})
+    with pytest.raises(UserError, match="set it there"):
+        vllm_settings({"url": "http://127.0.0.1:9", "block_size": 2})
+    with pytest.raises(UserError, match="block_size is 0"):
+        vllm_settings({"block_size": 0})
+    for wrong in ("ftp://127.0.0.1", "127.0.0.1:80", "file:///etc/passwd"):
+        with pytest.raises(UserError, match="give the address of a server"):
+            RemoteVllm(wrong)
