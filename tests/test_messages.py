@@ -66,7 +66,7 @@ def said_of(key: str, value: object = 1) -> str:
         ("lr", "", "here it is learning_rate"),
         ("batch_size", "block_size", "per_device_train_batch_size"),
         ("micro_batch_size", "auto_find_batch_size", "per_device_train_batch_size"),
-        ("use_vllm", "use_cpu", "nothing here does the same"),
+        ("use_vllm", "use_cpu", "here it is vllm: the address of a"),
         ("use_peft", "use_cpu", "here it is peft"),
         ("torch_dtype", "teacher_dtype", "here it is dtype"),
         ("max_completion_length", "max_prompt_tokens", "here it is max_new_tokens"),

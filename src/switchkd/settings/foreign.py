@@ -176,7 +176,8 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
         Foreign(
             "use_vllm vllm_* rollout_engine infer_backend gpu_memory_utilization tensor_parallel_size "
             "tensor_model_parallel_size sglang*",
-            advice="leave it out; student and teacher write together in the training process, rollout_rows at a time",
+            "vllm",
+            "the address of a `switchkd serve` with both models, or here (docs/vllm.md); left out, the training process writes",
         ),
         Foreign(
             "num_generations num_return_sequences n_samples rollout_n group_size num_rollouts",
