@@ -28,7 +28,7 @@ test-browser: $(READY)  ## the report's page in Chromium, which Debian and its l
 
 # In an environment of its own: vLLM wants an older transformers than the others are tested with.
 test-vllm: .venv-vllm/ready  ## rollouts by vLLM against the reference engine, on a CPU
-	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -m vllm tests/vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -m vllm tests/with_vllm
 
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt requirements-vllm-cpu.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm

@@ -35,6 +35,7 @@ PROMPTS = [[5], [9, 8, 7], list(range(2, 30)), [9, 8, 7], [40, 41, 42, 43], [11,
 @pytest.fixture(autouse=True)
 def _fresh_graphs() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
