@@ -65,7 +65,7 @@ def main() -> None:
     elsewhere = CLEAN / "elsewhere"
     elsewhere.mkdir()
     run(switchkd, "recipes", "accelerate/ddp", cwd=elsewhere)
-    run(switchkd, "demo", "--steps", "10", "--limit", "60", "--output", "demo", cwd=elsewhere)
+    run(switchkd, "demo", "--steps", "4", "--limit", "20", "--output", "demo", cwd=elsewhere)
     run(*pip, "--no-deps", "--force-reinstall", sdist)
     run(switchkd, "--version", cwd=elsewhere)
     print(f"wheel and sdist install and run, {time.monotonic() - start:.0f} s in all")
