@@ -110,6 +110,8 @@ def test_what_a_page_shows_works(page: Path, here: Path, monkeypatch: pytest.Mon
         if block.file:
             # A page may show the file after the settings that name it.
             (here / block.file).write_text(block.text)
+            # Another test of this process may have imported a module of that name.
+            monkeypatch.delitem(sys.modules, Path(block.file).stem, raising=False)
     try:
         for block in blocks:
             run_block(block, shared, monkeypatch)
