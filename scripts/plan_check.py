@@ -132,7 +132,7 @@ def resident(name: str) -> int:
 
 
 def forget_the_peak() -> int:
-    """Give back what the allocator keeps, and let the peak begin anew; the resident bytes."""
+    """Return the allocator's spare memory to the system and reset the peak. Returns the resident bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -140,7 +140,7 @@ def forget_the_peak() -> int:
 
 
 def measure_resident(folder: Path, spread: str, processes: int, rows: int) -> dict[str, float]:
-    """What `measure` returns, uncounted, and the most bytes by which resident memory rose."""
+    """What `measure` returns without counting tensors, and the peak rise of resident memory in bytes."""
     # What a first training brings in is no part of a run's tensors: libraries, compiled kernels, buffers of the process group.
     measure(folder, spread, processes, 1, counting=nullcontext())
     before = forget_the_peak()

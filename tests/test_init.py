@@ -17,12 +17,7 @@ from switchkd.data.rows import read_rows
 from switchkd.errors import UserError
 from switchkd.models.placement import Placement
 from switchkd.run import draft
-from tiny import tiny_model, tiny_tokenizer
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} : {{ m.content }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}assistant : {% endif %}"
-)
+from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +25,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student without a chat template, and a teacher that brings one."""
     folder = tmp_path_factory.mktemp("pair")
     save_pair(folder)
-    save(tiny_model("llama", seed=1), tiny_tokenizer(chat_template=TEMPLATE), folder / "teacher")
+    save(tiny_model("llama", seed=1), tiny_tokenizer(chat_template=CHAT_TEMPLATE), folder / "teacher")
     return folder
 
 

@@ -28,22 +28,18 @@ from switchkd.cli.main import app
 from switchkd.data.sets import DATA_DIR_VARIABLE, SETS
 from switchkd.run.file import read_run
 from switchkd.study.file import read_study
-from tiny import tiny_pair, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, tiny_pair, tiny_tokenizer
 
 COMMANDS = get_command(app).commands
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}assistant : {% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the pages' names lead to small models, short files and a finished run."""
     folder = tmp_path_factory.mktemp("pages")
-    tokenizer = tiny_tokenizer(chat_template=TEMPLATE)
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
     pair = tiny_pair("llama", tokenizer=tokenizer)
     assert pair.teacher is not None
     save(pair.student, tokenizer, folder / "small" / "student")

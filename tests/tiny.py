@@ -113,6 +113,11 @@ def noisy_copy(model: PreTrainedModel, noise: float, *, seed: int = 1) -> PreTra
 
 
 WORDS = ("one", "two", "three", "sun", "rain", "wind", "bird", "fish", "tree", "red", "green", "blue", "says", "and")
+# Of a chat whose turns are words of that vocabulary.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
 
 
 def tiny_tokenizer(

@@ -234,7 +234,7 @@ def _mend_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, file: Path) -> None
 
 
 def _gguf_splitting(file: Path) -> str | None:
-    """The name of the rule by which a GGUF file's tokenizer splits text before its byte-level step."""
+    """The name of a GGUF file's pre-tokenizer, or None where the file names none."""
     try:
         from transformers.integrations.gguf.reader import read_gguf_metadata
     except ImportError:

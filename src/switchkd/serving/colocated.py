@@ -225,6 +225,7 @@ def _started(teacher: str, student: str, options: VllmOptions) -> Any:
     }
     try:
         return LLM(**{**settings, **options.more})
+    # What vLLM raises for a model, a machine or a setting that it cannot serve. Anything else is a fault, and keeps its traceback.
     except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
         reason = shorten(str(error), 500, placeholder=" ...") or type(error).__name__
         raise UserError(
