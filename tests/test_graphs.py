@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -177,6 +179,11 @@ def test_warm_graphs_are_kept_over_calls_and_over_weights_that_change() -> None:
     pair.student.model.layers[0].mlp.act_fn = torch.nn.ReLU()
     changed = ReferenceEngine(pair).generate(PROMPTS, SWITCH, SAMPLING)
     assert_same_rollouts(engine.generate(PROMPTS, SWITCH, SAMPLING), changed, pair, SWITCH, SAMPLING)
+    # Nor does what was checked keep the caches' memory.
+    kept = weakref.ref(engine.caches["student"])
+    engine.caches.clear()
+    gc.collect()
+    assert kept() is None
 
 
 def test_packed_weights_are_numbered_by_model_and_state() -> None:

@@ -94,8 +94,8 @@ class Graph(Generic[_P, _R]):
             )
             return self.function(*args, **kwargs)
 
-    def begin(self) -> None:
-        """A call to `generate` begins: the models may be others, or may have changed, since the one before."""
+    def forget(self) -> None:
+        """Check again: the models may change between two calls to `generate`, and their caches stay alive with what was checked."""
         self._checked.clear()
 
     def _run(self, compiled: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -189,11 +189,16 @@ class Graphs:
         # Not on a CPU, where torch 2.13's code of it ended in a segmentation fault (float64; tests/test_graphs.py).
         self.written = Graph(written, device) if device.type == "cuda" else written
 
-    def begin(self) -> None:
-        """See `Graph.begin`."""
-        for each in vars(self).values():
-            if isinstance(each, Graph):
-                each.begin()
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """One call to `generate`: what torch has checked holds inside alone."""
+        try:
+            with many_graphs():
+                yield
+        finally:
+            for each in vars(self).values():
+                if isinstance(each, Graph):
+                    each.forget()
 
     def width(self, least: int, slots: int) -> int | Tensor:
         """How many of a cache's slots a graph looks at, where it has to see `least`; see `Reading`."""

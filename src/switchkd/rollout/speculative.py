@@ -31,7 +31,7 @@ from switchkd.rollout.blocks import BlockChooser, check_block_size
 from switchkd.rollout.cache import CachedModel, RaggedCache, cache_mismatch, taking_masks, why_not_ragged
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
-from switchkd.rollout.graphs import Compile, Graphs, bucket, check_compile, compiles, many_graphs
+from switchkd.rollout.graphs import Compile, Graphs, bucket, check_compile, compiles
 from switchkd.rollout.law import Policy
 from switchkd.rollout.log import RolloutLog
 from switchkd.rollout.metrics import RolloutMetrics
@@ -99,7 +99,7 @@ class SpeculativeEngine:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         student, teacher = self.pair.student, self.pair.teacher
-        graphs = nullcontext() if self.graphs is None else many_graphs()
+        graphs = nullcontext() if self.graphs is None else self.graphs.call()
         with evaluating(student, teacher), self.pair.computing(), taking_masks(student, teacher), graphs:
             yield
 
@@ -177,7 +177,6 @@ class _Run:
         # Rows that a forward computes at least, and slots in few sizes, for a graph is made for a cache.
         self.padded_rows, rows = 0, self.max_rows
         if self.graphs:
-            self.graphs.begin()
             slots, (self.padded_rows, rows) = bucket(slots), self.graphs.rows(self.max_rows)
         size, kept = (rows, slots), engine.caches
         self.models = {"student": CachedModel(pair.student, pair.student_head, *size, kept.pop("student", None))}
