@@ -1,16 +1,17 @@
-"""What a draft would save that stops where the student is unsure: forwards, and what is kept of what is drafted.
+"""What a draft would save that stops where it may not stand: forwards, and what is kept of what is drafted.
 
-    python benchmarks/early.py [--models demo 5M/40M world] [--batch 8] [--write]
+    python benchmarks/early.py [--models demo 5M/40M world] [--shares 0.1 0.3 0.5] [--batch 8] [--write]
 
-A draft of up to 12 tokens stops once a fraction of the rows have drawn a token of more than `cut` nats of surprise, -log p of the
-student, or the end of their text. The tokens are the same, which is checked. `world` is the demo's pair on its own prompts,
-whose texts end; texts of the others go on to the last token. The engine has no such rule: see docs/benchmarks.md.
+A draft of up to 12 tokens stops once a fraction of the rows want it to: by their own surprise, or by how far the models lay apart
+before; or at the end of their text. The tokens are the same, which is checked. `world` is the demo's pair on its own
+prompts, whose texts end; texts of the others go on to the last token. The engine has no such rule: see docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -37,14 +38,38 @@ SHARES = (0.1, 0.3, 0.5)
 LONGEST = 12
 
 
-class Rule(NamedTuple):
-    """When a draft stops."""
+class Surprise(NamedTuple):
+    """A row wants to stop at a token of more than `cut` nats, -log p of the student."""
 
     cut: float
     fraction: float
 
+    def __str__(self) -> str:
+        return f"{self.fraction:.0%} of rows at {self.cut:g} nats"
 
-RULES = [Rule(cut, fraction) for cut in (0.5, 1.5, 3.0) for fraction in (0.3, 0.7)]
+    def stops(self, draft: Draft, logs: Sequence[RolloutLog]) -> Tensor:
+        """Where each row wants to stop, (B, K)."""
+        return -draft.student_logp.gather(-1, draft.proposal[..., None])[..., 0] > self.cut
+
+
+class Apart(NamedTuple):
+    """A row wants to stop at its second token if over its last 4 the mean divergence was more than `cut` thresholds."""
+
+    cut: float
+    fraction: float
+
+    def __str__(self) -> str:
+        return f"{self.fraction:.0%} of rows at {self.cut:g} thresholds"
+
+    def stops(self, draft: Draft, logs: Sequence[RolloutLog]) -> Tensor:
+        """Where each row wants to stop, (B, K)."""
+        apart = [bool(log.token_ids) and fmean(log.divergence[-4:]) > self.cut * log.threshold[-1] for log in logs]
+        return torch.tensor(apart)[:, None] & (torch.arange(draft.proposal.shape[1]) > 0)
+
+
+Rule = Surprise | Apart
+RULES: list[Rule] = [Surprise(cut, fraction) for cut in (0.5, 1.5, 3.0) for fraction in (0.3, 0.7)]
+RULES += [Apart(cut, fraction) for cut in (0.5, 1.0) for fraction in (0.3, 0.7)]
 
 
 class _StoppingWriter(BlockWriter):
@@ -57,8 +82,7 @@ class _StoppingWriter(BlockWriter):
     def _draft(self, size: int, state: State, longest: int, logs: Sequence[RolloutLog]) -> Draft:
         # Drafted in full and cut where the rule stops it: the tokens are the same, and only the forwards up to there count.
         draft = super()._draft(size, state, longest, logs)
-        surprise = -draft.student_logp.gather(-1, draft.proposal[..., None])[..., 0]
-        stops = (surprise > self.rule.cut) | torch.isin(draft.proposal, self.eos_ids)
+        stops = self.rule.stops(draft, logs) | torch.isin(draft.proposal, self.eos_ids)
         over = stops.cummax(dim=1).values.float().mean(dim=0) >= self.rule.fraction
         kept = int(over.float().argmax()) + 1 if bool(over.any()) else size
         self.metrics.forwards["student"] -= size - kept
@@ -73,7 +97,7 @@ def writes(rule: Rule, eos_ids: Tensor) -> type[_StoppingWriter]:
     return type("_Stopping", (_StoppingWriter,), {"rule": rule, "eos_ids": eos_ids, "drafted": 0})
 
 
-def run(names: Sequence[str], batch: int) -> Report:
+def run(names: Sequence[str], shares: Sequence[float], batch: int) -> Report:
     """The table."""
     report = Report(
         f"Drafts that stop early, batch {batch}",
@@ -84,7 +108,7 @@ def run(names: Sequence[str], batch: int) -> Report:
         pair = load(DEMO if name == WORLD else name)
         prompts, sampling = prompts_for(pair, batch), Sampling(max_new_tokens=NEW_TOKENS.get(name, 48))
         pair = pair if name == WORLD else without_ends(pair)
-        for share in SHARES:
+        for share in shares:
             report.rows += _rows(name, pair, prompts, share, sampling)
             print(*report.rows[-len(RULES) - 4 :], sep="\n", flush=True)
     return report
@@ -96,7 +120,7 @@ def _rows(
     policy = policy_with_share(pair, prompts[:8], share, sampling)
     eos_ids = torch.tensor(pair.eos_ids, dtype=torch.long)
     sides: dict[str, tuple[int, Rule | None]] = {f"{size} tokens": (size, None) for size in (4, 2, 8, LONGEST)}
-    sides |= {f"to {LONGEST}, {rule.fraction:.0%} of rows at {rule.cut:g} nats": (LONGEST, rule) for rule in RULES}
+    sides |= {f"to {LONGEST}, {rule}": (LONGEST, rule) for rule in RULES}
     rows, texts, costs = [], None, (1.0, 1.0)
     for side, (size, rule) in sides.items():
         engine = SpeculativeEngine(pair, size, len(prompts))
@@ -125,12 +149,13 @@ def _rows(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=[WORLD, DEMO, "5M/40M"])
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--write", action="store_true", help="update the section in the document")
     options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     logging.disable_progress_bar()
-    report = run(options.models, options.batch)
+    report = run(options.models, options.shares, options.batch)
     Console(width=160).print(report.table(), conditions())
     if options.write:
         write_section(DOCUMENT, "early", f"{conditions()}\n\n{report.markdown()}")
