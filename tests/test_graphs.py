@@ -20,7 +20,7 @@ from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Sampling
 from switchkd.rollout import graphs
 from switchkd.rollout.blends import Mix
-from switchkd.rollout.blocks import BlockChooser
+from switchkd.rollout.blocks import BlockChooser, Drafts
 from switchkd.rollout.law import Policy, Student, Teacher
 from switchkd.rollout.metrics import RolloutMetrics
 from switchkd.rollout.policies import AdaSwitch, Switch
@@ -223,15 +223,14 @@ def test_what_compile_says() -> None:
         SpeculativeEngine(tiny_pair("llama"), compile="yes")  # type: ignore[arg-type]
 
 
-def test_few_block_sizes_are_powers_of_two_whatever_room_is_left() -> None:
-    chooser = BlockChooser("auto", 40, few_sizes=True)
-    seen = set()
-    for _ in range(30):
-        size = chooser.choose(room=3)
-        seen.add(size)
-        chooser.learn(size, 8, 8 * size - 3, 2, 0.001 * size, 0.004)
-    assert seen <= {2, 4, 8, 16}
-    assert BlockChooser(4, 40, few_sizes=True).choose(room=1) == 4
+def test_with_graphs_two_block_sizes_are_taken() -> None:
+    chooser, rows = BlockChooser("auto", 40, verification=3.0, few_sizes=True), [(Drafts(), 40)]
+    sizes = set()
+    for stood in [0] * 20 + [8] * 20:
+        sizes.add(size := chooser.choose(rows, waiting=False))
+        chooser.learn(rows[0][0], min(stood, size), stood < size)
+    assert sizes == {4, 8}
+    assert BlockChooser(4, 40, verification=3.0, few_sizes=True).choose([(Drafts(), 1)], waiting=False) == 4
 
 
 def test_on_cuda_the_device_times_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,10 +142,8 @@ class SwitchConfig(TransformersSettings):
     max_prompt_tokens: int = setting(256, "A row with a longer prompt is a bad row.")
     max_new_tokens: int = setting(256, "Longest rollout, and where the data set's responses are cut, in tokens.")
     rollout_rows: int = setting(64, "Rollouts in flight at a time; bounds memory, changes no token.")
-    # The size that "auto" picks depends on the clock, and the last bits of the teacher's kept states depend on the size: only a
-    # fixed one makes equal runs equal bit for bit.
     block_size: int | str = setting(
-        4, "Tokens drafted before the teacher is asked; auto is chosen by speed. Changes no token."
+        "auto", "Tokens drafted before the teacher is asked; auto goes by what stands of them. Changes no token."
     )
     vllm: None | str | dict[str, Any] = setting(
         None, "Let vLLM write the rollouts: here, or the address of switchkd serve; or {url: ..., cache_gib: 4, ...}."

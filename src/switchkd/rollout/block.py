@@ -122,7 +122,10 @@ def read_back(verdict: Verdict, eos_ids: Tensor) -> Recorded:
     )
 
 
-def kept_counts(ends: Tensor, rooms: Sequence[int]) -> list[int]:
-    """How many tokens of a block each row keeps: to its first end in `ends` (A, K), that included, and as far as it has room."""
-    upto = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, ends.shape[1]).tolist()
-    return [min(count, room) for count, room in zip(upto, rooms, strict=True)]
+def kept_counts(ends: Tensor, rooms: Sequence[int]) -> list[tuple[int, bool]]:
+    """How many tokens of a block each row keeps, to its first end in `ends` (A, K), that included, and as far as it has room; and
+    whether it keeps that end.
+    """
+    size = ends.shape[1]
+    first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, size + 1).tolist()
+    return [(min(end, size, room), end <= min(size, room)) for end, room in zip(first, rooms, strict=True)]

@@ -1,12 +1,26 @@
-"""How long the next block should be, from the cost of drafting and verifying so far and the share of drafts kept."""
+"""How long the next block should be, from what has stood of each row's drafts and from how much larger the teacher is.
+
+No clock is asked: equal texts are written in equal blocks, so equal runs stay equal bit for bit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from switchkd.errors import UserError
+from switchkd.models.pair import ModelPair, parameter_count
 
 _LARGEST = 16
-# The weight of the old mean beside a new measurement: a mean of about five blocks, soon enough after a change.
+# Each costs a graph.
+_FEW = (4, 8)
+# The weight of the old beside a new block: about five blocks count, soon enough after a change.
 _MEMORY = 0.8
+# Before anything is known nine of ten proposals are taken to stand.
+_STOOD_BEFORE, _FELL_BEFORE = 9.0, 1.0
+# A row is taken to be like all rows, as if it had been seen for so many tokens.
+_LIKE_ALL = 2.0
+# What a block costs beside the models, in forwards of the student.
+_BLOCK = 0.5
 
 
 def check_block_size(block_size: int | str) -> None:
@@ -15,70 +29,71 @@ def check_block_size(block_size: int | str) -> None:
         raise UserError(f"block_size is {block_size!r}; give 1 or more tokens, or auto")
 
 
+def verification_cost(pair: ModelPair, *, reads_teacher: bool) -> float:
+    """What a block costs beyond its drafts, in forwards of the student, by the models' numbers of parameters."""
+    if pair.teacher is None or not reads_teacher:
+        return _BLOCK
+    student = parameter_count(pair.student)
+    # A student without its adapter owns no weights.
+    return _BLOCK + (parameter_count(pair.teacher) or student) / student
+
+
+class Drafts:
+    """What of late has become of a row's proposals, older blocks counting less."""
+
+    def __init__(self) -> None:
+        self.stood = 0.0
+        self.fell = 0.0
+
+    def learn(self, stood: int, fell: bool) -> None:
+        """Take in a block: how many proposals stood, and whether one fell behind them, or ended the text."""
+        self.stood = _MEMORY * self.stood + stood
+        self.fell = _MEMORY * self.fell + fell
+
+
 class BlockChooser:
-    """Chooses block sizes: a fixed one, or for "auto" the one that keeps the most tokens per second, as measured so far.
+    """Chooses block sizes: a fixed one, or for "auto" the one that promises to be done first.
 
     With acceptance a (the share of proposals that stand, given that all before them did), a block of k keeps
-    1 + a + ... + a^(k-1) tokens per row, and costs k drafts and one verification. A verification is modeled as a base cost
-    plus a cost per token. Timing changes only the block size, never a token.
+    1 + a + ... + a^(k-1) tokens of a row, and costs k drafts and `verification`, in forwards of the student. While prompts wait,
+    the most tokens for the cost are the best. Once none does, the row that is the furthest from its end decides: a row on
+    which the models never agree would else hold up the call with drafts that never stand.
 
-    With `few_sizes`, for each costs a graph, they are powers of two or the fixed one, and may exceed the room that is left.
+    With `few_sizes`, for each costs a graph, they are 4 and 8 or the fixed one, and may exceed the room that is left.
     """
 
-    def __init__(self, block_size: int | str, max_new_tokens: int, *, few_sizes: bool = False) -> None:
+    def __init__(
+        self, block_size: int | str, max_new_tokens: int, *, verification: float, few_sizes: bool = False
+    ) -> None:
         self.fixed = block_size if isinstance(block_size, int) else None
         self.few_sizes = few_sizes
+        self.verification = verification
         self.largest = min(self.fixed or _LARGEST, max_new_tokens)
-        self._draft_seconds: float | None = None
-        self._verify_seconds: dict[int, float] = {}
-        self._stood = 0.0
-        self._fell = 0.0
+        self._all = Drafts()
 
-    def choose(self, room: int) -> int:
-        """The size of the next block, at most `room` but with `few_sizes`."""
-        room = self.largest if self.few_sizes else room
-        if self.fixed is not None:
-            return min(self.fixed, room)
-        # Base cost and cost per token can be told apart only after two sizes.
-        for size in (4, 8):
-            if size <= min(room, self.largest) and size not in self._verify_seconds:
-                return size
-        # A block of one does not measure acceptance, so "auto" would never leave it.
-        largest = min(room, self.largest)
-        sizes = [size for size in range(min(2, largest), largest + 1) if not self.few_sizes or size.bit_count() == 1]
-        return max(sizes, key=self._kept_per_second)
+    def learn(self, drafts: Drafts, stood: int, fell: bool) -> None:
+        """Take in what became of a row's block; see `Drafts.learn`."""
+        drafts.learn(stood, fell)
+        self._all.stood += stood
+        self._all.fell += fell
 
-    def learn(
-        self, size: int, rows: int, written: int, stopped: int, draft_seconds: float, verify_seconds: float
-    ) -> None:
-        """Take in the seconds that a block of `size` for `rows` rows cost.
+    def choose(self, rows: Sequence[tuple[Drafts, int]], *, waiting: bool) -> int:
+        """The size of the next block for rows with so many tokens of room, at most the largest room but with `few_sizes`.
 
-        `written` tokens were kept in all, and `stopped` rows did not reach the end of the block.
+        `waiting`: whether prompts wait for a row to end.
         """
+        largest = self.largest if self.few_sizes else min(self.largest, max(room for _, room in rows))
         if self.fixed is not None:
-            return
-        self._draft_seconds = _blend(self._draft_seconds, draft_seconds / size)
-        self._verify_seconds[size] = _blend(self._verify_seconds.get(size), verify_seconds)
-        # Every token after a row's first means that the proposal before it stood; every stopped row, that one fell.
-        self._stood = _MEMORY * self._stood + written - rows
-        self._fell = _MEMORY * self._fell + stopped
+            return largest
+        stood, fell = self._all.stood + _STOOD_BEFORE, self._all.fell + _FELL_BEFORE
+        like_all = _LIKE_ALL * stood / (stood + fell)
+        each = [((drafts.stood + like_all) / (drafts.stood + drafts.fell + _LIKE_ALL), room) for drafts, room in rows]
+        sizes = [size for size in _FEW if size <= largest] if self.few_sizes else range(1, largest + 1)
+        return max(sizes or [largest], key=lambda size: self._worth(size, each, waiting=waiting))
 
-    def _kept_per_second(self, size: int) -> float:
-        tried = self._stood + self._fell
-        acceptance = self._stood / tried if tried else 0.5
-        kept = sum(acceptance**position for position in range(size))
-        return kept / (size * (self._draft_seconds or 0.0) + self._verify_cost(size) + 1e-9)
-
-    def _verify_cost(self, size: int) -> float:
-        """Seconds, as measured, or else from the nearest size measured and the slope between the extremes."""
-        seen = self._verify_seconds
-        if size in seen or not seen:
-            return seen.get(size, 0.0)
-        low, high = min(seen), max(seen)
-        slope = max(0.0, (seen[high] - seen[low]) / (high - low)) if high > low else 0.0
-        nearest = min(seen, key=lambda known: abs(known - size))
-        return max(seen[nearest] + slope * (size - nearest), 0.0)
-
-
-def _blend(old: float | None, new: float) -> float:
-    return new if old is None else _MEMORY * old + (1 - _MEMORY) * new
+    def _worth(self, size: int, rows: Sequence[tuple[float, int]], *, waiting: bool) -> float:
+        kept = [(1 - acceptance ** min(size, room)) / (1 - acceptance) for acceptance, room in rows]
+        cost = size + self.verification
+        if waiting:
+            return sum(kept) / cost
+        return 1 / (cost * max(room / tokens for tokens, (_, room) in zip(kept, rows, strict=True)))

@@ -211,10 +211,6 @@ class Graphs:
         # Torch makes a graph of its own for a single row, and for a number that can be no other.
         return min(most, 2), most + 1
 
-    def shape(self, size: int, least: int, rows: int) -> tuple[int, ...]:
-        """What tells the graphs of a block of `size` from others."""
-        return (size, bucket(least), rows) if self.fixed else (size,)
-
     def weights(self) -> int:
         """The number of the state of the teacher's packed weights; 0 where graphs read them where they are."""
         return 0 if self._weights is None else self._weights.number()

@@ -27,7 +27,7 @@ from switchkd.rollout.block import (
     kept_counts,
     read_back,
 )
-from switchkd.rollout.blocks import BlockChooser, check_block_size
+from switchkd.rollout.blocks import BlockChooser, Drafts, check_block_size, verification_cost
 from switchkd.rollout.cache import CachedModel, RaggedCache, cache_mismatch, taking_masks, why_not_ragged
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
@@ -40,7 +40,7 @@ from switchkd.rollout.writer import BlockWriter
 
 
 class SpeculativeEngine:
-    """Rolls out in blocks of `block_size` tokens, or "auto": chosen on the way from measured costs and acceptance.
+    """Rolls out in blocks of `block_size` tokens, or "auto": chosen on the way from what has stood of the drafts.
 
     At most `max_rows` rows are in flight. A finished row leaves at once and a waiting prompt takes its place, so one long row
     does not hold up the others. Memory is bounded whatever the number of prompts: each model's cache holds `max_rows` rows
@@ -80,8 +80,6 @@ class SpeculativeEngine:
         # mask hides.
         self.caches: dict[str, RaggedCache] = {}
         self.graphs = Graphs(pair) if compiles(compile, pair.student.device) else None
-        # The shapes of blocks whose graphs are made.
-        self.warm: set[tuple[int, ...]] = set()
         self._fallback: ReferenceEngine | None = None
         students, teachers = ("student", pair.student, pair.student_head), ("teacher", pair.teacher, pair.teacher_head)
         for role, model, head in (students, teachers):
@@ -136,6 +134,7 @@ class _Row:
         self.prompt_ids = prompt.token_ids
         self.length = len(prompt.token_ids) - 1
         self.pending = prompt.token_ids[-1]
+        self.drafts = Drafts()
 
 
 class _Run:
@@ -171,6 +170,7 @@ class _Run:
         self.chooser = BlockChooser(
             1 if sampling.no_repeat_ngram_size else engine.block_size,
             sampling.max_new_tokens,
+            verification=verification_cost(pair, reads_teacher=policy.needs_teacher or bool(keep_teacher)),
             few_sizes=self.graphs is not None,
         )
         slots = len(prompts[order[0]].token_ids) + sampling.max_new_tokens + self.chooser.largest
@@ -185,29 +185,20 @@ class _Run:
         self.writer = BlockWriter(
             self.models, policy, sampling, self.graphs, self.metrics, engine.margin_top_k, pair.vocabulary_size
         )
-        self.warm = engine.warm
         self.eos_ids = torch.tensor(pair.eos_ids, dtype=torch.long)
 
     def rollouts(self) -> list[Rollout]:
         """Run until no row is left, and return the rollouts in the order of the prompts."""
         while self.rows or self.waiting:
             self._admit()
-            size = self.chooser.choose(max(self._room(row) for row in self.rows))
-            before = dict(self.metrics.seconds)
+            size = self.chooser.choose([(row.drafts, self._room(row)) for row in self.rows], waiting=bool(self.waiting))
             longest = max(row.length for row in self.rows)
             verdict, hidden = self.writer.block(size, self._state(), longest, [row.log for row in self.rows])
             with self.metrics.timing("policy"):
-                written, stopped = self._accept(read_back(verdict, self.eos_ids), hidden)
+                written = self._accept(read_back(verdict, self.eos_ids), hidden)
             self.metrics.settle()
             self.metrics.drafted += size * len(self.rows)
             self.metrics.tokens += written
-            spent = {part: self.metrics.seconds[part] - before[part] for part in before}
-            # The first block of a shape compiles its graphs, and says nothing about the next.
-            shape = self.graphs.shape(size, longest + size, self.padded_rows) if self.graphs else ()
-            if not shape or shape in self.warm:
-                verifying = spent["teacher"] + spent["policy"]
-                self.chooser.learn(size, len(self.rows), written, stopped, spent["student"], verifying)
-            self.warm.add(shape)
             self._release()
         return [rollout for rollout in self.results if rollout is not None]
 
@@ -285,28 +276,22 @@ class _Run:
         # Each in memory of its own, as the tokens are that come after the first: a graph tells the two apart.
         return State(*(column.clone() for column in columns))
 
-    def _accept(self, block: Recorded, hidden: Tensor | None) -> tuple[int, int]:
-        """Write each row's block up to and including the position that ends it.
-
-        Returns the number of tokens written, and of rows that stopped before the last token they had room for.
-        """
-        rows, size = len(self.rows), block.ends.shape[1]
+    def _accept(self, block: Recorded, hidden: Tensor | None) -> int:
+        """Write each row's block up to and including the position that ends it. Returns the number of tokens written."""
+        rows = len(self.rows)
         divergence, student_logp = block.columns[2][:rows], block.columns[4][:rows]
         check_numbers(student_logp, divergence if "teacher" in self.models else None)
-        counts = kept_counts(block.ends[:rows], [self._room(row) for row in self.rows])
+        kept = kept_counts(block.ends[:rows], [self._room(row) for row in self.rows])
         # They become Python's numbers, which hold those of any type exactly.
         columns = [each[:rows].tolist() for each in block.columns]
-        written = stopped = 0
-        for place, row in enumerate(self.rows):
-            count = counts[place]
-            stopped += count < min(size, self._room(row))
+        for place, (row, (count, ended)) in enumerate(zip(self.rows, kept, strict=True)):
+            self.chooser.learn(row.drafts, count - ended, ended)
             row.log.extend(*(column[place][:count] for column in columns))
             if hidden is not None:
                 self._keep(row.log, hidden[place, :count])
             row.length += count
             row.pending = row.log.token_ids[-1]
-            written += count
-        return written, stopped
+        return sum(count for count, _ in kept)
 
     def _keep(self, log: RolloutLog, hidden_TH: Tensor) -> None:
         """Put with a row what is kept of the teacher, from its hidden states at the tokens just written."""

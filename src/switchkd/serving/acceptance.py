@@ -163,7 +163,7 @@ def _verdict(call: Call, group: Sequence[Request], draft: Draft, teacher_logits:
 def _recorded(
     call: Call, group: Sequence[Request], block: Recorded, teacher_logits: Tensor, *, asks_teacher: bool
 ) -> list[list[int]]:
-    counts = kept_counts(block.ends, [request.room for request in group])
+    counts = [count for count, _ in kept_counts(block.ends, [request.room for request in group])]
     columns = [column.tolist() for column in block.columns]
     # Of a student alone the divergence is not known, and NaN for that.
     wrong = block.columns[4].isnan() | (block.columns[2].isnan() & asks_teacher)
