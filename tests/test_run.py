@@ -157,6 +157,9 @@ def test_the_parser_of_transformers_reads_the_settings_too() -> None:
     arguments = ["--output_dir", "x", "--method", "switch", "--threshold", "0.2"]
     (config,) = HfArgumentParser(SwitchConfig).parse_args_into_dataclasses(arguments)
     assert (config.output_dir, config.method, config.threshold, config.report_to) == ("x", "switch", 0.2, [])
+    assert config.block_size == "auto"
+    (config,) = HfArgumentParser(SwitchConfig).parse_args_into_dataclasses([*arguments, "--block_size", "8"])
+    assert config.block_size == 8
 
 
 def test_a_stage_may_not_choose_its_folder() -> None:

@@ -142,7 +142,7 @@ class SwitchConfig(TransformersSettings):
     max_prompt_tokens: int = setting(256, "A row with a longer prompt is a bad row.")
     max_new_tokens: int = setting(256, "Longest rollout, and where the data set's responses are cut, in tokens.")
     rollout_rows: int = setting(64, "Rollouts in flight at a time; bounds memory, changes no token.")
-    block_size: int | str = setting(
+    block_size: None | str | int = setting(
         "auto", "Tokens drafted before the teacher is asked; auto goes by what stands of them. Changes no token."
     )
     vllm: None | str | dict[str, Any] = setting(
@@ -321,6 +321,8 @@ class SwitchConfig(TransformersSettings):
 
     def _check(self) -> None:
         """Raise UserError for settings that no component checks."""
+        # As text it comes from the parser of transformers.
+        self.block_size = int(size) if (size := str(self.block_size)).isdigit() else self.block_size
         check_block_size(self.block_size)
         if self.rendering.train_turns == "all" and not self.plan.trains_data_alone:
             raise UserError(

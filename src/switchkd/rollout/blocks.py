@@ -23,9 +23,9 @@ _LIKE_ALL = 2.0
 _BLOCK = 0.5
 
 
-def check_block_size(block_size: int | str) -> None:
-    """Raise UserError unless it is a number of tokens, or "auto"."""
-    if block_size != "auto" and (not isinstance(block_size, int) or block_size < 1):
+def check_block_size(block_size: int | str | None) -> None:
+    """Raise UserError unless it is a number of tokens, or "auto", as None is."""
+    if block_size not in (None, "auto") and (not isinstance(block_size, int) or block_size < 1):
         raise UserError(f"block_size is {block_size!r}; give 1 or more tokens, or auto")
 
 
@@ -63,7 +63,7 @@ class BlockChooser:
     """
 
     def __init__(
-        self, block_size: int | str, max_new_tokens: int, *, verification: float, few_sizes: bool = False
+        self, block_size: int | str | None, max_new_tokens: int, *, verification: float, few_sizes: bool = False
     ) -> None:
         self.fixed = block_size if isinstance(block_size, int) else None
         self.few_sizes = few_sizes

@@ -59,7 +59,7 @@ class SpeculativeEngine:
     def __init__(
         self,
         pair: ModelPair,
-        block_size: int | str = "auto",
+        block_size: int | str | None = "auto",
         max_rows: int = 64,
         hidden_device: torch.device | str | None = None,
         margin_top_k: int = 0,
