@@ -249,7 +249,7 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
 
 def test_ctrl_c_saves_and_says_how_to_go_on(models: Path, tmp_path: Path) -> None:
     run, folder = write_run(models, tmp_path, max_steps=5000, save_steps=5000), tmp_path / "out"
-    command = [sys.executable, "-m", "switchkd.cli.main", "train", str(run)]
+    command = [sys.executable, "-m", "switchkd", "train", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         # From the first step's line on, training is under way.
