@@ -12,7 +12,7 @@ from switchkd.models.pair import ModelPair, parameter_count
 
 _LARGEST = 16
 # Each costs a graph.
-_FEW = (4, 8)
+_FEW = (2, 4, 8)
 # The weight of the old beside a new block: about five blocks count, soon enough after a change.
 _MEMORY = 0.8
 # Before anything is known nine of ten proposals are taken to stand.
@@ -59,7 +59,7 @@ class BlockChooser:
     the most tokens for the cost are the best. Once none does, the row that is the furthest from its end decides: a row on
     which the models never agree would else hold up the call with drafts that never stand.
 
-    With `few_sizes`, for each costs a graph, they are 4 and 8 or the fixed one, and may exceed the room that is left.
+    With `few_sizes`, for each costs a graph, they are 2, 4 and 8 or the fixed one, and may exceed the room that is left.
     """
 
     def __init__(
