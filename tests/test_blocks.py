@@ -9,10 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchkd.rollout.blocks import BlockChooser, Drafts, verification_cost
+from switchkd.rollout.blocks import BlockChooser, BlockCost, Drafts, ForwardCost, block_cost
 from tiny import tiny_pair
 
 ROOM = 256
+
+
+def cost_of(verification: float) -> BlockCost:
+    """Blocks whose drafts cost 1 each, and whose verification costs this with the half of a draft that a block adds itself."""
+    return BlockCost(ForwardCost(1.0), ForwardCost(verification - 0.5))
 
 
 @dataclass
@@ -28,7 +33,7 @@ class World:
 
     def chooser(self) -> BlockChooser:
         """An "auto" one that knows the cost."""
-        return BlockChooser("auto", ROOM, verification=self.verification)
+        return BlockChooser("auto", ROOM, cost=cost_of(self.verification))
 
     def run(self, chooser: BlockChooser, blocks: int, rng: Random, *, waiting: bool = True) -> list[int]:
         """The sizes that the chooser takes, told what became of each."""
@@ -65,7 +70,7 @@ def test_the_row_that_is_furthest_from_its_end_decides_once_no_prompt_waits() ->
 
 
 def test_a_row_that_is_nearly_done_holds_nobody_up() -> None:
-    chooser, slow, fast = BlockChooser("auto", ROOM, verification=8.0), Drafts(), Drafts()
+    chooser, slow, fast = BlockChooser("auto", ROOM, cost=cost_of(8.0)), Drafts(), Drafts()
     for _ in range(20):
         chooser.learn(slow, 0, True)
         chooser.learn(fast, 12, False)
@@ -90,21 +95,34 @@ def test_a_large_teacher_runs_less_often_than_a_small_one() -> None:
     assert small.run(small.chooser(), 40, Random(2))[-1] < large.run(large.chooser(), 40, Random(2))[-1]
 
 
-def test_the_cost_of_a_verification_is_the_ratio_of_the_models() -> None:
+def test_what_a_block_costs_follows_from_sizes_rows_and_device() -> None:
     pair = tiny_pair("llama")
     assert pair.teacher is not None
+    cost = block_cost(pair, reads_teacher=True, graphs=False)
     sizes = [sum(each.numel() for each in model.parameters()) for model in (pair.student, pair.teacher)]
-    beside = verification_cost(pair, reads_teacher=False)
-    assert verification_cost(pair, reads_teacher=True) == pytest.approx(beside + sizes[1] / sizes[0])
-    assert 0 < beside < 1
+    assert [cost.student.each_position, cost.teacher.each_position] == sizes
+    alone = block_cost(pair, reads_teacher=False, graphs=False)
+    assert alone.student == cost.student
+    assert alone.of(4, 8) < cost.of(4, 8)
+    # Twice the rows cost more, but not twice: layers are started and weights read once.
+    assert cost.of(4, 8) < cost.of(4, 16) < 2 * cost.of(4, 8)
+    assert block_cost(pair, reads_teacher=True, graphs=True).of(4, 8) < cost.of(4, 8)
+
+
+def test_with_many_rows_a_draft_that_falls_costs_the_teacher_more() -> None:
+    # 5M and 40M parameters on a CPU, as measured in docs/benchmarks.md.
+    cost = BlockCost(ForwardCost(110e6, 5e6), ForwardCost(520e6, 40e6))
+    few, many = (World([0.75] * rows) for rows in (8, 64))
+    sizes = [world.run(BlockChooser("auto", ROOM, cost=cost), 40, Random(3))[-10:] for world in (few, many)]
+    assert max(sizes[1]) < min(sizes[0])
 
 
 @pytest.mark.parametrize("fixed", [1, 4, 16, 40])
 def test_a_fixed_size_is_kept_whatever_stands(fixed: int) -> None:
-    chooser, world = BlockChooser(fixed, ROOM, verification=8.0), World([0.1] * 4)
+    chooser, world = BlockChooser(fixed, ROOM, cost=cost_of(8.0)), World([0.1] * 4)
     assert set(world.run(chooser, 10, Random(0))) == {fixed}
     assert chooser.choose([(Drafts(), 3), (Drafts(), 2)], waiting=False) == min(fixed, 3)
-    assert BlockChooser(fixed, 5, verification=8.0).largest == min(fixed, 5)
+    assert BlockChooser(fixed, 5, cost=cost_of(8.0)).largest == min(fixed, 5)
 
 
 seen = st.tuples(st.integers(1, 300), st.integers(0, 16), st.booleans())
@@ -120,7 +138,7 @@ seen = st.tuples(st.integers(1, 300), st.integers(0, 16), st.booleans())
 def test_never_more_than_the_room_and_never_less_than_one(
     blocks: list[list[tuple[int, int, bool]]], limit: int, verification: float, few: bool, waiting: bool
 ) -> None:
-    chooser = BlockChooser("auto", limit, verification=verification, few_sizes=few)
+    chooser = BlockChooser("auto", limit, cost=cost_of(verification), few_sizes=few)
     assert chooser.largest <= limit
     for block in blocks:
         rows = [(Drafts(), room) for room, _, _ in block]

@@ -20,7 +20,7 @@ from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Sampling
 from switchkd.rollout import graphs
 from switchkd.rollout.blends import Mix
-from switchkd.rollout.blocks import BlockChooser, Drafts
+from switchkd.rollout.blocks import BlockChooser, BlockCost, Drafts, ForwardCost
 from switchkd.rollout.law import Policy, Student, Teacher
 from switchkd.rollout.metrics import RolloutMetrics
 from switchkd.rollout.policies import AdaSwitch, Switch
@@ -224,13 +224,14 @@ def test_what_compile_says() -> None:
 
 
 def test_with_graphs_few_block_sizes_are_taken() -> None:
-    chooser, rows = BlockChooser("auto", 40, verification=3.0, few_sizes=True), [(Drafts(), 40)]
+    cost = BlockCost(ForwardCost(1.0), ForwardCost(3.0))
+    chooser, rows = BlockChooser("auto", 40, cost=cost, few_sizes=True), [(Drafts(), 40)]
     sizes = set()
     for stood in [0] * 20 + [8] * 20:
         sizes.add(size := chooser.choose(rows, waiting=False))
         chooser.learn(rows[0][0], min(stood, size), stood < size)
     assert sizes == {2, 4, 8}
-    assert BlockChooser(4, 40, verification=3.0, few_sizes=True).choose([(Drafts(), 1)], waiting=False) == 4
+    assert BlockChooser(4, 40, cost=cost, few_sizes=True).choose([(Drafts(), 1)], waiting=False) == 4
 
 
 def test_on_cuda_the_device_times_itself(monkeypatch: pytest.MonkeyPatch) -> None:

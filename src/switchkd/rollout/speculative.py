@@ -27,7 +27,7 @@ from switchkd.rollout.block import (
     kept_counts,
     read_back,
 )
-from switchkd.rollout.blocks import BlockChooser, Drafts, check_block_size, verification_cost
+from switchkd.rollout.blocks import BlockChooser, Drafts, block_cost, check_block_size
 from switchkd.rollout.cache import CachedModel, RaggedCache, cache_mismatch, taking_masks, why_not_ragged
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
 from switchkd.rollout.engine import KeepTeacher, Progress, PromptLike
@@ -165,12 +165,13 @@ class _Run:
         self.rows: list[_Row] = []
         self.results: list[Rollout | None] = [None] * len(prompts)
         self.max_rows = min(engine.max_rows, len(prompts))
+        reads_teacher = pair.teacher is not None and bool(policy.needs_teacher or keep_teacher)
         # An n-gram ban looks at the tokens written so far, so it needs them one by one.
         self.graphs = None if sampling.no_repeat_ngram_size else engine.graphs
         self.chooser = BlockChooser(
             1 if sampling.no_repeat_ngram_size else engine.block_size,
             sampling.max_new_tokens,
-            verification=verification_cost(pair, reads_teacher=policy.needs_teacher or bool(keep_teacher)),
+            cost=block_cost(pair, reads_teacher=reads_teacher, graphs=self.graphs is not None),
             few_sizes=self.graphs is not None,
         )
         slots = len(prompts[order[0]].token_ids) + sampling.max_new_tokens + self.chooser.largest
