@@ -21,7 +21,7 @@ from switchkd.run.file import run_from_values
 from switchkd.serving.teacher import KEY_ENV, RemoteTeacher
 from switchkd.training.outlook import check_call
 from tiny import EOS_ID, VOCABULARY, tiny_pair, tiny_tokenizer
-from trainers import EXAMPLES, Gradients, assert_same_weights, history, make_trainer, weights
+from trainers import EXAMPLES, PROMPTS_ONLY, Gradients, assert_same_weights, history, make_trainer, weights
 
 PAIR = tiny_pair("llama")
 K = 8
@@ -84,6 +84,22 @@ def test_loss_and_gradients_are_those_of_the_teacher_here(
     for name, wanted in our_gradients[0].items():
         scale = float(wanted.abs().max())
         torch.testing.assert_close(their_gradients[0][name], wanted, rtol=TOLERANCE, atol=TOLERANCE * scale)
+
+
+def test_a_run_says_the_teachers_name_and_its_card_no_address(server: ScoringServer, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, PAIR, teacher_model=server.url, **GKD)
+    assert f"learns from teacher at {server.url}: " in trainer.describe()
+    assert "| teacher | `teacher` |" in trainer.card()
+    assert server.url not in trainer.card()
+
+
+def test_an_evaluation_asks_the_server_too(server: ScoringServer, tmp_path: Path, teacher_model: Any) -> None:
+    losses = []
+    for name, teacher in (("remote", server.url), ("here", teacher_model)):
+        options = {**GKD, "weight": "importance", "per_device_eval_batch_size": 3}
+        trainer = make_trainer(tmp_path / name, PAIR, eval_dataset=PROMPTS_ONLY, teacher_model=teacher, **options)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
 
 
 def test_texts_go_in_few_requests_and_each_once(server: ScoringServer, tmp_path: Path) -> None:
@@ -160,7 +176,7 @@ def test_the_key_comes_from_the_environment_and_is_never_said(
     server: ScoringServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.key = "secret-key"
-    with pytest.raises(UserError, match="refuses"):
+    with pytest.raises(UserError, match=r"refuses: Unauthorized, not None; set \$SWITCHKD_TEACHER_KEY to its key"):
         read(server, EXAMPLES[0])
     monkeypatch.setenv(KEY_ENV, "wrong-key")
     with pytest.raises(UserError, match=r"refuses: Unauthorized, not Bearer \[key\]"):
@@ -176,7 +192,7 @@ def test_the_key_comes_from_the_environment_and_is_never_said(
 
 def test_a_redirect_is_not_followed(server: ScoringServer) -> None:
     server.fault = lambda place, asked: (302, {}) if place == "/v1/models" else None
-    with pytest.raises(UserError, match="error 302"):
+    with pytest.raises(UserError, match="error 302; check the address"):
         read(server, EXAMPLES[0])
 
 

@@ -205,8 +205,7 @@ def _trainer(
         for adapted in (trainer.pair.student, trainer.whole.pair.student):
             adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
     teacher = stage.run.teacher if stage.config.plan.needs_teacher else None
-    # A card is published, and an address is nobody's business.
-    teacher = trainer.remote.name if trainer.remote else teacher
+    teacher = trainer.origins.teacher if trainer.remote else teacher
     stages = (*stage.before, stage.name) if stage.name else ()
     trainer.origins = Origins(run.student, teacher, stage.run.train_data, stages)
     trainer.remove_callback(PrinterCallback)

@@ -78,7 +78,11 @@ class RemoteTeacher:
 
     def _model(self, name: str) -> tuple[str, int | None]:
         """The name of the model that is asked, and its number of positions where the server says it."""
-        listed = self._server.json(_MODELS).get("data")
+        try:
+            listed = self._server.json(_MODELS).get("data")
+        except Refused as refused:
+            remedy = f"set ${KEY_ENV} to its key" if refused.status in (401, 403) else "check the address"
+            raise UserError(f"{refused}; {remedy}") from None
         models = {each["id"]: each for each in listed if _is_model(each)} if isinstance(listed, list) else {}
         if not models:
             raise self._wrong("lists no models")

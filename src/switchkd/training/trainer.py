@@ -99,7 +99,7 @@ class SwitchTrainer(ShardedTrainer):
         check_one_device(args, pair)
         keep_ends(pair)
         # For the model card; a run knows better names.
-        self.origins = origins_of(pair)
+        self.origins = origins_of(pair, self.remote)
         args.learning_rate = learning_rate_for(pair.student, args.learning_rate)
         engine = options.pop("engine", None)
         super().__init__(
