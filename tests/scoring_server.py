@@ -59,10 +59,11 @@ class ScoringServer(ThreadingHTTPServer):
     def _completions(self, asked: Any) -> tuple[int, Any]:
         top_k, vocabulary = asked["prompt_logprobs"], self.model.config.vocab_size
         if asked["max_tokens"] < 1:
-            return _refused("max_tokens must be at least 1, got 0.")
+            return _refused("max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)")
         if top_k > self.max_logprobs:
             return _refused(
-                f"Requested prompt logprobs of {top_k}, which is greater than max allowed: {self.max_logprobs}"
+                f"Requested prompt logprobs of {top_k}, which is greater than max allowed: {self.max_logprobs} "
+                f"(parameter=prompt_logprobs, value={top_k})"
             )
         for text in asked["prompt"]:
             if max(text) >= vocabulary:

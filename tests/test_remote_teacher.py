@@ -203,7 +203,8 @@ def test_more_ids_than_the_server_says_is_told_with_the_option(teacher_model: An
     with (
         scoring(teacher_model, max_logprobs=20) as server,
         pytest.raises(
-            UserError, match=r"max allowed: 20; .* --max-logprobs 64: start it so, or lower teacher_signal.top_k"
+            UserError,
+            match=r"max allowed: 20 .*; a server .* --max-logprobs 64: start it so, or lower teacher_signal.top_k",
         ),
     ):
         read(server, EXAMPLES[0], 64)

@@ -112,7 +112,7 @@ def test_a_training_has_the_losses_of_the_teacher_here(url: str, tmp_path: Path)
 
 
 def test_its_refusals_are_told_with_what_to_do(url: str) -> None:
-    with pytest.raises(UserError, match=r"max allowed: 20; .* --max-logprobs 40"):
+    with pytest.raises(UserError, match=r"max allowed: 20 .*; a server .* --max-logprobs 40"):
         RemoteTeacher(url, 40, VOCABULARY)
     with pytest.raises(UserError, match="first and last token, 0 and 99"):
         RemoteTeacher(url, K, 100)
