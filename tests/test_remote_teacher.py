@@ -185,7 +185,13 @@ def test_the_key_comes_from_the_environment_and_is_never_said(
     read(server, EXAMPLES[0])
     with pytest.raises(UserError, match="not encrypted"):
         RemoteTeacher("http://teacher.example:8000", K, VOCABULARY)
-    for wrong in ("http://user:pass@127.0.0.1:1", "http://"):
+    for wrong in (
+        "http://user:pass@127.0.0.1:1",
+        "http://",
+        "http://127.0.0.1:port",
+        "http://127.0.0.1:99999",
+        "http://[::1",
+    ):
         with pytest.raises(UserError, match="give the address of a server"):
             RemoteTeacher(wrong, K, VOCABULARY)
 
@@ -292,7 +298,7 @@ def test_an_answer_that_is_none_is_refused(server: ScoringServer, answer: Any, w
 
 
 def test_what_lists_no_models_is_no_server_of_vllm(server: ScoringServer) -> None:
-    for answer in ({}, {"data": []}, {"data": [{"id": 3}]}, {"data": "x"}):
+    for answer in ({}, {"data": []}, {"data": [{"id": 3}]}, {"data": "x"}, {"data": [{"id": "\x1b[2J"}]}):
         server.fault = lambda place, asked, answer=answer: (200, answer)
         with pytest.raises(UserError, match="lists no models"):
             read(server, EXAMPLES[0])

@@ -29,8 +29,7 @@ class Connection:
     """
 
     def __init__(self, url: str, key_env: str, *, retries: int = 4, timeout: float = 3600.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if not _is_address(url):
             raise UserError(f"url is {url!r}; give the address of a server, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/")
         self.key_env = key_env
@@ -104,6 +103,20 @@ class Connection:
             return f"error {error.code}"
         shown = "".join(c if c.isprintable() else " " for c in said)
         return without_key(" ".join(shown.split()), key_in(self.key_env))[:500]
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and not (parts.username or parts.query)
+            and parts.port != 0
+        )
+    except ValueError:
+        # Such as a port that is no number.
+        return False
 
 
 class Refused(UserError):  # noqa: N818 - as the errors of a person's making

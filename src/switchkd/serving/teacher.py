@@ -33,6 +33,7 @@ _TEXTS_A_REQUEST, _REQUESTS_IN_FLIGHT = 8, 8
 _EXCLUDED = -9999.0
 # Over 152k ids a log-softmax of float32 is off by 1.5e-5 (shaping.py); other faults, such as logits, are far larger.
 _ROUNDING = 1e-3
+_LONGEST_NAME = 200
 _REMEDY = "a divergence compares id with id: serve a teacher of the student's family"
 
 
@@ -244,4 +245,6 @@ class _Position(NamedTuple):
 
 
 def _is_model(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("id"), str)
+    name = value.get("id") if isinstance(value, Mapping) else None
+    # It is shown to people, in terminals too.
+    return isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST_NAME
