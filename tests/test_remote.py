@@ -83,7 +83,7 @@ def test_an_answer_by_other_weights_is_refused() -> None:
 
 def test_a_server_that_is_gone_is_asked_again_and_then_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("switchkd.serving.remote.time.sleep", waits.append)
+    monkeypatch.setattr("switchkd.serving.connection.time.sleep", waits.append)
     with serving(Recording()) as server:
         remote = RemoteVllm(url_of(server), retries=3)
     with pytest.raises(Unreachable, match=r"does not answer .*4 times; start it again"):
@@ -106,7 +106,7 @@ class Failing(Recording):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_moments_failure_is_survived(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("switchkd.serving.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("switchkd.serving.connection.time.sleep", lambda seconds: None)
     backend = Failing()
     with serving(backend) as server:
         answer = RemoteVllm(url_of(server)).rollouts(PROMPTS, Call(Student(), SHORT, 64, (1,)), 0)

@@ -28,7 +28,7 @@ MODULES = {
 # From the ground up. A room (a folder, or a file at the top level) imports rooms of lower floors only.
 FLOORS = [
     {"errors", "files", "positions", "progress"},
-    {"records", "settings"},
+    {"records", "settings", "web"},
     {"distributions", "models"},
     {"data", "rollout"},
     {"loss", "evaluation", "serving"},

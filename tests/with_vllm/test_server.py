@@ -73,7 +73,7 @@ def losses(trainer: Any) -> list[float]:
 def test_a_killed_server_stops_the_run_cleanly_and_a_new_one_takes_it_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchkd.serving.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("switchkd.serving.connection.time.sleep", lambda seconds: None)
     pair: ModelPair = tiny_pair("llama", hidden=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
     for role, model in pair.models.items():
         model.save_pretrained(tmp_path / role)

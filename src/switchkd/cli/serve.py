@@ -38,7 +38,8 @@ def serve(given: Serving) -> None:
     """Serve rollouts of a teacher and a student by vLLM, to a run whose `vllm` is this server's address."""
     from switchkd.models.sources import find_source
     from switchkd.serving.colocated import ColocatedVllm, VllmOptions
-    from switchkd.serving.server import RolloutServer, serve_key
+    from switchkd.serving.server import KEY_ENV, RolloutServer
+    from switchkd.web import key_in
 
     options = VllmOptions(given.block_size, given.max_rows, given.max_tokens, given.dtype, given.cache_gib)
     sources = [find_source(name) for name in (given.teacher, given.student)]
@@ -49,6 +50,6 @@ def serve(given: Serving) -> None:
     console = new_console()
     with console.status("vLLM starts ..."):
         backend = ColocatedVllm(sources[0].place, sources[1].place, options)
-    with RolloutServer(backend, given.host, given.port, key=serve_key()) as server:
+    with RolloutServer(backend, given.host, given.port, key=key_in(KEY_ENV)) as server:
         console.print(Text(f"serving at http://{given.host}:{server.port}; stop with Ctrl-C"), soft_wrap=True)
         server.serve_forever()

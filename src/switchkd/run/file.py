@@ -14,11 +14,14 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.methods.inherited import in_plain_words
 from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold
+from switchkd.methods.remote_teacher import check_remote_teacher
 from switchkd.rollout.policies import Switch
 from switchkd.run.recipes import RECIPE, recipe_file
+from switchkd.serving.teacher import is_address
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed
 from switchkd.settings.unknown import unknown_setting
+from switchkd.training.teachers import SELF
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,10 @@ class RunConfig:
         }
     )
     output_dir: str = field(metadata={"help": "The run's folder; by default runs/ and the run file's name."})
-    teacher: str | None = setting(None, "As student; self: the student without its adapter.")
+    teacher: str | None = setting(
+        None,
+        "As student; self: the student without its adapter; http://HOST:PORT: on a server of vLLM's (docs/vllm.md).",
+    )
     eval_data: str | dict[str, Any] | list[Any] | None = setting(
         None, "As train_data; see eval_strategy and eval_steps."
     )
@@ -92,7 +98,19 @@ class RunConfig:
         config.check_evaluation(has_data=self.eval_data is not None)
         if self.teacher is None and config.plan.needs_teacher:
             raise UserError(f"method {config.method!r} needs a teacher; set teacher in the run file")
+        if is_address(self.teacher) and config.plan.needs_teacher:
+            check_remote_teacher(config, str(self.teacher))
+            if self.teacher_quantization:
+                raise UserError(
+                    f"teacher_quantization is {self.teacher_quantization!r}, but {self.teacher} is loaded by its server; leave "
+                    f"it out"
+                )
         return config
+
+    @property
+    def is_teacher_named(self) -> bool:
+        """Whether the teacher is a model of its own that is loaded here."""
+        return self.teacher not in (None, SELF) and not is_address(self.teacher)
 
     def _check_adapter(self) -> None:
         """Raise UserError for an adapter that could not be kept, and for packed weights that could not be trained."""

@@ -31,7 +31,7 @@ from switchkd.run.written import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, read_log
 from switchkd.training.card import Origins
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.dataset import evaluated, tokenized, warn_of_templates
-from switchkd.training.teachers import SELF, loading_options
+from switchkd.training.teachers import loading_options
 from switchkd.training.trainer import SwitchTrainer
 
 
@@ -100,14 +100,14 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
             raise UserError(
                 f"adapter is keep, but nothing loads one onto a .gguf file ({run.student}); set adapter to merge"
             )
-        if run.teacher not in (None, SELF) and stage.config.plan.needs_teacher:
+        if run.is_teacher_named and stage.config.plan.needs_teacher:
             find_source(str(run.teacher))
         sources.append((stage, _peft_config(run), train, held_out))
     prepared = []
     for stage, peft_config, train, held_out in sources:
         tokenizer = load_tokenizer(stage.tokenizer, trust_remote_code=stage.run.trust_remote_code)
         teacher_tokenizer = None
-        if stage.run.teacher not in (None, SELF) and stage.config.plan.needs_teacher:
+        if stage.run.is_teacher_named and stage.config.plan.needs_teacher:
             teacher_tokenizer = load_tokenizer(str(stage.run.teacher), trust_remote_code=stage.run.trust_remote_code)
         set_template(tokenizer, teacher_tokenizer, stage.config.template_from)
         warn_of_templates(train, tokenizer, teacher_tokenizer, stage.config)
@@ -180,7 +180,7 @@ def _trainer(
     stage = prepared.stage
     pair = load_pair(
         stage.run.student,
-        stage.run.teacher if stage.config.plan.needs_teacher and stage.run.teacher != SELF else None,
+        stage.run.teacher if stage.config.plan.needs_teacher and stage.run.is_teacher_named else None,
         placement=stage.config.placement,
         student_quantization=stage.run.student_quantization,
         teacher_quantization=stage.run.teacher_quantization,
@@ -192,7 +192,7 @@ def _trainer(
     stopper, progress = StopCleanly(console), ConsoleProgress(console)
     trainer = SwitchTrainer(
         pair,
-        SELF if stage.run.teacher == SELF else None,
+        None if stage.run.is_teacher_named else stage.run.teacher,
         args=stage.config,
         train_dataset=prepared.train,
         eval_dataset=prepared.eval,
@@ -205,6 +205,7 @@ def _trainer(
         for adapted in (trainer.pair.student, trainer.whole.pair.student):
             adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
     teacher = stage.run.teacher if stage.config.plan.needs_teacher else None
+    teacher = trainer.origins.teacher if trainer.remote else teacher
     stages = (*stage.before, stage.name) if stage.name else ()
     trainer.origins = Origins(run.student, teacher, stage.run.train_data, stages)
     trainer.remove_callback(PrinterCallback)

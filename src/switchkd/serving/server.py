@@ -7,9 +7,7 @@ imported or run for a client.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -23,6 +21,7 @@ from safetensors.torch import save
 from switchkd.errors import UserError
 from switchkd.records import Prompt
 from switchkd.serving.call import Backend, Call, call_of
+from switchkd.web import is_loopback
 
 # The format of what crosses; a client of another one is refused.
 PROTOCOL = 1
@@ -63,14 +62,6 @@ class RolloutServer(HTTPServer):
     def port(self) -> int:
         """The port that it listens on."""
         return int(self.server_address[1])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine alone."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -219,8 +210,3 @@ def _prompt(row: Any) -> Prompt:
 def _is_int(value: Any) -> bool:
     # What addresses are made of, and what vLLM carries.
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def serve_key() -> str:
-    """The secret in the environment, or none."""
-    return os.environ.get(KEY_ENV, "")

@@ -71,7 +71,13 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
         ),
         Foreign("offload_teacher_model offload_model", "teacher_offload", "cpu or disk"),
         Foreign(
-            "teacher_model_server* teacher_server* use_teacher_server teacher_api* teacher_deepspeed",
+            "teacher_model_server* teacher_server* use_teacher_server teacher_api*",
+            "teacher",
+            "the address of a server of vLLM's, http://HOST:PORT, with teacher_signal: {top_k: 20}; for methods whose text the "
+            "student or the data writes (docs/vllm.md)",
+        ),
+        Foreign(
+            "teacher_deepspeed",
             advice="the teacher is loaded beside the student; teacher_quantization, teacher_offload, or device_map in "
             "teacher_model_init_kwargs make room for it",
         ),

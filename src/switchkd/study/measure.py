@@ -67,7 +67,7 @@ def _loaded(row: StudyRun, run: RunConfig, model: str, *, with_teacher: bool) ->
         },
     }
     # No teacher is measured beside itself.
-    near = run.teacher if with_teacher and row.kind != "teacher" and run.teacher != "self" else None
+    near = run.teacher if with_teacher and row.kind != "teacher" and run.is_teacher_named else None
     if near is not None:
         of_teacher = how["teacher"]
         how[row.kind] = how.get(row.kind, {}) | {
@@ -81,7 +81,7 @@ def _loaded(row: StudyRun, run: RunConfig, model: str, *, with_teacher: bool) ->
         trust_remote_code=run.trust_remote_code,
         **how.get(row.kind, {}),
     )
-    if row.kind == "start" and run.teacher not in (None, "self"):
+    if row.kind == "start" and run.is_teacher_named:
         assert pair.tokenizer is not None
         teacher_tokenizer = load_tokenizer(str(run.teacher), trust_remote_code=run.trust_remote_code)
         set_template(pair.tokenizer, teacher_tokenizer, config.template_from)

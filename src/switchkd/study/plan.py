@@ -16,6 +16,7 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.methods.parts import described
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
 from switchkd.run.file import OWN_HINTS, RunConfig, run_defaults, run_from_values
+from switchkd.serving.teacher import is_address
 from switchkd.study.file import START, TEACHER, StudyConfig
 
 Kind = Literal["run", "start", "teacher"]
@@ -117,7 +118,8 @@ def _untrained(study: StudyConfig, run: StudyRun) -> list[StudyRun]:
     """The start and the teacher of a run, to be measured as they are."""
     rows, found = [], run.run(Path(study.output_dir)).effective_settings()
     for kind, keys in _UNTRAINED.items():
-        if found.get(keys[0]) not in (None, "self"):
+        # One on a server can be asked for scores, not for answers.
+        if found.get(keys[0]) not in (None, "self") and not is_address(found[keys[0]]):
             deciding = {key: value for key in (*keys, *_OF_MODEL) if (value := found.get(key)) is not None}
             identity = _hash({kind: deciding, "evaluation": _given(study.evaluation)})
             name = str(found[keys[0]])

@@ -31,6 +31,7 @@ from switchkd.methods.table import METHOD, METHODS
 from switchkd.models.heads import base_of
 from switchkd.models.pair import ModelPair
 from switchkd.models.sources import find_source
+from switchkd.serving.teacher import RemoteTeacher
 
 if TYPE_CHECKING:
     from switchkd.evaluation.score import Evaluation, Scores
@@ -46,11 +47,11 @@ _INHERITED = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
 )  # fmt: skip
-# Paths of this machine, keywords that may hold a token, and what changes nothing that was learned.
+# Paths and addresses of this machine, keywords that may hold a token, and what changes nothing that was learned.
 _NOT_SHOWN = (
     "teacher_text", "template_from", "model_init_kwargs", "teacher_model_init_kwargs", "rollout_rows", "block_size", "compile",
     "measure_every", "show_rollouts_every", "teacher_offload", "skip_bad_rows", "save_total_limit", "logging_steps",
-    "dataloader_pin_memory", "report_to", "bf16", "plan", "placement", "method",
+    "dataloader_pin_memory", "report_to", "bf16", "plan", "placement", "method", "vllm",
 )  # fmt: skip
 _SWITCH_PAPER = """@inproceedings{koo-etal-2025-switch,
   title = {{SWITCH}: Studying with Teacher for Knowledge Distillation of Large Language Models},
@@ -74,12 +75,12 @@ class Origins:
     stages: tuple[str, ...] = ()
 
 
-def origins_of(pair: ModelPair) -> Origins:
-    """What a pair's models know of themselves."""
+def origins_of(pair: ModelPair, remote: RemoteTeacher | None = None) -> Origins:
+    """What a pair's models know of themselves, and a server of its teacher; not its address, which is nobody's business."""
     student, teacher = (
         getattr(base_of(model), "name_or_path", "") if model else None for model in (pair.student, pair.teacher)
     )
-    return Origins(student or "", teacher)
+    return Origins(student or "", teacher if remote is None else remote.name)
 
 
 def versions() -> dict[str, str]:

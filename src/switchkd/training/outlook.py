@@ -9,24 +9,36 @@ from itertools import chain
 from switchkd.data.packed import lengths_of
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
+from switchkd.methods.remote_teacher import check_remote_teacher
 from switchkd.models.pair import ModelPair, counted, name_of, parameter_count, rounded
 from switchkd.records import Example
+from switchkd.serving.teacher import RemoteTeacher, is_address
 from switchkd.training.rewriting import check_rewrite
+from switchkd.training.teachers import teacher_size
 
 Held = Sequence[Example] | Mapping[str, Sequence[Example]] | None
 
 
 def check_call(args: SwitchConfig, model: object, teacher_model: object) -> None:
-    """Raise UserError for arguments of another kind, and for a method that learns from a teacher where none was given."""
+    """Raise UserError for arguments of another kind, and for a teacher that is missing or cannot do what the method asks of it."""
     if not isinstance(args, SwitchConfig):
         raise UserError(f"args is a {type(args).__name__}; pass a SwitchConfig, which takes the same settings and ours")
     has_teacher = teacher_model is not None or (isinstance(model, ModelPair) and model.teacher is not None)
     if args.plan.needs_teacher and not has_teacher:
         raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
+    if is_address(teacher_model):
+        if isinstance(model, ModelPair) and model.teacher is not None:
+            raise UserError(
+                f"teacher_model is {teacher_model}, but model is a pair with a teacher; leave one of them out"
+            )
+        if args.plan.needs_teacher:
+            check_remote_teacher(args, str(teacher_model))
 
 
-def check_room(pair: ModelPair, args: SwitchConfig, train: Sequence[Example] | None, held_out: Held) -> None:
-    """Raise UserError where a model has too few positions for the data or the rollouts."""
+def check_room(
+    pair: ModelPair, args: SwitchConfig, train: Sequence[Example] | None, held_out: Held, remote: RemoteTeacher | None
+) -> None:
+    """Raise UserError where a model, or a `remote` teacher, has too few positions for the data or the rollouts."""
     plan, sets = args.plan, list(held_out.values()) if isinstance(held_out, Mapping) else [held_out or ()]
     longest, rolls_out = 0, plan.rolls_out or bool(plan.teacher_text or args.eval_scores)
     for prompt, response in chain.from_iterable(map(lengths_of, [train or (), *sets])):
@@ -34,15 +46,23 @@ def check_room(pair: ModelPair, args: SwitchConfig, train: Sequence[Example] | N
         written = args.max_new_tokens if rolls_out or not response else 0
         longest = max(longest, prompt + max(response, written))
     pair.check_room(longest)
+    if remote is not None:
+        remote.check_room(longest)
     if plan.rewrite and train:
         check_rewrite(plan.rewrite, max((each.prompt for each in train), key=lambda it: len(it.token_ids)), pair, args)
 
 
-def describe_training(pair: ModelPair, args: SwitchConfig, count: int, teacher_size: float) -> str:
-    """One line: models and sizes (parameters), steps, sequences, tokens, and `count` rows of data."""
+def teacher_in_words(pair: ModelPair, remote: RemoteTeacher | None) -> str:
+    """Whom the student learns from, with its size in parameters where it is here; "" where there is nobody."""
+    if remote is not None:
+        return f" from {remote.name} at {remote.url}"
+    return "" if pair.teacher is None else f" from {name_of(pair.teacher)} ({rounded(teacher_size(pair))})"
+
+
+def describe_training(pair: ModelPair, args: SwitchConfig, count: int, learns_from: str) -> str:
+    """One line: models and sizes (parameters), steps, sequences, tokens, and `count` rows of data; see `teacher_in_words`."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(count / rows))
-    learns_from = f" from {name_of(pair.teacher)} ({rounded(teacher_size)})" if pair.teacher is not None else ""
     share = args.plan.rollout_share
     writes = f"{share:.0%} rolled out" if share else "the data set's text"
     size, most = rounded(parameter_count(pair.student)), rounded(steps * rows * args.max_new_tokens)

@@ -24,6 +24,7 @@ from switchkd.methods.plan import Plan
 from switchkd.models.heads import last_hidden, put_tap
 from switchkd.models.pair import ModelPair
 from switchkd.records import Batch, Example, Rollout
+from switchkd.serving.teacher import RemoteTeacher
 from switchkd.training.start_model import StartModel
 
 
@@ -31,10 +32,12 @@ class StepLoss:
     """The objective of a plan on texts of a pair, in nats. Knows no trainer.
 
     Made while both models' weights are whole, since a head proves itself on a forward. Only `scored`, which reads `teacher`
-    (None: the pair's), needs the teacher's again.
+    (None: the pair's), needs the teacher's again. One on a server has no head here.
     """
 
-    def __init__(self, pair: ModelPair, plan: Plan, *, rows: int, teacher: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, pair: ModelPair, plan: Plan, *, rows: int, teacher: PreTrainedModel | RemoteTeacher | None = None
+    ) -> None:
         self.pair = pair
         self.teacher = teacher or pair.teacher
         put_tap(pair.student)
@@ -59,17 +62,18 @@ class StepLoss:
         sequences stay as they are.
         """
         teacher = self.teacher
-        if self.teacher_head is None or teacher is None:
+        if self.objective.divergence is None or teacher is None:
             return sequences
         unread = [
             *{id(each): each for each in sequences if each.teacher_hidden is None and each.teacher_top is None}.values()
         ]
-        states = response_states(
-            teacher, unread, pad_id=self.pair.pad_id, rows=self.rows, on_forward=lambda: self.on_forward("teacher")
-        )
-        read: dict[int, Example | Rollout] = {
-            id(unread[index]): self._with_teacher(unread[index], hidden_TH) for index, hidden_TH in states
-        }
+        if isinstance(teacher, RemoteTeacher):
+            read = dict(zip(map(id, unread), teacher.read(unread), strict=True))
+        else:
+            states = response_states(
+                teacher, unread, pad_id=self.pair.pad_id, rows=self.rows, on_forward=lambda: self.on_forward("teacher")
+            )
+            read = {id(unread[index]): self._with_teacher(unread[index], hidden_TH) for index, hidden_TH in states}
         return [read.get(id(sequence), sequence) for sequence in sequences]
 
     def _with_teacher(self, sequence: Example | Rollout, hidden_TH: Tensor) -> Example | Rollout:
@@ -149,7 +153,7 @@ class StepLoss:
         )
         teacher: TeacherSignal | None = None
         temperature, teacher_NH, top = self.objective.loss_temperature, batch.teacher_hidden_NH, batch.teacher_top_N
-        if self.teacher_head is not None and top is not None:
+        if top is not None:
             teacher = TopKTeacher(top.ids, top.logp, temperature, top.rest_logp)
         elif self.teacher_head is not None and teacher_NH is not None:
             teacher = DenseTeacher(teacher_NH, self.teacher_head, temperature)

@@ -24,7 +24,6 @@ from switchkd.training.auto_threshold import CalibratedPolicy
 from switchkd.training.meters import Meters
 from switchkd.training.replay import ReplayBuffer
 from switchkd.training.rewriting import rewritten
-from switchkd.training.shared_teacher import let_others_read
 from switchkd.training.written_step import WrittenStep
 
 TEXT_MEASURES = (
@@ -82,6 +81,8 @@ class StepText:
         self.meters = meters
         # Those of the newest step, without the teacher's states, which are large.
         self.newest: list[Rollout] = []
+        # Those of the newest step, on their way into the replay.
+        self._fresh: list[Rollout] = []
         # Told the rollouts that are finished, and how many there are to be.
         self.on_progress: Callable[[int, int], None] | None = None
         # Told a step's rollouts once they are there.
@@ -131,9 +132,7 @@ class StepText:
         if self.replay is not None:
             if rolled_out:
                 self.meters.add("replayed", len(replayed), len(rolled_out))
-            # All processes keep, and draw from, the same rollouts.
-            let_others_read()
-            self.replay.add(gather_object([rollout.to("cpu") for rollout in written.values()]))
+            self._fresh = [rollout.to("cpu") for rollout in written.values()]
         in_place: dict[int, Example | Rollout] = {**replayed, **written}
         if self.plan.rewrite:
             texts = rewritten(self.plan.rewrite, [*written.values()], self.pair, engine, self.args, limit)
@@ -150,8 +149,15 @@ class StepText:
         return replace(prompt, token_ids=begun_ids, begun=length, trains_beginning=begin.weight > 0)
 
     def keep_scored(self, sequences: Sequence[Example | Rollout]) -> None:
-        """Put back into the replay what the teacher has read of it for this step; each process keeps what its own teacher read."""
+        """Keep the step's fresh rollouts for the replay, and all of it that the teacher has read for this step.
+
+        Not before it is read: a step that ends at a teacher out of reach is made again, and must not be kept twice. Each process
+        keeps what its own teacher read.
+        """
         if self.replay is not None:
+            # All processes keep, and draw from, the same rollouts.
+            self.replay.add(gather_object(self._fresh))
+            self._fresh = []
             self.replay.put_back(each for each in sequences if isinstance(each, Rollout))
 
     def _coins(self, prompts: Sequence[Prompt]) -> list[list[float]]:
@@ -173,6 +179,8 @@ class StepText:
         started, plan = time.perf_counter(), self.plan
         # Returns and some weights are of what the teacher says of each token, whoever wrote it.
         asks_teacher = (policy.needs_teacher or plan.objective.reads_logp) and not plan.rewrite
+        # One on a server reads finished texts alone, see `StepLoss.scored`.
+        asks_teacher = asks_teacher and self.pair.teacher is not None
         rollouts = engine.generate(
             prompts,
             policy=policy,

@@ -12,6 +12,7 @@ from switchkd.models.chat import set_template
 from switchkd.models.heads import base_of
 from switchkd.models.load import load_model, load_tokenizer
 from switchkd.models.pair import ModelPair, eos_ids_of
+from switchkd.serving.teacher import RemoteTeacher, is_address
 from switchkd.training.machine import autocast_dtype_of
 from switchkd.training.teachers import SELF, loading_options, self_teacher
 
@@ -66,6 +67,14 @@ def trained_pair(
         place, kwargs = args.placement, args.placement.init_kwargs(loading_options(args))
         teacher = load_model(teacher, dtype=place.teacher_dtype, device=place.device, init_kwargs=kwargs)
     return ModelPair(student, teacher, tokenizer, teacher_tokenizer, autocast_dtype)
+
+
+def remote_teacher(name: object, pair: ModelPair, args: SwitchConfig) -> RemoteTeacher | None:
+    """The teacher at an address, checked to fit the pair's student; None for a name that is none, or that nothing asks."""
+    signal = args.plan.teacher_signal
+    if not is_address(name) or signal is None or not args.plan.needs_teacher:
+        return None
+    return RemoteTeacher(str(name), signal.top_k, pair.vocabulary_size, pair.tokenizer)
 
 
 def _adapted(student: PreTrainedModel, peft_config: PeftConfig, args: SwitchConfig) -> PreTrainedModel:

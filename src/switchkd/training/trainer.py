@@ -22,6 +22,7 @@ from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.law import Student
+from switchkd.serving.teacher import is_address
 from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.costs import Costs
@@ -30,7 +31,7 @@ from switchkd.training.engine import engine_of
 from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
-from switchkd.training.outlook import check_call, check_room, describe_training
+from switchkd.training.outlook import check_call, check_room, describe_training, teacher_in_words
 from switchkd.training.scored_answers import ScoredAnswers
 from switchkd.training.sharded_trainer import ShardedTrainer
 from switchkd.training.shared_teacher import let_others_read
@@ -38,8 +39,7 @@ from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_share_alarm import teacher_share_alarm
 from switchkd.training.teacher_text import teacher_text
-from switchkd.training.teachers import teacher_size
-from switchkd.training.trained_pair import keep_ends, trained_pair
+from switchkd.training.trained_pair import keep_ends, remote_teacher, trained_pair
 from switchkd.training.written_step import WrittenStep
 
 if TYPE_CHECKING:
@@ -61,10 +61,11 @@ class TrainerOptions(TypedDict, total=False):
 class SwitchTrainer(ShardedTrainer):
     """Trains a student on text that student and teacher write together; the call is that of `transformers.Trainer`.
 
-    `model` and `teacher_model` are names or models. No teacher is needed for method "sft", and "self" is the student without
-    its adapter. `model` may be a `ModelPair` too, which brings teacher and tokenizer. `processing_class` is the tokenizer of
-    both (by default that of the student's name). `train_dataset` and `eval_dataset` hold rows as data/rows.py reads them,
-    or `Example` records. `peft_config` makes the student an adapter.
+    `model` and `teacher_model` are names or models. No teacher is needed for method "sft", "self" is the student without its
+    adapter, and an address, http://host:8000, a teacher on a server of vLLM's (docs/vllm.md). `model` may be a `ModelPair` too,
+    which brings teacher and tokenizer. `processing_class` is the tokenizer of both (by default that of the student's name).
+    `train_dataset` and `eval_dataset` hold rows as data/rows.py reads them, or `Example` records. `peft_config` makes the student
+    an adapter.
 
     All prompts of an optimizer step are rolled out in one call before its first forward, each with its row's number as
     prompt id and the step as sample id, so the text depends on neither the batch split nor the processes. The loss is
@@ -92,11 +93,13 @@ class SwitchTrainer(ShardedTrainer):
         check_call(args, model, teacher_model)
         self.plan = args.plan
         args.check_evaluation(has_data=eval_dataset is not None)
-        self.pair = pair = trained_pair(model, teacher_model, processing_class, peft_config, args)
+        here = None if is_address(teacher_model) else teacher_model
+        self.pair = pair = trained_pair(model, here, processing_class, peft_config, args)
+        self.remote = remote_teacher(teacher_model, pair, args)
         check_one_device(args, pair)
         keep_ends(pair)
         # For the model card; a run knows better names.
-        self.origins = origins_of(pair)
+        self.origins = origins_of(pair, self.remote)
         args.learning_rate = learning_rate_for(pair.student, args.learning_rate)
         engine = options.pop("engine", None)
         super().__init__(
@@ -108,13 +111,13 @@ class SwitchTrainer(ShardedTrainer):
             processing_class=pair.tokenizer,
             **dict[str, Any](**options),
         )
-        check_room(pair, args, self.train_dataset, self.eval_dataset)
+        check_room(pair, args, self.train_dataset, self.eval_dataset, self.remote)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not self.is_deepspeed_enabled:
             warn_if_weights_stand_still(pair.student, args)
         # Our loss is divided by the whole step's count, so the trainer must not divide it again.
         self.loss_is_scaled_for_ga = True
         # Before its weights leave for another place.
-        self._teacher_size = teacher_size(pair)
+        self._learns_from = teacher_in_words(pair, self.remote)
         self._make_parts(engine)
         self._step_started, self._step_tokens = 0.0, 0
         self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
@@ -126,7 +129,7 @@ class SwitchTrainer(ShardedTrainer):
         reading = self._read_whole(pair)
         with self.reading():
             self.engine = engine or engine_of(reading, args, in_parts=self.in_parts)
-            self._loss = StepLoss(pair, plan, rows=args.train_batch_size, teacher=reading.teacher)
+            self._loss = StepLoss(pair, plan, rows=args.train_batch_size, teacher=self.remote or reading.teacher)
         self.costs = Costs(args)
         self._loss.on_forward = self.costs.count
         self._loss.before_head = self._head.gather
@@ -160,7 +163,7 @@ class SwitchTrainer(ShardedTrainer):
 
     def describe(self) -> str:
         """One line that says what `train` will do: models, sizes, steps, sequences and tokens."""
-        return describe_training(self.pair, self.args, len(self.train_dataset), self._teacher_size)
+        return describe_training(self.pair, self.args, len(self.train_dataset), self._learns_from)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -181,15 +184,15 @@ class SwitchTrainer(ShardedTrainer):
             engine = self.costs.counting(self.engine)
             try:
                 written = self._text.sequences_of_step(examples, self.state, engine, self.log)
+                if not last:
+                    # The other processes have rows, and wait for this one's gradient: one of a text that counts nowhere.
+                    written.append(replace(loaded[-1][0], response_ids=()))
+                self._step_started = time.perf_counter()
+                sequences = self._loss.scored(written)
             except Unreachable:
                 # Nothing of this step is trained on yet: what there is, is what the last one left.
                 self._save_checkpoint(self.pair.student, None)
                 raise
-            if not last:
-                # The other processes have rows, and wait for this one's gradient: one of a text that counts nowhere.
-                written.append(replace(loaded[-1][0], response_ids=()))
-            self._step_started = time.perf_counter()
-            sequences = self._loss.scored(written)
         self._text.keep_scored(sequences)
         # As many micro-batches as the loader gave: transformers counts them to find the end of a step.
         batches = self._loss.micro_batches(sequences, max(map(len, loaded)))
@@ -301,7 +304,8 @@ class SwitchTrainer(ShardedTrainer):
         prompts_alone = not any(example.response_ids for example in examples)
         if not prompts_alone and not self._answers.scores:
             return examples
-        keep = self.plan.kept_of_teacher if self.plan.objective.reads_logp else None
+        asks_teacher = self.plan.objective.reads_logp and self.pair.teacher is not None
+        keep = self.plan.kept_of_teacher if asks_teacher else None
         prompts = [replace(example.prompt, sample_id=_EVALUATION) for example in examples]
         rollouts = self.engine.generate(
             prompts, policy=Student(), sampling=self.args.sampling, seed=self.args.seed, keep_teacher=keep
