@@ -3,7 +3,7 @@
     python benchmarks/early.py [--models demo 5M/40M world] [--shares 0.1 0.3 0.5] [--batch 8] [--write]
 
 A draft of up to 12 tokens stops once a fraction of the rows want it to: by their own surprise, or by how far the models lay apart
-before; or at the end of their text. The tokens are the same, which is checked. `world` is the demo's pair on its own
+before; or at the end of their text. The tokens are the same, which is checked. Beside it: blocks as the engine chooses them. `world` is the demo's pair on its own
 prompts, whose texts end; texts of the others go on to the last token. The engine has no such rule: see docs/benchmarks.md.
 """
 
@@ -110,7 +110,7 @@ def run(names: Sequence[str], shares: Sequence[float], batch: int) -> Report:
         pair = pair if name == WORLD else without_ends(pair)
         for share in shares:
             report.rows += _rows(name, pair, prompts, share, sampling)
-            print(*report.rows[-len(RULES) - 4 :], sep="\n", flush=True)
+            print(*report.rows[-len(RULES) - 5 :], sep="\n", flush=True)
     return report
 
 
@@ -119,7 +119,8 @@ def _rows(
 ) -> list[tuple[str, ...]]:
     policy = policy_with_share(pair, prompts[:8], share, sampling)
     eos_ids = torch.tensor(pair.eos_ids, dtype=torch.long)
-    sides: dict[str, tuple[int, Rule | None]] = {f"{size} tokens": (size, None) for size in (4, 2, 8, LONGEST)}
+    sides: dict[str, tuple[int | str, Rule | None]] = {f"{size} tokens": (size, None) for size in (4, 2, 8, LONGEST)}
+    sides["auto"] = ("auto", None)
     sides |= {f"to {LONGEST}, {rule}": (LONGEST, rule) for rule in RULES}
     rows, texts, costs = [], None, (1.0, 1.0)
     for side, (size, rule) in sides.items():
