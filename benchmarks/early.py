@@ -3,9 +3,9 @@
     python benchmarks/early.py [--models demo 5M/40M world] [--shares 0.1 0.3 0.5] [--batch 8] [--write]
 
 A draft of up to 12 tokens stops once a fraction of the rows want it to: by their own surprise, or by how far the models lay apart
-before; or at the end of their text. Beside the rules: fixed blocks, and those that the engine chooses. The tokens are the same, which
-is checked. `world` is the demo's pair on its own prompts, whose texts end; texts of the others go on to the last token. The engine has
-no such rule: see docs/benchmarks.md.
+before; or at the end of their text. Beside the rules: fixed blocks, and those that the engine chooses. The tokens are the same,
+which is checked. `world` is the demo's pair on its own prompts, whose texts end; texts of the others go on to the last token.
+The engine has no such rule: see docs/benchmarks.md.
 """
 
 from __future__ import annotations
