@@ -104,6 +104,9 @@ def test_what_a_block_costs_follows_from_sizes_rows_and_device() -> None:
     alone = block_cost(pair, reads_teacher=False, graphs=False)
     assert alone.student == cost.student
     assert alone.of(4, 8) < cost.of(4, 8)
+    # The teacher reads all positions of all rows at once, the student those of all rows in each of its steps.
+    more = cost.of(4, 16) - cost.of(4, 8)
+    assert more == pytest.approx(4 * 8 * (cost.student.each_position + cost.teacher.each_position))
     # Twice the rows cost more, but not twice: layers are started and weights read once.
     assert cost.of(4, 8) < cost.of(4, 16) < 2 * cost.of(4, 8)
     assert block_cost(pair, reads_teacher=True, graphs=True).of(4, 8) < cost.of(4, 8)
