@@ -11,9 +11,11 @@ The engine has no such rule: see docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple
+from typing import ClassVar
 from unittest.mock import patch
 
 import torch
@@ -39,28 +41,36 @@ SHARES = (0.1, 0.3, 0.5)
 LONGEST = 12
 
 
-class Surprise(NamedTuple):
-    """A row wants to stop at a token of more than `cut` nats, -log p of the student."""
+@dataclass(frozen=True)
+class Rule(ABC):
+    """When a draft stops: once `fraction` of the rows have wanted it to. `cut` is in the rule's unit."""
 
     cut: float
     fraction: float
+    unit: ClassVar[str]
 
     def __str__(self) -> str:
-        return f"{self.fraction:.0%} of rows at {self.cut:g} nats"
+        return f"{self.fraction:.0%} of rows at {self.cut:g} {self.unit}"
+
+    @abstractmethod
+    def stops(self, draft: Draft, logs: Sequence[RolloutLog]) -> Tensor:
+        """Where each row wants to stop, (B, K)."""
+
+
+class Surprise(Rule):
+    """A row wants to stop at a token of more than `cut` nats, -log p of the student."""
+
+    unit = "nats"
 
     def stops(self, draft: Draft, logs: Sequence[RolloutLog]) -> Tensor:
         """Where each row wants to stop, (B, K)."""
         return -draft.student_logp.gather(-1, draft.proposal[..., None])[..., 0] > self.cut
 
 
-class Apart(NamedTuple):
-    """A row wants to stop at its second token if over its last 4 the mean divergence was more than `cut` thresholds."""
+class Apart(Rule):
+    """A row wants to stop at its second token if the mean divergence of its last 4 was above `cut` thresholds."""
 
-    cut: float
-    fraction: float
-
-    def __str__(self) -> str:
-        return f"{self.fraction:.0%} of rows at {self.cut:g} thresholds"
+    unit = "thresholds"
 
     def stops(self, draft: Draft, logs: Sequence[RolloutLog]) -> Tensor:
         """Where each row wants to stop, (B, K)."""
@@ -68,7 +78,6 @@ class Apart(NamedTuple):
         return torch.tensor(apart)[:, None] & (torch.arange(draft.proposal.shape[1]) > 0)
 
 
-Rule = Surprise | Apart
 RULES: list[Rule] = [Surprise(cut, fraction) for cut in (0.5, 1.5, 3.0) for fraction in (0.3, 0.7)]
 RULES += [Apart(cut, fraction) for cut in (0.5, 1.0) for fraction in (0.3, 0.7)]
 

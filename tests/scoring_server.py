@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sockets import running
 
 
 class ScoringServer(ThreadingHTTPServer):
@@ -127,13 +129,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@contextmanager
-def scoring(model: PreTrainedModel, *given: Any, **options: Any) -> Iterator[ScoringServer]:
-    with ScoringServer(model, *given, **options) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def scoring(model: PreTrainedModel, *given: Any, **options: Any) -> AbstractContextManager[ScoringServer]:
+    """A running server."""
+    return running(ScoringServer(model, *given, **options))

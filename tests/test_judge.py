@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from runs import switchkd
+from sockets import running
 from switchkd.errors import Stopped, UserError
 from switchkd.evaluation.endpoint import Budget, ChatEndpoint
 from switchkd.evaluation.judge import Judge, JudgedPair, verdict_in
@@ -73,12 +74,8 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("no_proxy", "*")
     stub = Stub()
-    thread = threading.Thread(target=stub.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield stub
-    stub.server.shutdown()
-    stub.server.server_close()
-    thread.join()
+    with running(stub.server):
+        yield stub
 
 
 def judge_at(stub: Stub, cache: Path, budget: Budget | None = None, parallel: int = 1, **settings: Any) -> Judge:

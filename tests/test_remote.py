@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sockets import running
 from switchkd.errors import Unreachable, UserError
 from switchkd.records import Prompt, Sampling
 from switchkd.rollout.law import Student
@@ -30,14 +30,8 @@ SHORT = Sampling(max_new_tokens=4)
 
 @contextmanager
 def serving(backend: Any, host: str = "127.0.0.1", **options: Any) -> Iterator[RolloutServer]:
-    with RolloutServer(backend, host, 0, **options) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(RolloutServer(backend, host, 0, **options)) as server:
+        yield server
 
 
 def url_of(server: RolloutServer) -> str:

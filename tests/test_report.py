@@ -7,7 +7,6 @@ import hashlib
 import http.client
 import json
 import re
-import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 import switchkd
 from reports import HOSTILE, log_events, rollout_line, write_json_lines, write_report_run
+from sockets import running
 from switchkd.errors import UserError
 from switchkd.report.curves import charts
 from switchkd.report.page import page
@@ -244,12 +244,8 @@ def served(tmp_path: Path) -> Iterator[tuple[FollowServer, Path]]:
     def data() -> dict[str, Any]:
         return {**gather(sources_of([folder]), most_rollouts=9, version="0", follow=True)}
 
-    with FollowServer(0, data, lambda: files_read(sources_of([folder]))) as server:
-        thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01))
-        thread.start()
+    with running(FollowServer(0, data, lambda: files_read(sources_of([folder])))) as server:
         yield server, folder
-        server.shutdown()
-        thread.join()
 
 
 def ask(server: FollowServer, path: str, method: str = "GET", **headers: str) -> tuple[http.client.HTTPResponse, bytes]:

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import urllib.request
 from typing import Any
+from urllib.parse import urlsplit
 
 from switchkd.errors import UserError
 
@@ -13,7 +14,7 @@ _HIDDEN = "[key]"
 
 
 def key_in(variable: str) -> str:
-    """The key in an environment variable, "" where there is none. Raises UserError for one that no request could carry."""
+    """The key in an environment variable, or "" if it is not set. Raises UserError if no header can carry the key."""
     key = os.environ.get(variable, "").strip() if variable else ""
     # Python's own message for a header that cannot be sent shows the header.
     if not (key.isascii() and (key.isprintable() or not key)):
@@ -32,6 +33,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_encrypted(url: str, variable: str, remedy: str) -> None:
+    """Raise UserError, which ends with `remedy`, if the key in `variable` would travel to another machine over plain http.
+
+    Raises UserError too for a key that no header can carry, whatever the address.
+    """
+    key, parts = key_in(variable), urlsplit(url)
+    if key and parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        raise UserError(f"{url} is not encrypted, and ${variable} would go over the network as plain text; {remedy}")
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

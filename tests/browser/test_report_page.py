@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from reports import HOSTILE, rollout_line, write_json_lines, write_report_run
+from sockets import running
 from switchkd.report.page import page
 from switchkd.run.follow import FollowServer
 from switchkd.run.gathered import files_read, gather, sources_of
@@ -278,19 +278,13 @@ def test_the_page_follows_a_run(opened: Open, tmp_path: Path) -> None:
     def data() -> dict[str, Any]:
         return {**gather(sources_of([folder]), most_rollouts=9, version="0", follow=True)}
 
-    with FollowServer(0, data, lambda: files_read(sources_of([folder]))) as server:
-        thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01))
-        thread.start()
-        try:
-            page = opened(f"http://127.0.0.1:{server.port}/")
-            look_at(page, 4)
-            write_json_lines(folder / "rollouts.jsonl", [rollout_line(tokens=12), rollout_line(seed=1, step=6)])
-            WebDriverWait(page, 15).until(lambda _: len(all_of(page, ".rollout-list button")) == 2)
-            # What the reader was looking at is still there.
-            assert "position 4 " in one(page, ".inspector").text
-            assert one(page, "#live").text == "● following"
-            # A browser asks every site for an icon, and this one has no icon.
-            assert [each for each in complaints(page) if "favicon" not in each["message"]] == []
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(FollowServer(0, data, lambda: files_read(sources_of([folder])))) as server:
+        page = opened(f"http://127.0.0.1:{server.port}/")
+        look_at(page, 4)
+        write_json_lines(folder / "rollouts.jsonl", [rollout_line(tokens=12), rollout_line(seed=1, step=6)])
+        WebDriverWait(page, 15).until(lambda _: len(all_of(page, ".rollout-list button")) == 2)
+        # What the reader was looking at is still there.
+        assert "position 4 " in one(page, ".inspector").text
+        assert one(page, "#live").text == "● following"
+        # A browser asks every site for an icon, and this one has no icon.
+        assert [each for each in complaints(page) if "favicon" not in each["message"]] == []

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from switchkd.errors import UserError
-from switchkd.web import NoRedirect, is_loopback, key_in, without_key
+from switchkd.web import NoRedirect, check_encrypted, key_in, without_key
 
 KEY_ENV = "OPENAI_API_KEY"
 # A server that is busy, or was for a moment.
@@ -89,12 +89,7 @@ class ChatEndpoint:
         address = urlsplit(self.url)
         if address.scheme not in ("http", "https") or not address.hostname or address.username or address.query:
             raise UserError(f"the endpoint {self.url!r} is no URL such as https://api.openai.com/v1; correct it")
-        has_key = bool(self._key())
-        if address.scheme == "http" and has_key and not is_loopback(address.hostname):
-            raise UserError(
-                f"{self.url} is not encrypted, and ${self.key_env} would go over the network as plain text; use https, or "
-                f"name a variable that is not set with --key-env"
-            )
+        check_encrypted(self.url, self.key_env, "use https, or name a variable that is not set with --key-env")
 
     def _key(self) -> str:
         return key_in(self.key_env)

@@ -22,13 +22,13 @@ _FEW = (2, 4, 8)
 _MEMORY = 0.8
 # Before anything is known nine of ten proposals are taken to stand.
 _STOOD_BEFORE, _FELL_BEFORE = 9.0, 1.0
-# A row is taken to be like all rows, as if it had been seen for so many tokens.
+# A row starts from the average of all rows, which counts as this many tokens of its own.
 _LIKE_ALL = 2.0
 
 
 @dataclass(frozen=True)
 class _Machine:
-    """What starting a layer, eager and in a graph, reading a weight, and a block itself take, in multiplications of a weight."""
+    """Costs in multiplications of a weight: of starting a layer (eager, in a graph), reading a weight, and handling a block."""
 
     eager_layer: float
     graph_layer: float
@@ -50,31 +50,31 @@ def check_block_size(block_size: int | str | None) -> None:
 
 @dataclass(frozen=True)
 class ForwardCost:
-    """What a forward takes, in multiplications of a weight, whatever it reads and for each position that it reads."""
+    """The cost of a forward, in multiplications of a weight: a fixed part, and a part for each position that it reads."""
 
-    whatever: float = 0.0
+    fixed: float = 0.0
     each_position: float = 0.0
 
     def of(self, positions: int) -> float:
-        """That of a forward over so many positions of all rows together."""
-        return self.whatever + self.each_position * positions
+        """The cost of one forward. `positions` counts those of all rows."""
+        return self.fixed + self.each_position * positions
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What a block takes: the student's steps, the teacher's forward where it reads the block, and what comes beside both."""
+    """The cost of a block: the student's steps, the teacher's forward if it reads the block, and the work outside both models."""
 
     student: ForwardCost
     teacher: ForwardCost = ForwardCost()
     beside: float = 0.0
 
     def of(self, size: int, rows: int) -> float:
-        """That of a block of `size` positions for `rows` rows."""
+        """The cost of one block, `size` tokens long, for `rows` rows."""
         return size * self.student.of(rows) + self.teacher.of(size * rows) + self.beside
 
 
 def block_cost(pair: ModelPair, *, reads_teacher: bool, graphs: bool) -> BlockCost:
-    """What blocks of a pair take, by the models' sizes and the student's device."""
+    """The cost of this pair's blocks, estimated from the models' sizes and the student's device."""
     machine = _CPU if pair.student.device.type == "cpu" else _GPU
     layer = machine.graph_layer if graphs else machine.eager_layer
 
@@ -89,27 +89,28 @@ def block_cost(pair: ModelPair, *, reads_teacher: bool, graphs: bool) -> BlockCo
 
 
 class Drafts:
-    """What of late has become of a row's proposals, older blocks counting less."""
+    """How many of a row's recent proposals stood and fell. Older blocks count less."""
 
     def __init__(self) -> None:
         self.stood = 0.0
         self.fell = 0.0
 
     def learn(self, stood: int, fell: bool) -> None:
-        """Take in a block: how many proposals stood, and whether one fell behind them, or ended the text."""
+        """Count a block: `stood` proposals were kept, and `fell` says whether the next one was rejected or ended the text."""
         self.stood = _MEMORY * self.stood + stood
         self.fell = _MEMORY * self.fell + fell
 
 
 class BlockChooser:
-    """Chooses block sizes: a fixed one, or for "auto" the one that promises to be done first.
+    """Chooses block sizes: a fixed one, or for "auto" the one that should finish the call first.
 
     With acceptance a (the share of proposals that stand, given that all before them did), a block of k keeps
-    1 + a + ... + a^(k-1) tokens of a row, and takes what `cost` says. While prompts wait, the most tokens for the cost are the
-    best. Once none does, the row that is the furthest from its end decides: a row on which the models never agree would else hold
-    up the call with drafts that never stand.
+    1 + a + ... + a^(k-1) tokens of a row, and costs what `cost` says. While prompts wait, the best size keeps the most tokens for
+    its cost. Once none waits, the slowest row decides. Otherwise a row on which the models never agree would hold up the call with
+    drafts that never stand.
 
-    With `few_sizes`, for each costs a graph, they are 2, 4 and 8 or the fixed one, and may exceed the room that is left.
+    `few_sizes` allows only 2, 4 and 8, or the fixed size, since each size costs a graph. A block may then exceed what is left to
+    write.
     """
 
     def __init__(
@@ -122,15 +123,15 @@ class BlockChooser:
         self._all = Drafts()
 
     def learn(self, drafts: Drafts, stood: int, fell: bool) -> None:
-        """Take in what became of a row's block; see `Drafts.learn`."""
+        """Count a row's block, for the row and for all rows; see `Drafts.learn`."""
         drafts.learn(stood, fell)
         self._all.stood += stood
         self._all.fell += fell
 
     def choose(self, rows: Sequence[tuple[Drafts, int]], *, waiting: bool) -> int:
-        """The size of the next block for rows with so many tokens of room, at most the largest room but with `few_sizes`.
+        """The size of the next block, in tokens. Each row brings its drafts and the number of tokens it may still write.
 
-        `waiting`: whether prompts wait for a row to end.
+        `waiting` says whether prompts wait for a free row. Without `few_sizes` no block exceeds the most that a row may write.
         """
         largest = self.largest if self.few_sizes else min(self.largest, max(room for _, room in rows))
         if self.fixed is not None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from switchkd.errors import UserError
 from switchkd.models.pair import PROBES
 from switchkd.records import Example, Prompt, Rollout, TopLogp
 from switchkd.serving.connection import Connection, Refused
-from switchkd.web import is_loopback, key_in
+from switchkd.web import check_encrypted
 
 KEY_ENV = "SWITCHKD_TEACHER_KEY"
 _COMPLETIONS, _MODELS, _TOKENIZE = "/v1/completions", "/v1/models", "/tokenize"
@@ -64,11 +63,7 @@ class RemoteTeacher:
     ) -> None:
         url, _, name = address.partition("#")
         self._server = Connection(url.rstrip("/").removesuffix("/v1"), KEY_ENV, retries=retries, timeout=timeout)
-        parts = urlsplit(url)
-        if parts.scheme == "http" and key_in(KEY_ENV) and not is_loopback(parts.hostname or ""):
-            raise UserError(
-                f"{url} is not encrypted, and ${KEY_ENV} would go over the network as plain text; use https or a tunnel"
-            )
+        check_encrypted(url, KEY_ENV, "use https or a tunnel")
         self.url = self._server.url
         self.vocabulary_size = vocabulary_size
         self.top_k = min(top_k, vocabulary_size)
