@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -135,20 +136,26 @@ seen = st.tuples(st.integers(1, 300), st.integers(0, 16), st.booleans())
     st.lists(st.lists(seen, min_size=1, max_size=5), max_size=20),
     st.integers(1, 300),
     st.floats(0.5, 100),
-    st.booleans(),
+    st.sampled_from(["fixed", "open", None]),
     st.booleans(),
 )
 def test_never_more_than_the_room_and_never_less_than_one(
-    blocks: list[list[tuple[int, int, bool]]], limit: int, verification: float, few: bool, waiting: bool
+    blocks: list[list[tuple[int, int, bool]]],
+    limit: int,
+    verification: float,
+    graphs: Literal["fixed", "open"] | None,
+    waiting: bool,
 ) -> None:
-    chooser = BlockChooser("auto", limit, cost=cost_of(verification), few_sizes=few)
-    assert chooser.largest <= limit
+    chooser = BlockChooser("auto", limit, cost=cost_of(verification), graphs=graphs)
+    # No graph is made for a single token.
+    least = 1 if graphs is None else 2
+    assert chooser.largest <= max(least, limit)
     for block in blocks:
         rows = [(Drafts(), room) for room, _, _ in block]
         size = chooser.choose(rows, waiting=waiting)
         room = max(room for _, room in rows)
-        assert 1 <= size <= (chooser.largest if few else min(room, chooser.largest))
-        assert not few or size in {2, 4, 8, chooser.largest}
+        assert least <= size <= max(least, min(room, chooser.largest))
+        assert graphs != "fixed" or size in {2, 4, 8}
         for (drafts, _), (_, stood, fell) in zip(rows, block, strict=True):
             chooser.learn(drafts, stood, fell)
 

@@ -6,7 +6,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import tiny_pair
 
+GRAPHS: tuple[Literal["fixed", "open"] | None, ...] = ("fixed", "open", None)
 SWITCH = Switch(threshold=0.15)
 SAMPLING = Sampling(max_new_tokens=13)
 # More prompts than rows, equal ones, one of a single token, and ends of text in between.
@@ -47,6 +48,12 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces everything into graphs, with shapes fixed and nothing asked of the host, but runs them without a C++ compiler."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: compiled(function, **how | {"backend": "aot_eager"}))
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of any size are packed."""
+    monkeypatch.setattr(graphs, "_LARGE_WEIGHT", 0)
 
 
 class HostReads(TorchFunctionMode):
@@ -145,6 +152,7 @@ def test_graphs_of_other_families(family: str) -> None:
 # The compiler itself calls what torch has deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.slow
+@pytest.mark.usefixtures("packed")
 def test_compiled_code_writes_the_same_tokens_and_follows_weights_that_change() -> None:
     """The real compiler, with packed weights: half a minute. `make slow` runs it."""
     # Without rotary positions: transformers makes their sines in float32 even here, and compiled ones differ in the last digits.
@@ -169,8 +177,11 @@ def test_warm_graphs_are_kept_over_calls_and_over_weights_that_change() -> None:
         for parameter in pair.student.parameters():
             parameter.mul_(1.01)
     graphs_before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # The student's step, the teacher's states and the comparison, once each whatever the rows and widths of the call.
+    # The student's step, the teacher's states and the comparison, once each whatever the rows, widths and blocks of the call.
     assert graphs_before == 3
+    chosen = SpeculativeEngine(pair, "auto", max_rows=4)
+    chosen.graphs = engine.graphs
+    chosen.generate(PROMPTS, SWITCH, SAMPLING)
     rollouts = engine.generate(PROMPTS, Switch(threshold=0.11), SAMPLING, seed=1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs_before
     expected = ReferenceEngine(pair).generate(PROMPTS, Switch(threshold=0.11), SAMPLING, seed=1)
@@ -186,6 +197,17 @@ def test_warm_graphs_are_kept_over_calls_and_over_weights_that_change() -> None:
     assert kept() is None
 
 
+def test_weights_are_packed_where_they_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = tiny_pair("llama")
+    assert not graphs.Graphs(pair).teacher_states.packs_weights
+    sizes = [each.numel() for each in pair.teacher.parameters() if each.ndim > 1]
+    monkeypatch.setattr(graphs, "_LARGE_WEIGHT", sum(sizes) // len(sizes))
+    assert graphs.Graphs(pair).teacher_states.packs_weights
+    monkeypatch.setattr(graphs, "_LARGE_WEIGHT", sum(sizes) // len(sizes) + 1)
+    assert not graphs.Graphs(pair).teacher_states.packs_weights
+
+
+@pytest.mark.usefixtures("packed")
 def test_packed_weights_are_numbered_by_model_and_state() -> None:
     pair, other = tiny_pair("llama"), tiny_pair("llama")
     first, second = (graphs.Graphs(each) for each in (pair, other))
@@ -223,15 +245,26 @@ def test_what_compile_says() -> None:
         SpeculativeEngine(tiny_pair("llama"), compile="yes")  # type: ignore[arg-type]
 
 
-def test_with_graphs_few_block_sizes_are_taken() -> None:
+def test_block_sizes_are_those_that_graphs_serve() -> None:
     cost = BlockCost(ForwardCost(1.0), ForwardCost(3.0))
-    chooser, rows = BlockChooser("auto", 40, cost=cost, few_sizes=True), [(Drafts(), 40)]
-    sizes = set()
-    for stood in [0] * 20 + [8] * 20:
-        sizes.add(size := chooser.choose(rows, waiting=False))
-        chooser.learn(rows[0][0], min(stood, size), stood < size)
-    assert sizes == {2, 4, 8}
-    assert BlockChooser(4, 40, cost=cost, few_sizes=True).choose([(Drafts(), 1)], waiting=False) == 4
+
+    def taken(graphs: Literal["fixed", "open"] | None) -> set[int]:
+        chooser, row, sizes = BlockChooser("auto", 40, cost=cost, graphs=graphs), Drafts(), set()
+        for stood in [0] * 20 + [16] * 40:
+            sizes.add(size := chooser.choose([(row, 40)], waiting=False))
+            chooser.learn(row, min(stood, size), stood < size)
+        # The last token of a text.
+        return sizes | {chooser.choose([(row, 1)], waiting=False)}
+
+    assert taken("fixed") == {2, 4, 8}
+    assert {1, 16} < taken(None)
+    assert 1 not in taken("open")
+    assert {2, 16} < taken("open")
+    last = {
+        graphs: BlockChooser(4, 40, cost=cost, graphs=graphs).choose([(Drafts(), 1)], waiting=False)
+        for graphs in GRAPHS
+    }
+    assert last == {"fixed": 4, "open": 2, None: 1}
 
 
 def test_on_cuda_the_device_times_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from switchkd.models.heads import base_of
 from switchkd.models.pair import ModelPair, parameter_count
 
 _LARGEST = 16
-# Each costs a graph.
+# Where each size costs a graph.
 _FEW = (2, 4, 8)
 # The weight of the old beside a new block: about five blocks count, soon enough after a change.
 _MEMORY = 0.8
@@ -109,17 +110,25 @@ class BlockChooser:
     its cost. Once none waits, the slowest row decides. Otherwise a row on which the models never agree would hold up the call with
     drafts that never stand.
 
-    `few_sizes` allows only 2, 4 and 8, or the fixed size, since each size costs a graph. A block may then exceed what is left to
-    write.
+    `graphs` are those of the draft loop. Each size costs a graph of fixed shapes, so there are few sizes. Open graphs serve all
+    sizes but 1, for which torch makes another. A block exceeds what is left to write only where no smaller size is allowed.
     """
 
     def __init__(
-        self, block_size: int | str | None, max_new_tokens: int, *, cost: BlockCost, few_sizes: bool = False
+        self,
+        block_size: int | str | None,
+        max_new_tokens: int,
+        *,
+        cost: BlockCost,
+        graphs: Literal["fixed", "open"] | None = None,
     ) -> None:
-        self.fixed = block_size if isinstance(block_size, int) else None
-        self.few_sizes = few_sizes
+        self.fixed = isinstance(block_size, int)
+        largest = block_size if isinstance(block_size, int) else _LARGEST
+        every = range(1 if graphs is None else min(2, largest), largest + 1)
+        few = (largest,) if self.fixed else _FEW
+        self.sizes: Sequence[int] = few if graphs == "fixed" else every
         self.cost = cost
-        self.largest = min(self.fixed or _LARGEST, max_new_tokens)
+        self.largest = self._allowed(max_new_tokens)[-1]
         self._all = Drafts()
 
     def learn(self, drafts: Drafts, stood: int, fell: bool) -> None:
@@ -131,16 +140,18 @@ class BlockChooser:
     def choose(self, rows: Sequence[tuple[Drafts, int]], *, waiting: bool) -> int:
         """The size of the next block, in tokens. Each row brings its drafts and the number of tokens it may still write.
 
-        `waiting` says whether prompts wait for a free row. Without `few_sizes` no block exceeds the most that a row may write.
+        `waiting` says whether prompts wait for a free row.
         """
-        largest = self.largest if self.few_sizes else min(self.largest, max(room for _, room in rows))
-        if self.fixed is not None:
-            return largest
+        sizes = self._allowed(min(self.largest, max(room for _, room in rows)))
+        if self.fixed:
+            return sizes[-1]
         stood, fell = self._all.stood + _STOOD_BEFORE, self._all.fell + _FELL_BEFORE
         like_all = _LIKE_ALL * stood / (stood + fell)
         each = [((drafts.stood + like_all) / (drafts.stood + drafts.fell + _LIKE_ALL), room) for drafts, room in rows]
-        sizes = [size for size in _FEW if size <= largest] if self.few_sizes else range(1, largest + 1)
-        return max(sizes or [largest], key=lambda size: self._worth(size, each, waiting=waiting))
+        return max(sizes, key=lambda size: self._worth(size, each, waiting=waiting))
+
+    def _allowed(self, room: int) -> Sequence[int]:
+        return [size for size in self.sizes if size <= room] or self.sizes[:1]
 
     def _worth(self, size: int, rows: Sequence[tuple[float, int]], *, waiting: bool) -> float:
         kept = [(1 - acceptance ** min(size, room)) / (1 - acceptance) for acceptance, room in rows]

@@ -172,7 +172,7 @@ class _Run:
             1 if sampling.no_repeat_ngram_size else engine.block_size,
             sampling.max_new_tokens,
             cost=block_cost(pair, reads_teacher=reads_teacher, graphs=self.graphs is not None),
-            few_sizes=self.graphs is not None,
+            graphs=self.graphs.shapes if self.graphs else None,
         )
         slots = len(prompts[order[0]].token_ids) + sampling.max_new_tokens + self.chooser.largest
         # Rows that a forward computes at least, and slots in few sizes, for a graph is made for a cache.

@@ -73,7 +73,7 @@ class BlockWriter:
         for step in range(size):
             with self.metrics.timing("student"):
                 # Graphs of fixed shapes look as far in all of a block, so that it takes those of one width.
-                end = longest + (size if self.graphs and self.graphs.fixed else step + 1)
+                end = longest + (size if self.graphs and self.graphs.shapes == "fixed" else step + 1)
                 reading = Reading(token[:, None], state.length + step, self._width(end))
                 at = Address(state.key, state.position + step)
                 token, logp = self._step(reading, at, noise[step], logs)
