@@ -57,7 +57,7 @@ def rollouts(task: Answer) -> Callable[[], Answer]:
     loaded = _pair(task)
     pair = _without_ends(loaded.student, loaded.teacher)
     compiled = {"compile": True} if task["compiled"] else {}
-    engine = SpeculativeEngine(pair, 4, len(task["prompts"]), **compiled)
+    engine = SpeculativeEngine(pair, max_rows=len(task["prompts"]), **compiled)
     policy = Switch(threshold=task["threshold"], decay="constant")
     sampling = Sampling(max_new_tokens=task["new_tokens"])
 
