@@ -12,7 +12,7 @@ from torch import Tensor
 from draws import ALPHA, DRAWS, PAIRS, addresses, drafted, follows
 from switchkd.distributions import draw
 from switchkd.distributions.draw import Draft, written_tokens
-from switchkd.distributions.noise import Address, gumbel, row_keys
+from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, uniform
 from switchkd.records import Prompt
 
 # Laws of two kinds beside each student: the teacher's, and one between the two models'.
@@ -134,6 +134,12 @@ def test_a_block_is_drawn_as_its_positions_are_up_to_the_first_replaced(greedy: 
         single = drafted(student_logp[at], draft.address.at(at), greedy=greedy)
         assert torch.equal(single.proposal, draft.proposal[at])
         alone[at], alone_replaced[at] = written_tokens(single, teacher_logp[at], by_teacher[at], greedy=greedy)
+    # Made beforehand, and for all rows at once, as where graphs draw.
+    made: dict[str, Any] = {"keep": uniform(draft.address, Stream.KEEP), "noise": gumbel}
+    for given, same in zip(
+        written_tokens(draft, teacher_logp, by_teacher, greedy=greedy, **made), (token, replaced), strict=True
+    ):
+        assert torch.equal(given, same)
     counted = alone_replaced.cumsum(dim=1) - alone_replaced.long() == 0
     assert torch.equal(token[counted], alone[counted])
     assert torch.equal(replaced[counted], alone_replaced[counted])

@@ -16,7 +16,7 @@ from scipy import stats
 
 from reference.sampling import shaped
 from switchkd.distributions import noise
-from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, uniform
+from switchkd.distributions.noise import Address, Stream, gumbel, row_keys, uniform, uniforms
 from switchkd.distributions.shaping import shaped_logp
 from switchkd.records import Prompt, Sampling
 
@@ -57,6 +57,12 @@ def test_noise_is_the_same_whatever_else_is_in_the_batch(stream: Stream) -> None
     some = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.4
     assert torch.equal(gumbel(grid.at(some), stream, 11), noise_BTV[some])
     assert torch.equal(uniform(grid.at(some), stream), uniform_BT[some])
+
+
+def test_uniforms_of_several_streams_are_those_of_each() -> None:
+    grid = addresses(range(5), range(7))
+    for found, stream in zip(uniforms(grid, *Stream), Stream, strict=True):
+        assert torch.equal(found, uniform(grid, stream))
 
 
 def test_noise_of_a_token_does_not_depend_on_the_size_of_the_vocabulary() -> None:

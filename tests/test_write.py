@@ -29,7 +29,6 @@ def written(policy: Policy, student: list[float], teacher: list[float], count: i
     """What the policy writes at `count` addresses where the models have these distributions, in float32."""
     student_logp, teacher_logp = (torch.tensor([p]).log() for p in (student, teacher))
     draft, everyones = drafted(student_logp.expand(count, -1), addresses(count)), teacher_logp.expand(count, -1)
-    coin = observe(policy, draft, compare(draft, everyones), [], Sampling()).coin
     # A law depends on the distributions alone, which are the same everywhere.
     decision = policy.decide(
         observe(policy, draft.rows(slice(1)), compare(draft.rows(slice(1)), teacher_logp), [], Sampling())
@@ -38,7 +37,7 @@ def written(policy: Policy, student: list[float], teacher: list[float], count: i
     mass = decision.blend.teacher_mass
     blend = Blend(decision.blend.logp.expand(count, -1), None if mass is None else mass.expand(count))
     everywhere = Decision(decision.by_teacher.expand(count), decision.threshold.expand(count), blend)
-    return write(everywhere, draft, everyones, coin, greedy=False)
+    return write(everywhere, draft, compare(draft, everyones), greedy=False)
 
 
 def agrees_with_its_mean(values: Tensor, mean: float) -> bool:
@@ -125,9 +124,9 @@ def test_no_rounding_makes_a_part_that_is_no_probability(policy: Policy) -> None
     """Tokens that one of the two all but excludes have a part of 0 or 1, which rounds to either side."""
     student_logp, teacher_logp = random_logps(10_000, 9, torch.float32)
     draft = drafted(student_logp, addresses(10_000))
-    positions = observe(policy, draft, compare(draft, teacher_logp), [], Sampling())
-    decision = policy.decide(positions)
-    found = write(decision, draft, teacher_logp, positions.coin, greedy=False)
+    compared = compare(draft, teacher_logp)
+    decision = policy.decide(observe(policy, draft, compared, [], Sampling()))
+    found = write(decision, draft, compared, greedy=False)
     assert float(found.teacher_part.min()) >= 0
     assert float(found.teacher_part.max()) <= 1
     assert decision.blend is not None
@@ -145,9 +144,9 @@ def test_a_law_that_is_one_models_has_its_numbers(policy: Policy, greedy: bool) 
     student_logp, teacher_logp = random_logps(400, 9, torch.float64)
     teacher_logp = torch.log_softmax(student_logp + 0.1 * teacher_logp, dim=-1)
     draft = drafted(student_logp, addresses(400), greedy)
-    positions = observe(policy, draft, compare(draft, teacher_logp), [], Sampling(temperature=0.0 if greedy else 1.0))
-    decision = policy.decide(positions)
-    found = write(decision, draft, teacher_logp, positions.coin, greedy=greedy)
+    compared = compare(draft, teacher_logp)
+    decision = policy.decide(observe(policy, draft, compared, [], Sampling(temperature=0.0 if greedy else 1.0)))
+    found = write(decision, draft, compared, greedy=greedy)
     assert torch.equal(found.by_teacher, decision.by_teacher)
     assert set(found.by_teacher.tolist()) == {Student: {False}, Teacher: {True}, Switch: {True, False}}[type(policy)]
     assert torch.equal(found.law_logp, torch.where(found.by_teacher, found.teacher_logp, found.student_logp))
@@ -166,7 +165,8 @@ def test_a_blend_writes_only_where_the_policy_says(mass: float | None, greedy: b
     masses = None if mass is None else torch.full((400,), mass, dtype=torch.float64)
     law_logp = torch.logaddexp(student_logp, teacher_logp) + math.log(0.5)
     decision = Decision(somewhere, torch.full((400,), math.nan), Blend(law_logp, masses))
-    found = write(decision, draft, teacher_logp, torch.zeros(400), greedy=greedy)
+    compared = compare(draft, teacher_logp)._replace(coin=torch.zeros(400))
+    found = write(decision, draft, compared, greedy=greedy)
     rest = ~somewhere
     assert torch.equal(found.token[rest], draft.proposal[rest])
     assert torch.equal(found.law_logp[rest], found.student_logp[rest])
@@ -184,8 +184,9 @@ def test_greedy_takes_the_likeliest_token_of_the_law(policy: Policy) -> None:
     student_logp, teacher_logp = random_logps(324, 9, torch.float64)
     teacher_logp = torch.log_softmax(0.5 * (student_logp + teacher_logp), dim=-1)
     draft = drafted(student_logp, addresses(324), greedy=True)
-    positions = observe(policy, draft, compare(draft, teacher_logp), [], Sampling(temperature=0))
-    found = write(policy.decide(positions), draft, teacher_logp, positions.coin, greedy=True)
+    compared = compare(draft, teacher_logp)
+    positions = observe(policy, draft, compared, [], Sampling(temperature=0))
+    found = write(policy.decide(positions), draft, compared, greedy=True)
     assert torch.equal(found.replaced, found.token != draft.proposal)
     wrote: set[bool] = set()
     for at in range(324):

@@ -27,6 +27,7 @@ from switchkd.loss.targets import Proximal
 from switchkd.models.heads import Head
 from switchkd.records import Prompt, Sampling
 from switchkd.rollout.law import Policy, Positions
+from switchkd.rollout.log import Compared
 from switchkd.rollout.policies import POLICIES
 from switchkd.rollout.write import write
 
@@ -125,7 +126,8 @@ def test_policies_and_what_they_write(policy: type[Policy], shape: tuple[int, ..
     if decision.blend is not None:
         assert decision.blend.logp.device == DEVICE
         assert decision.blend.teacher_mass is None or decision.blend.teacher_mass.device == DEVICE
-    written = write(decision, drafted(*shape, greedy=greedy), seen.teacher_logp, seen.coin, greedy=greedy)
+    compared = Compared(seen.teacher_logp, seen.divergence, seen.coin, torch.rand(shape, device=DEVICE))
+    written = write(decision, drafted(*shape, greedy=greedy), compared, greedy=greedy)
     assert {(each.device, each.shape) for each in written} == {(DEVICE, torch.Size(shape))}
 
 

@@ -9,12 +9,16 @@ Shape letters: B rows, K positions of a block, N selected positions, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from switchkd.distributions.noise import Address, Stream, gumbel, uniform
+
+# As `gumbel`.
+Noise = Callable[[Address, Stream, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,22 @@ def student_proposal(student_logp: Tensor, address: Address, *, greedy: bool, no
     return (student_logp + noise).argmax(dim=-1)
 
 
-def written_tokens(draft: Draft, law_logp: Tensor, elsewhere: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
+def written_tokens(
+    draft: Draft,
+    law_logp: Tensor,
+    elsewhere: Tensor,
+    *,
+    greedy: bool,
+    keep: Tensor | None = None,
+    noise: Noise | None = None,
+) -> tuple[Tensor, Tensor]:
     """The token written at each position (...), and where it replaces the proposal, bool (...).
 
     Where `elsewhere` (...) is False the law is the student's own, and the proposal stands. Where it is True the token is a draw
     from `law_logp` (..., V), coupled to the proposal; greedy, it is the law's argmax.
+
+    `keep` (...) is the uniform that says whether a proposal stands, if it has been made already. `noise`, if given, makes the
+    excess draw's for all rows at once, as a graph has to.
 
     A row of a block (B, K) ends where a proposal is first replaced. Past that place tokens are undefined: what was drafted
     there continued another prefix.
@@ -58,32 +73,33 @@ def written_tokens(draft: Draft, law_logp: Tensor, elsewhere: Tensor, *, greedy:
     if greedy:
         token = torch.where(elsewhere, law_logp.argmax(dim=-1), draft.proposal)
         return token, token != draft.proposal
-    replaced = elsewhere & ~_keeps_proposal(draft, law_logp)
+    keep = uniform(draft.address, Stream.KEEP) if keep is None else keep
+    replaced = elsewhere & ~_keeps_proposal(draft, law_logp, keep)
     if replaced.ndim > 1:
         # The first one ends its row's block, so the others would be drawn for nothing.
         replaced &= replaced.cumsum(dim=1) == 1
     one_each = replaced if replaced.ndim == 1 else replaced.any(dim=1)
     # A graph draws for every row, since its shapes are fixed. Without one the host is asked which rows need it.
-    in_graph = torch.compiler.is_compiling()
+    in_graph = noise is not None or torch.compiler.is_compiling()
     row_N = torch.arange(len(one_each), device=one_each.device) if in_graph else one_each.nonzero()[:, 0]
     token = draft.proposal.clone()
     at = (row_N,) if replaced.ndim == 1 else (row_N, replaced.int().argmax(dim=1)[row_N])
-    drawn_N = _excess_draw(draft.student_logp[at], law_logp[at], draft.address.at(at))
+    drawn_N = _excess_draw(draft.student_logp[at], law_logp[at], draft.address.at(at), noise or gumbel)
     token[at] = torch.where(replaced[at], drawn_N, token[at])
     return token, replaced
 
 
-def _keeps_proposal(draft: Draft, law_logp: Tensor) -> Tensor:
+def _keeps_proposal(draft: Draft, law_logp: Tensor, keep: Tensor) -> Tensor:
     """Where the student's proposal s is kept, bool (...): with probability min(1, law(s) / p_S(s))."""
     at_proposal = draft.proposal.unsqueeze(-1)
     log_ratio = (law_logp.gather(-1, at_proposal) - draft.student_logp.gather(-1, at_proposal)).squeeze(-1)
-    return uniform(draft.address, Stream.KEEP).log() < log_ratio
+    return keep.log() < log_ratio
 
 
-def _excess_draw(student_logp_NV: Tensor, law_logp_NV: Tensor, address: Address) -> Tensor:
+def _excess_draw(student_logp_NV: Tensor, law_logp_NV: Tensor, address: Address, noise: Noise) -> Tensor:
     """Ids (N,) from the normalized excess (law - p_S)+: the tokens where the proposals are not kept."""
     excess = (law_logp_NV.exp() - student_logp_NV.exp()).clamp_(min=0)
     # Rounding may leave no excess at all. The two distributions then differ in their last bits only, so the law itself will do.
     has_excess = excess.sum(dim=-1, keepdim=True) > 0
-    noise = gumbel(address, Stream.EXCESS, excess.shape[-1])
-    return (torch.where(has_excess, excess.log(), law_logp_NV) + noise).argmax(dim=-1)
+    noise_NV = noise(address, Stream.EXCESS, excess.shape[-1])
+    return (torch.where(has_excess, excess.log(), law_logp_NV) + noise_NV).argmax(dim=-1)

@@ -73,26 +73,36 @@ def _as_int32(x: Tensor) -> Tensor:
     return (((x + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)).to(torch.int32)
 
 
-def _open_unit(address: Address, stream: Stream, counters: Tensor) -> Tensor:
-    """Float32 uniforms strictly inside (0, 1), from 31 bits, shape of the address + (counters,)."""
-    place = _mix_32_(_as_int32(address.position * 4 + int(stream) + 0x3C6EF372))
-    low = _mix_32_(_as_int32(address.key) ^ place)
+def _open_unit(key: Tensor, place: Tensor, counters: Tensor) -> Tensor:
+    """Float32 uniforms strictly inside (0, 1), from 31 bits, shape of `place` + (counters,)."""
+    low = _mix_32_(_as_int32(key) ^ _mix_32_(_as_int32(place + 0x3C6EF372)))
     # The key's other half enters a round later, so that two addresses that collide in `low` still differ.
-    high = _mix_32_(_as_int32(address.key >> 31) + low)
+    high = _mix_32_(_as_int32(key >> 31) + low)
     bits = _mix_32_(counters * (0x9E3779B9 - (1 << 32)) ^ low.unsqueeze(-1))
     bits = _mix_32_(bits.add_(high.unsqueeze(-1))).bitwise_and_(0x7FFFFFFF)
     # Near 0 the uniforms keep float32's relative precision, which Gumbel noise needs; the clamp keeps rounding from giving 1.
     return bits.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
 
 
+def _place(address: Address, stream: Stream) -> Tensor:
+    return address.position * len(Stream) + int(stream)
+
+
+def uniforms(address: Address, *streams: Stream) -> tuple[Tensor, ...]:
+    """For each stream one float32 uniform in (0, 1) per address, in the address's shape."""
+    places = torch.stack([_place(address, stream) for stream in streams])
+    nothing = torch.zeros(1, dtype=torch.int32, device=address.key.device)
+    return _open_unit(address.key, places, nothing)[..., 0].unbind(dim=0)
+
+
 def uniform(address: Address, stream: Stream) -> Tensor:
     """One float32 uniform in (0, 1) per address, in the address's shape."""
-    return _open_unit(address, stream, torch.zeros(1, dtype=torch.int32, device=address.key.device))[..., 0]
+    return uniforms(address, stream)[0]
 
 
 def gumbel(address: Address, stream: Stream, vocabulary_size: int) -> Tensor:
     """Standard Gumbel noise, float32, the address's shape + (V,); the argmax of log p + noise is a draw from p."""
     counters = torch.arange(vocabulary_size, dtype=torch.int32, device=address.key.device)
     # If u is uniform, so is 1 - u; -log(1 - u) by log1p keeps the small exponentials exact.
-    exponential = torch.log1p(_open_unit(address, stream, counters).neg_()).neg_()
+    exponential = torch.log1p(_open_unit(address.key, _place(address, stream), counters).neg_()).neg_()
     return exponential.log_().neg_()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchkd.distributions.draw import Draft, student_proposal
+from switchkd.distributions.draw import Draft, Noise, student_proposal
 from switchkd.distributions.noise import Address
 from switchkd.distributions.shaping import shaped_logp
 from switchkd.models.heads import Head
@@ -76,9 +76,11 @@ def scored(head: Head, hidden: Tensor, draft: Draft, sampling: Sampling, weights
     return compare(draft, shaped_logp(head(hidden), sampling).to(draft.proposal.device))
 
 
-def written(decision: Decision, draft: Draft, compared: Compared, sampling: Sampling) -> Written:
+def written(
+    decision: Decision, draft: Draft, compared: Compared, sampling: Sampling, noise: Noise | None = None
+) -> Written:
     """The tokens of a draft, see `write`."""
-    return write(decision, draft, compared.teacher_logp, compared.coin, greedy=sampling.greedy)
+    return write(decision, draft, compared, greedy=sampling.greedy, noise=noise)
 
 
 def as_drafted(draft: Draft) -> Verdict:

@@ -11,7 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from switchkd.distributions.draw import Draft
-from switchkd.distributions.noise import Address
+from switchkd.distributions.noise import Address, gumbel
 from switchkd.errors import UserError
 from switchkd.models.pair import ModelPair
 from switchkd.rollout.block import scored, student_step, teacher_states, written
@@ -197,8 +197,9 @@ class Graphs:
         self.student_step = Graph(student_step, device)
         self.teacher_states = Graph(teacher_states, device, packs_weights=packs)
         self.scored = Graph(scored, device, packs_weights=packs)
+        self.noise = Graph(gumbel, device)
         # Not on a CPU, where torch 2.13's code of it ended in a segmentation fault (float64; tests/test_graphs.py).
-        self.written = Graph(written, device) if device.type == "cuda" else written
+        self.written = Graph(written, device) if device.type == "cuda" else partial(written, noise=self.noise)
 
     @contextmanager
     def call(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from switchkd.distributions.divergences import JensenShannon
 from switchkd.distributions.draw import Draft
-from switchkd.distributions.noise import Stream, uniform
+from switchkd.distributions.noise import Stream, uniforms
 from switchkd.records import FinishReason, Prompt, Rollout, Sampling, TopLogp
 from switchkd.rollout.law import Policy, Positions
 
@@ -85,16 +85,20 @@ class RolloutLog:
 
 
 class Compared(NamedTuple):
-    """At a draft: the teacher's log-probabilities (..., V), the divergence (...) of the two models in nats, and the coins (...)."""
+    """At a draft: the teacher's log-probabilities (..., V), and (...) each the divergence of the two models in nats, the coins, and
+    the uniforms that say whether a proposal stands.
+    """
 
     teacher_logp: Tensor
     divergence: Tensor
     coin: Tensor
+    keep: Tensor
 
 
 def compare(draft: Draft, teacher_logp: Tensor) -> Compared:
     """What every rollout records of a draft (...), whatever the policy."""
-    return Compared(teacher_logp, _DIVERGENCE(draft.student_logp, teacher_logp), uniform(draft.address, Stream.COIN))
+    divergence = _DIVERGENCE(draft.student_logp, teacher_logp)
+    return Compared(teacher_logp, divergence, *uniforms(draft.address, Stream.COIN, Stream.KEEP))
 
 
 def observe(

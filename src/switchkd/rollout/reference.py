@@ -157,9 +157,10 @@ class ReferenceEngine:
             check_numbers(student_at, None)
             unknown, nothing = torch.full_like(student_at, math.nan), torch.zeros_like(student_at)
             return [draft.proposal, nothing.bool(), unknown, unknown, student_at, unknown, student_at, nothing]
-        positions = observe(policy, draft, compare(draft, teacher_logp), logs, sampling)
+        compared = compare(draft, teacher_logp)
+        positions = observe(policy, draft, compared, logs, sampling)
         decision = policy.decide(positions)
-        written = write(decision, draft, teacher_logp, positions.coin, greedy=sampling.greedy)
+        written = write(decision, draft, compared, greedy=sampling.greedy)
         check_numbers(written.student_logp, positions.divergence)
         models = (written.student_logp, written.teacher_logp, written.law_logp)
         recorded = [written.token, written.by_teacher, positions.divergence, decision.threshold, *models]

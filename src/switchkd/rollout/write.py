@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchkd.distributions.draw import Draft, written_tokens
+from switchkd.distributions.draw import Draft, Noise, written_tokens
 from switchkd.rollout.law import Decision
+from switchkd.rollout.log import Compared
 
 
 class Written(NamedTuple):
@@ -28,10 +29,11 @@ class Written(NamedTuple):
     teacher_part: Tensor
 
 
-def write(decision: Decision, draft: Draft, teacher_logp: Tensor, coin: Tensor, *, greedy: bool) -> Written:
-    """The tokens of a draft under the decided laws. `coin` is that of `Positions`."""
-    blend, elsewhere = decision.blend, decision.by_teacher
-    token, replaced = written_tokens(draft, teacher_logp if blend is None else blend.logp, elsewhere, greedy=greedy)
+def write(decision: Decision, draft: Draft, compared: Compared, *, greedy: bool, noise: Noise | None = None) -> Written:
+    """The tokens of a draft under the decided laws. `noise` is that of `written_tokens`."""
+    blend, elsewhere, teacher_logp = decision.blend, decision.by_teacher, compared.teacher_logp
+    law_logp = teacher_logp if blend is None else blend.logp
+    token, replaced = written_tokens(draft, law_logp, elsewhere, greedy=greedy, keep=compared.keep, noise=noise)
     at_token = token.unsqueeze(-1)
     student_at, teacher_at = (logp.gather(-1, at_token)[..., 0] for logp in (draft.student_logp, teacher_logp))
     if blend is None:
@@ -44,7 +46,7 @@ def write(decision: Decision, draft: Draft, teacher_logp: Tensor, coin: Tensor, 
         # Rounding may leave the part of a token that only the teacher writes above 1.
         part = (blend.teacher_mass * (teacher_at - law_at).exp()).clamp(max=1)
         part = part.masked_fill(~elsewhere, 0.0)
-        by_teacher = coin < part
+        by_teacher = compared.coin < part
     return Written(token, replaced, by_teacher, student_at, teacher_at, law_at, part)
 
 

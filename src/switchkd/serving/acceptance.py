@@ -153,7 +153,7 @@ def _verdict(call: Call, group: Sequence[Request], draft: Draft, teacher_logits:
     compared = compare(draft, shaped_logp(teacher_logits, call.sampling))
     logs = [request.log for request in group]
     decision = call.policy.decide(observe(call.policy, draft, compared, logs, call.sampling))
-    writing = write(decision, draft, compared.teacher_logp, compared.coin, greedy=call.sampling.greedy)
+    writing = write(decision, draft, compared, greedy=call.sampling.greedy)
     margin = None
     if call.margin_top_k:
         margin = teacher_margin(draft.student_logp, compared.teacher_logp, call.margin_top_k)
