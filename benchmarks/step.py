@@ -45,7 +45,7 @@ QUICK: dict[str, tuple[int, ...]] = {"quick": (4,)}
 # The most that a step may take, as a multiple of TRL's time: by default, and by pair and batch.
 TARGETS = {ON_POLICY: 0.8, SWITCH: 1.25}
 OWN_TARGETS: dict[str, dict[int, float]] = {
-    DEMO: {8: 1.2}, "5M/40M": {8: 1.9, 32: 0.95}, "10M/120M": {32: 0.95}, "50k": {8: 1.0}, "131k": {8: 1.0}
+    DEMO: {8: 1.2, 32: 0.95}, "5M/40M": {8: 1.9, 32: 0.95}, "10M/120M": {32: 0.95}, "50k": {8: 1.0}, "131k": {8: 1.0}
 }  # fmt: skip
 SHARE = 0.5
 # So small that the student hardly changes: the shares and lengths of the first step are those of the last.
