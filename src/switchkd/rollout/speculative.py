@@ -47,8 +47,8 @@ class SpeculativeEngine:
     of the longest prompt + `max_new_tokens` + one block, and is kept for the next call. Neither setting changes a token.
 
     `compile` makes graphs of the student's step, the teacher's forward, its comparison and, on CUDA, the draw: true, false, or
-    "auto", true on CUDA. The first block of a new shape then compiles, for seconds to minutes. Rows, caches and widths are padded
-    to powers of two. The policy itself runs outside the graphs, and so does, with a warning, whatever torch cannot compile.
+    "auto", true on CUDA. The first block of a new shape then compiles, for seconds to minutes. On CUDA rows, caches and widths are
+    padded to powers of two. The policy itself runs outside the graphs, and so does, with a warning, whatever torch cannot compile.
 
     `hidden_device` is where kept hidden states go; None leaves them on the teacher's device. With `margin_top_k` each token's
     `teacher_margin` over so many candidates is recorded where a teacher runs. Models whose caches cannot take a
