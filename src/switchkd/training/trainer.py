@@ -12,29 +12,25 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from switchkd.errors import Unreachable
-from switchkd.evaluation.measures import scores_named
 from switchkd.loss.measures import MEASURE_NAMES, sums_of
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine
-from switchkd.rollout.law import Student
 from switchkd.serving.teacher import is_address
 from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.costs import Costs
-from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers, without_repeats
+from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers
 from switchkd.training.engine import engine_of
+from switchkd.training.evaluating_trainer import EvaluatingTrainer
 from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
 from switchkd.training.outlook import check_call, check_room, describe_training, teacher_in_words
-from switchkd.training.scored_answers import ScoredAnswers
-from switchkd.training.sharded_trainer import ShardedTrainer
-from switchkd.training.shared_teacher import let_others_read
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from switchkd.training.teacher_share_alarm import teacher_share_alarm
@@ -44,9 +40,6 @@ from switchkd.training.written_step import WrittenStep
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-# The sample that evaluations draw: no training step and no calibration does.
-_EVALUATION = -(1 << 33)
 
 
 class TrainerOptions(TypedDict, total=False):
@@ -58,7 +51,7 @@ class TrainerOptions(TypedDict, total=False):
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 
 
-class SwitchTrainer(ShardedTrainer):
+class SwitchTrainer(EvaluatingTrainer):
     """Trains a student on text that student and teacher write together; the call is that of `transformers.Trainer`.
 
     `model` and `teacher_model` are names or models. No teacher is needed for method "sft", "self" is the student without its
@@ -120,8 +113,6 @@ class SwitchTrainer(ShardedTrainer):
         self._learns_from = teacher_in_words(pair, self.remote)
         self._make_parts(engine)
         self._step_started, self._step_tokens = 0.0, 0
-        self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
-        self._answers = ScoredAnswers()
 
     def _make_parts(self, engine: Engine | None) -> None:
         """What makes a step's text and its loss, and what counts and measures both."""
@@ -222,10 +213,6 @@ class SwitchTrainer(ShardedTrainer):
         loss = loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
         return (loss, {"report": report}) if return_outputs else loss
 
-    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # transformers moves tensors alone.
-        return {**self._prepare_inputs(inputs), "batch": inputs["batch"].to(self.args.device)}
-
     def _measure_speed(self) -> None:
         if self._step_tokens:
             self._meters.add("train_tokens_per_second", self._step_tokens, time.perf_counter() - self._step_started)
@@ -240,78 +227,6 @@ class SwitchTrainer(ShardedTrainer):
         if "train_runtime" in logs:
             logs = {**logs, **self.costs.totals(self._gathered)}
         super().log(logs, start_time)
-
-    def _gathered(self, values: Tensor) -> Tensor:
-        """Values of all processes, along the first axis, on the CPU."""
-        # Of one process they stay there: not every device has float64.
-        alone = self.accelerator.num_processes == 1
-        return values if alone else self.accelerator.gather(values.to(self.args.device)).cpu()
-
-    def _without_repeats(self, examples: Sequence[Example], rows: int) -> Sequence[Example]:
-        """The examples of a loader's newest batch, without those that fill up the last step; see `without_repeats`."""
-        accelerator = self.accelerator
-        filled_up = accelerator.even_batches and not self.args.dataloader_drop_last
-        if not filled_up or not accelerator.gradient_state.end_of_dataloader:
-            return examples
-        return without_repeats(examples, rows, accelerator.process_index, accelerator.num_processes)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token.
-
-        It is the sum over all their tokens / their number, whatever the batches and processes. Of a set of prompts alone, the
-        responses are rollouts of the student as it is now, with the same draws in each evaluation. These are what
-        `eval_scores` scores, and the means are metrics as well.
-        """
-        references = getattr(dataloader.dataset, "references", {})
-        self._answers = ScoredAnswers(scores_named(self.args.eval_scores), references, self.pair.tokenizer)
-        self._eval_rows, self._eval_sum, self._eval_tokens = len(dataloader.dataset), 0.0, 0.0
-        with self.reading():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        sums = torch.tensor([[self._eval_sum, self._eval_tokens]], dtype=torch.float64)
-        total, tokens = self._gathered(sums).sum(dim=0).tolist()
-        if output.metrics is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / (tokens or 1)
-            means = self._answers.means(self._gathered)
-            output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
-        return output
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **also_ignored: Any
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Add the batch's losses and tokens to the evaluation's. None is returned: the loop would take a mean of means."""
-        examples = self._without_repeats(inputs["examples"], self._eval_rows)
-        with self.pair.computing(), torch.no_grad(), self._head.kept():
-            # Other processes have rows, and a forward of a student in parts takes all of them.
-            answered = self._answered(examples) if examples else [replace(inputs["examples"][0], response_ids=())]
-            inputs = self._on_device(self._loss.inputs(self._loss.scored(answered)))
-            let_others_read()
-            loss, _ = self._loss(model, inputs, 1)
-        self._eval_sum += float(loss)
-        self._eval_tokens += inputs["denominator"]
-        return None, None, None
-
-    def _answered(self, examples: Sequence[Example]) -> Sequence[Example | Rollout]:
-        """The examples, or where they are prompts alone, what the student writes after them; its answers are scored if asked."""
-        prompts_alone = not any(example.response_ids for example in examples)
-        if not prompts_alone and not self._answers.scores:
-            return examples
-        asks_teacher = self.plan.objective.reads_logp and self.pair.teacher is not None
-        keep = self.plan.kept_of_teacher if asks_teacher else None
-        prompts = [replace(example.prompt, sample_id=_EVALUATION) for example in examples]
-        rollouts = self.engine.generate(
-            prompts, policy=Student(), sampling=self.args.sampling, seed=self.args.seed, keep_teacher=keep
-        )
-        self._answers.add(rollouts)
-        return rollouts if prompts_alone else examples
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`; True resumes from the last checkpoint that is complete, or raises UserError."""
