@@ -38,6 +38,13 @@ class RolloutMetrics:
         """Forwards of the teacher, prefills included."""
         return self.forwards["teacher"]
 
+    def add(self, other: RolloutMetrics) -> None:
+        """Add what another call did."""
+        self.tokens += other.tokens
+        self.drafted += other.drafted
+        for mine, theirs in ((self.forwards, other.forwards), (self.seconds, other.seconds)):
+            mine.update({part: mine.get(part, 0) + value for part, value in theirs.items()})
+
     @property
     def acceptance(self) -> float:
         """Written tokens per drafted token, 0 to 1."""

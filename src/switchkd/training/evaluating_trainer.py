@@ -5,7 +5,7 @@ What is summed here is divided once, by the whole set's count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from switchkd.training.scored_answers import ScoredAnswers
 from switchkd.training.sharded_trainer import ShardedTrainer
 from switchkd.training.shared_teacher import let_others_read
 from switchkd.training.step_loss import StepLoss
+from switchkd.training.taught import Taught
 
 # The sample that evaluations draw: no training step and no calibration does.
 _EVALUATION = -(1 << 33)
@@ -33,6 +34,7 @@ class EvaluatingTrainer(ShardedTrainer):
     """A trainer that evaluates by its `plan`'s objective and scores answers; whoever trains makes the parts."""
 
     pair: ModelPair
+    taught: Mapping[str, Taught]
     plan: Plan
     engine: Engine
     _loss: StepLoss
@@ -88,7 +90,8 @@ class EvaluatingTrainer(ShardedTrainer):
         prompts_alone = not any(example.response_ids for example in examples)
         if not prompts_alone and not self._answers.scores:
             return examples
-        asks_teacher = self.plan.objective.reads_logp and self.pair.teacher is not None
+        is_here = any(each.pair.teacher is not None for each in self.taught.values())
+        asks_teacher = self.plan.objective.reads_logp and is_here
         keep = self.plan.kept_of_teacher if asks_teacher else None
         prompts = [replace(example.prompt, sample_id=_EVALUATION) for example in examples]
         rollouts = self.engine.generate(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from switchkd.errors import Unreachable
-from switchkd.loss.measures import MEASURE_NAMES, sums_of
+from switchkd.errors import Unreachable, UserError
+from switchkd.loss.measures import MEASURE_NAMES, rows_of, sums_by_teacher, sums_of, teacher_names
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine
-from switchkd.serving.teacher import is_address
 from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.costs import Costs
@@ -30,12 +29,12 @@ from switchkd.training.evaluating_trainer import EvaluatingTrainer
 from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
-from switchkd.training.outlook import check_call, check_room, describe_training, teacher_in_words
+from switchkd.training.outlook import check_call, check_room, describe_training, teachers_in_words
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
+from switchkd.training.taught import TeacherModel, first_pair, keep_ends, named, taught_student
 from switchkd.training.teacher_share_alarm import teacher_share_alarm
 from switchkd.training.teacher_text import teacher_text
-from switchkd.training.trained_pair import keep_ends, remote_teacher, trained_pair
 from switchkd.training.written_step import WrittenStep
 
 if TYPE_CHECKING:
@@ -55,8 +54,10 @@ class SwitchTrainer(EvaluatingTrainer):
     """Trains a student on text that student and teacher write together; the call is that of `transformers.Trainer`.
 
     `model` and `teacher_model` are names or models. No teacher is needed for method "sft", "self" is the student without its
-    adapter, and an address, http://host:8000, a teacher on a server of vLLM's (docs/vllm.md). `model` may be a `ModelPair` too,
-    which brings teacher and tokenizer. `processing_class` is the tokenizer of both (by default that of the student's name).
+    adapter, and an address, http://host:8000, a teacher on a server of vLLM's (docs/vllm.md). Several teachers are a mapping,
+    {"math": ..., "chat": ...}, and each row names its own in its column `args.teacher_column` (docs/data.md). `model` may be a
+    `ModelPair` too, which brings teacher and tokenizer. `processing_class` is the tokenizer of all (by default that of the
+    student's name).
     `train_dataset` and `eval_dataset` hold rows as data/rows.py reads them, or `Example` records. `peft_config` makes the student
     an adapter.
 
@@ -74,7 +75,7 @@ class SwitchTrainer(EvaluatingTrainer):
     def __init__(
         self,
         model: ModelPair | PreTrainedModel | str,
-        teacher_model: PreTrainedModel | str | None = None,
+        teacher_model: TeacherModel | Mapping[str, TeacherModel] | None = None,
         args: SwitchConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -86,45 +87,50 @@ class SwitchTrainer(EvaluatingTrainer):
         check_call(args, model, teacher_model)
         self.plan = args.plan
         args.check_evaluation(has_data=eval_dataset is not None)
-        here = None if is_address(teacher_model) else teacher_model
-        self.pair = pair = trained_pair(model, here, processing_class, peft_config, args)
-        self.remote = remote_teacher(teacher_model, pair, args)
-        check_one_device(args, pair)
-        keep_ends(pair)
+        self.taught = taught = taught_student(model, teacher_model, processing_class, peft_config, args)
+        self.pair = pair = first_pair(taught)
+        for each in taught.values():
+            check_one_device(args, each.pair)
+        keep_ends(taught)
         # For the model card; a run knows better names.
-        self.origins = origins_of(pair, self.remote)
+        self.origins = origins_of(taught)
         args.learning_rate = learning_rate_for(pair.student, args.learning_rate)
         engine = options.pop("engine", None)
         super().__init__(
             model=pair.student,
             args=args,
             data_collator=with_row_numbers,
-            train_dataset=training_examples(train_dataset, pair, args),
-            eval_dataset=evaluation_examples(eval_dataset, pair, args),
+            train_dataset=training_examples(train_dataset, taught, args),
+            eval_dataset=evaluation_examples(eval_dataset, taught, args),
             processing_class=pair.tokenizer,
             **dict[str, Any](**options),
         )
-        check_room(pair, args, self.train_dataset, self.eval_dataset, self.remote)
+        check_room(taught, args, self.train_dataset, self.eval_dataset)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not self.is_deepspeed_enabled:
             warn_if_weights_stand_still(pair.student, args)
         # Our loss is divided by the whole step's count, so the trainer must not divide it again.
         self.loss_is_scaled_for_ga = True
         # Before its weights leave for another place.
-        self._learns_from = teacher_in_words(pair, self.remote)
+        self._learns_from = teachers_in_words(taught)
         self._make_parts(engine)
         self._step_started, self._step_tokens = 0.0, 0
 
     def _make_parts(self, engine: Engine | None) -> None:
         """What makes a step's text and its loss, and what counts and measures both."""
-        args, pair, plan = self.args, self.pair, self.plan
-        reading = self._read_whole(pair)
+        args, plan = self.args, self.plan
+        if engine is not None and named(self.taught):
+            raise UserError(
+                "engine is given, but there are several teachers, each with an engine of its own; leave it out"
+            )
+        reading = self._read_whole(self.taught)
         with self.reading():
             self.engine = engine or engine_of(reading, args, in_parts=self.in_parts)
-            self._loss = StepLoss(pair, plan, rows=args.train_batch_size, teacher=self.remote or reading.teacher)
+            self._loss = StepLoss(self.taught, plan, rows=args.train_batch_size, reading=reading)
         self.costs = Costs(args)
         self._loss.on_forward = self.costs.count
         self._loss.before_head = self._head.gather
-        self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
+        by_teacher = teacher_names(named(self.taught))
+        self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES, *by_teacher])
         self._text = StepText(args, reading, self._meters, self.train_dataset or ())
         for callback in filter(None, (self.costs, self._text.share, teacher_share_alarm(plan))):
             self.add_callback(callback)
@@ -185,6 +191,8 @@ class SwitchTrainer(EvaluatingTrainer):
                 self._save_checkpoint(self.pair.student, None)
                 raise
         self._text.keep_scored(sequences)
+        for name in named(self.taught):
+            self._meters.add(rows_of(name), sum(each.prompt.teacher == name for each in examples), len(examples))
         # As many micro-batches as the loader gave: transformers counts them to find the end of a step.
         batches = self._loss.micro_batches(sequences, max(map(len, loaded)))
         self._step_tokens = sum(inputs["batch"].response_tokens for inputs in batches)
@@ -207,7 +215,7 @@ class SwitchTrainer(EvaluatingTrainer):
         measure = every > 0 and self.state.global_step % every == 0
         with self.pair.computing():
             loss, report = self._loss(model, inputs, denominator, measure=measure)
-        for name, total, count in sums_of(report, inputs["batch"]):
+        for name, total, count in chain(*(sums(report, inputs["batch"]) for sums in (sums_of, sums_by_teacher))):
             self._meters.add(name, total, count)
         # Data parallelism takes the mean of the processes' gradients; ours are parts of one sum.
         loss = loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
@@ -235,12 +243,13 @@ class SwitchTrainer(EvaluatingTrainer):
             named = None if resume_from_checkpoint is True else resume_from_checkpoint
             checkpoint = checkpoint_to_resume(named, str(self.args.output_dir))
         if self._text.replay is not None:
-            self._text.replay.load(checkpoint)
-        if self.plan.teacher_text is not None and self.pair.teacher is not None:
+            self._text.replay.load(checkpoint, self.taught)
+        teachers = {name: each.pair.teacher for name, each in self.taught.items() if each.pair.teacher is not None}
+        if self.plan.teacher_text is not None and teachers:
             with self.reading(), self.pair.computing():
                 engine = self.costs.counting(self.engine)
                 self.train_dataset = teacher_text(
-                    self.plan.teacher_text, self.pair.teacher, self.train_dataset, engine, self.args
+                    self.plan.teacher_text, teachers, self.train_dataset, engine, self.args
                 )
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
