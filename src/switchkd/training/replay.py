@@ -80,6 +80,8 @@ class ReplayBuffer:
             raise UserError(
                 f"{path} cannot be read ({error}), and the run goes on from its rollouts; resume from another checkpoint"
             ) from error
+        if "teachers" not in tensors:
+            raise UserError(f"{path} is of an earlier switchkd, which kept rollouts otherwise; begin the run again")
         found = _unpacked(tensors)
         if gone := next((each.prompt.teacher for each in found if each.prompt.teacher not in teachers), None):
             raise UserError(

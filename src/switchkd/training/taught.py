@@ -35,7 +35,7 @@ class Taught(NamedTuple):
 
 def taught_student(
     model: Student,
-    teacher_model: TeacherModel | Mapping[str, TeacherModel] | None,
+    teacher_model: PreTrainedModel | str | Mapping[str, TeacherModel] | None,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: PeftConfig | None,
     args: SwitchConfig,

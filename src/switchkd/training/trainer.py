@@ -75,7 +75,7 @@ class SwitchTrainer(EvaluatingTrainer):
     def __init__(
         self,
         model: ModelPair | PreTrainedModel | str,
-        teacher_model: TeacherModel | Mapping[str, TeacherModel] | None = None,
+        teacher_model: PreTrainedModel | str | Mapping[str, TeacherModel] | None = None,
         args: SwitchConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
