@@ -199,11 +199,7 @@ def _trainer(
     stopper, progress = StopCleanly(console), ConsoleProgress(console)
     trainer = SwitchTrainer(
         pair,
-        _several_teachers(stage, pair)
-        if stage.run.teachers
-        else None
-        if stage.run.is_teacher_named
-        else stage.run.teacher,
+        _beside_pair(stage, pair),
         args=stage.config,
         train_dataset=prepared.train,
         eval_dataset=prepared.eval,
@@ -225,9 +221,11 @@ def _trainer(
     return trainer, stopper, progress
 
 
-def _several_teachers(stage: Stage, pair: ModelPair) -> dict[str, TeacherModel]:
-    """The stage's teachers by name, those loaded that are here; just their names where nothing asks them."""
-    given: dict[str, TeacherModel] = {**(stage.run.teachers or {})}
+def _beside_pair(stage: Stage, pair: ModelPair) -> str | dict[str, TeacherModel] | None:
+    """The trainer's teacher where the pair has none: "self", a server, or several by name, loaded where anything asks them."""
+    if not stage.run.teachers:
+        return None if stage.run.is_teacher_named else stage.run.teacher
+    given: dict[str, TeacherModel] = {**stage.run.teachers}
     if not stage.config.plan.needs_teacher:
         return given
     place = stage.config.placement
