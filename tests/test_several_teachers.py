@@ -91,6 +91,18 @@ def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], toler
         )
 
 
+def _said(rollout: Rollout) -> tuple[Any, ...]:
+    """All numbers of a rollout but its threshold, which may be NaN."""
+    return (
+        rollout.token_ids,
+        rollout.written_by_teacher,
+        rollout.divergence,
+        rollout.student_logp,
+        rollout.teacher_logp,
+        rollout.finish_reason,
+    )
+
+
 # ------ rollouts
 
 
@@ -110,9 +122,7 @@ def test_each_rollout_is_the_one_of_its_own_teacher_alone(policy: Policy) -> Non
         wanted = alone.generate(own, policy, sampling, 3, "hidden")
         forwards += alone.metrics.teacher_forwards
         mine = [each for each in found if each.prompt.teacher == name]
-        assert [replace(each, teacher_hidden=None) for each in mine] == [
-            replace(each, teacher_hidden=None) for each in wanted
-        ]
+        assert [_said(each) for each in mine] == [_said(each) for each in wanted]
         for ours, theirs in zip(mine, wanted, strict=True):
             assert ours.teacher_hidden is not None
             assert theirs.teacher_hidden is not None
@@ -229,7 +239,7 @@ def test_each_position_is_compared_with_its_own_head(chunk: int, piece: int) -> 
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit_with_a_replay_of_both(tmp_path: Path) -> None:
-    options = {**METHODS["replay"], "replay_share": 0.9, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    options = {**METHODS["replay"], "replay_capacity": 6, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     whole = with_teachers(tmp_path / "whole", two(), **options)
     whole.train()
     resumed = with_teachers(tmp_path / "whole", two(), **options)
@@ -266,18 +276,16 @@ def test_the_log_has_each_teachers_rows_and_divergence(tmp_path: Path) -> None:
     assert line["teachers/math/divergence"] != pytest.approx(line["teachers/chat/divergence"], rel=0.1)
 
 
-def test_teachers_in_the_machines_memory_give_the_same(tmp_path: Path) -> None:
+def test_teachers_on_the_disk_give_the_same(tmp_path: Path) -> None:
     here = with_teachers(tmp_path / "here", two())
-    away = with_teachers(tmp_path / "away", two(), teacher_offload="disk")
-    assert away.taught["chat"].pair.teacher is not None
+    # Copies: their weights go.
+    copies = {name: copy.deepcopy(each) for name, each in two().items()}
+    away = with_teachers(tmp_path / "away", copies, teacher_offload="disk")
     for trainer in (here, away):
         trainer.train()
     assert_same_weights(weights(away), weights(here))
     # On the disk between the steps, both of them.
-    assert all(
-        each.pair.teacher is not None and each.pair.teacher.get_decoder().layers[0].mlp.up_proj.weight.numel() == 0
-        for each in away.taught.values()
-    )
+    assert [each.get_decoder().layers[0].mlp.up_proj.weight.numel() for each in copies.values()] == [0, 0]
 
 
 def test_the_teachers_text_is_each_rows_own_teachers(tmp_path: Path) -> None:
@@ -437,7 +445,7 @@ def test_records_of_no_known_teacher_are_refused(tmp_path: Path) -> None:
         ({"math": WIDE, "chat": "http://127.0.0.1:9"}, {"method": "gkd"}, "set teacher_signal"),
         (
             {"math": "http://127.0.0.1:9"},
-            {"method": "gkd", "teacher_signal": {}, "teacher_dtype": "float32"},
+            {"method": "gkd", "teacher_signal": {"top_k": 4}, "teacher_dtype": "float32"},
             "loaded by",
         ),
         (WIDE, {"teacher_column": "domain"}, "teacher_column is 'domain', but there is one teacher"),
@@ -538,7 +546,6 @@ def test_stages_may_have_several_teachers_one_or_none(models: Path, folder: Path
             {"teacher_column": "topic"},
             "12 rows: no column 'topic' names its teacher; the run's teachers are math, chat",
         ),
-        ({"teachers": {"math": "./teacher"}, "domain": 1}, "domain"),
     ],
     ids=str,
 )
