@@ -83,9 +83,10 @@ class ReplayBuffer:
         if "teachers" not in tensors:
             raise UserError(f"{path} is of an earlier switchkd, which kept rollouts otherwise; begin the run again")
         found = _unpacked(tensors)
-        if gone := next((each.prompt.teacher for each in found if each.prompt.teacher not in teachers), None):
+        gone = [each.prompt.teacher for each in found if each.prompt.teacher not in teachers]
+        if gone:
             raise UserError(
-                f"{path} has rollouts of the teacher {gone!r}, which is not there; go on with the same teachers"
+                f"{path} has rollouts of the teacher {gone[0]!r}, which is not there; go on with the same teachers"
             )
         self.rollouts.extend(found)
 

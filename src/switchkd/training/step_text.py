@@ -14,6 +14,7 @@ from transformers import TrainerState
 
 from switchkd.distributions.noise import Address, Stream, row_keys, uniform
 from switchkd.methods.config import SwitchConfig
+from switchkd.models.pair import ModelPair
 from switchkd.records import Example, FinishReason, Prompt, Rollout, Sampling
 from switchkd.rollout.engine import Engine, KeepTeacher, Progress, PromptLike
 from switchkd.rollout.law import Policy, Teacher
@@ -23,7 +24,6 @@ from switchkd.training.auto_threshold import CalibratedPolicy, calibration_promp
 from switchkd.training.meters import Meters
 from switchkd.training.replay import ReplayBuffer
 from switchkd.training.rewriting import rewritten
-from switchkd.training.taught import Taught
 from switchkd.training.written_step import WrittenStep
 
 TEXT_MEASURES = (
@@ -71,15 +71,15 @@ class _ToldEngine:
 class StepText:
     """Makes the training sequences of each step. Every choice is an addressed coin of (seed, row, step).
 
-    `replay` is the buffer of past rollouts, and `share` the schedule of the student's share, if the plan has them.
+    `pairs` are by the teacher's name. `replay` is the buffer of past rollouts, and `share` the schedule of the student's share, if the plan has them.
     """
 
     def __init__(
-        self, args: SwitchConfig, taught: Mapping[str, Taught], meters: Meters, examples: Sequence[Example]
+        self, args: SwitchConfig, pairs: Mapping[str, ModelPair], meters: Meters, examples: Sequence[Example]
     ) -> None:
         self.args = args
         self.plan = plan = args.plan
-        self.pairs = {name: each.pair for name, each in taught.items()}
+        self.pairs = pairs
         self.meters = meters
         # Those of the newest step, without the teacher's states, which are large.
         self.newest: list[Rollout] = []
@@ -93,7 +93,7 @@ class StepText:
         self.share = AdaptiveShare(plan.rollout_share, plan.share_rise) if plan.share_rise else None
         self.calibrated = None
         if plan.auto_threshold and isinstance(plan.policy, Switch):
-            prompts = calibration_prompts(examples, plan.auto_threshold.prompts, spread=len(taught) > 1)
+            prompts = calibration_prompts(examples, plan.auto_threshold.prompts, spread=len(pairs) > 1)
             self.calibrated = CalibratedPolicy(plan.auto_threshold, plan.policy, args, prompts)
 
     def sequences_of_step(

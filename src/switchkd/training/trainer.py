@@ -131,7 +131,8 @@ class SwitchTrainer(EvaluatingTrainer):
         self._loss.before_head = self._head.gather
         by_teacher = teacher_names(named(self.taught))
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES, *by_teacher])
-        self._text = StepText(args, reading, self._meters, self.train_dataset or ())
+        pairs = {name: each.pair for name, each in reading.items()}
+        self._text = StepText(args, pairs, self._meters, self.train_dataset or ())
         for callback in filter(None, (self.costs, self._text.share, teacher_share_alarm(plan))):
             self.add_callback(callback)
 
