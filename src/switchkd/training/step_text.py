@@ -71,7 +71,8 @@ class _ToldEngine:
 class StepText:
     """Makes the training sequences of each step. Every choice is an addressed coin of (seed, row, step).
 
-    `pairs` are by the teacher's name. `replay` is the buffer of past rollouts, and `share` the schedule of the student's share, if the plan has them.
+    `pairs` are by the teacher's name. `replay` is the buffer of past rollouts, and `share` the schedule of the student's share, if
+    the plan has them.
     """
 
     def __init__(
