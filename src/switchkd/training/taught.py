@@ -54,7 +54,9 @@ def taught_student(
         return {"": Taught(alone)}
     loaded = _loaded(teacher_model, alone, args)
     pairs = {
-        id(each.model): replace(alone, teacher=each.model, teacher_tokenizer=each.tokenizer) for each in loaded.values()
+        # Those with a tokenizer were loaded by name, and compared with the student's.
+        id(each.model): replace(alone, teacher=each.model, teacher_tokenizer=each.tokenizer, tokenizers_agree=True)
+        for each in loaded.values()
     }
     taught = {
         name: Taught(pairs[id(loaded[name].model)]) if name in loaded else Taught(alone, _remote(given, alone, args))
