@@ -277,13 +277,14 @@ def test_the_log_has_each_teachers_rows_and_divergence(tmp_path: Path) -> None:
 
 
 def test_teachers_on_the_disk_give_the_same(tmp_path: Path) -> None:
-    here = with_teachers(tmp_path / "here", two())
     # Copies: their weights go.
     copies = {name: copy.deepcopy(each) for name, each in two().items()}
-    away = with_teachers(tmp_path / "away", copies, teacher_offload="disk")
-    for trainer in (here, away):
-        trainer.train()
-    assert_same_weights(weights(away), weights(here))
+    texts, losses, gradients = trained(tmp_path / "away", copies, teacher_offload="disk")
+    wanted_texts, wanted_losses, wanted_gradients = trained(tmp_path / "here", two())
+    assert texts == wanted_texts
+    # In a file weights may begin at any eighth byte, and products round by where they begin.
+    assert losses == pytest.approx(wanted_losses, rel=TOLERANCE)
+    assert_close(gradients[0], wanted_gradients[0])
     # On the disk between the steps, both of them.
     assert [each.get_decoder().layers[0].mlp.up_proj.weight.numel() for each in copies.values()] == [0, 0]
 
@@ -487,7 +488,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
     save(WIDE, tiny_tokenizer(), folder / "chat")
     save(WIDE, tiny_tokenizer(("other", "words")), folder / "foreign")
     rows = [json.loads(line) for line in (models / "data.jsonl").read_text().splitlines()]
-    write_rows(folder / "named.jsonl", [{**row, "domain": ("math", "chat")[at % 2]} for at, row in enumerate(rows)])
+    write_rows(
+        folder / "named.jsonl", [{**row, "domain": ("math", "chat")[at // 4 % 2]} for at, row in enumerate(rows)]
+    )
     return folder
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from typing import Any
 
 import torch
 
@@ -216,5 +217,6 @@ class Batch:
         """The same batch on another device, but for the log-probabilities: not every device has float64."""
         names = [field.name for field in fields(self) if not field.name.endswith(("_logp_BT", "margin_BT"))]
         held = {name: value for name in names if isinstance(value := getattr(self, name), torch.Tensor | TopLogp)}
+        moved: dict[str, Any] = {name: each.to(device) for name, each in held.items()}
         hidden = self.teacher_hidden and {name: states.to(device) for name, states in self.teacher_hidden.items()}
-        return replace(self, **{name: each.to(device) for name, each in held.items()}, teacher_hidden=hidden)
+        return replace(self, **moved, teacher_hidden=hidden)

@@ -42,8 +42,10 @@ class RolloutMetrics:
         """Add what another call did."""
         self.tokens += other.tokens
         self.drafted += other.drafted
-        for mine, theirs in ((self.forwards, other.forwards), (self.seconds, other.seconds)):
-            mine.update({part: mine.get(part, 0) + value for part, value in theirs.items()})
+        for model, forwards in other.forwards.items():
+            self.forwards[model] = self.forwards.get(model, 0) + forwards
+        for part, seconds in other.seconds.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     @property
     def acceptance(self) -> float:

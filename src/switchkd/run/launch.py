@@ -245,7 +245,7 @@ def _teacher_names(trainer: SwitchTrainer, stage: Stage) -> str | dict[str, str 
     """What the card calls the teacher, or each of several: as the run file does, but for one on a server."""
     if not stage.config.plan.needs_teacher:
         return None
-    given = stage.run.teachers or {"": stage.run.teacher}
+    given: dict[str, str | None] = {**stage.run.teachers} if stage.run.teachers else {"": stage.run.teacher}
     names = {name: each.remote.name if each.remote else given[name] for name, each in trainer.taught.items()}
     return names.get("") if "" in names else names
 

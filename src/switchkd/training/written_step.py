@@ -40,4 +40,8 @@ class WrittenStep:
                 self.pairs, lambda pair: SpeculativeEngine(pair, max_rows=len(prompts), compile=False)
             )
             found += engine.generate(prompts, self.writer, self.sampling, self.seed)
-        return [(each, *read_again(self.pairs[each.prompt.teacher], [each], self.sampling)) for each in found]
+        return [
+            (each, reading)
+            for each in found
+            for reading in read_again(self.pairs[each.prompt.teacher], [each], self.sampling)
+        ]
