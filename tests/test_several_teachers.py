@@ -36,7 +36,9 @@ from switchkd.run.file import run_from_values
 from switchkd.run.written import read_log
 from switchkd.training.auto_threshold import calibration_prompts
 from switchkd.training.machine import check_sharding
+from switchkd.training.replay import ReplayBuffer
 from switchkd.training.trainer import SwitchTrainer
+from switchkd.training.written_step import WrittenStep
 from tiny import EOS_ID, VOCABULARY, tiny_model, tiny_pair, tiny_tokenizer
 from trainers import (
     EXAMPLES,
@@ -150,6 +152,18 @@ def test_a_teacher_under_two_names_has_one_engine_and_whom_nobody_asks_needs_no_
         apart.generate([prompts[0], replace(prompts[1], teacher="mth")], Student())
 
 
+def test_a_second_reading_is_by_the_rows_own_teacher() -> None:
+    pairs = {name: ModelPair(PAIR.student, each) for name, each in two().items()}
+    sampling, policy, prompts = Sampling(6), Switch(threshold=0.3), [each.prompt for each in NAMED[:2]]
+    rollouts = EngineByTeacher(pairs, SpeculativeEngine).generate(prompts, policy, sampling, 3)
+    # The second one is not of this step, but written anew.
+    found = WrittenStep(1, rollouts[:1], pairs, policy, sampling, 3).read_again(1, prompts[1:])
+    assert [rollout.token_ids for rollout, _ in found] == [rollout.token_ids for rollout in rollouts]
+    for rollout, reading in found:
+        assert reading.teacher is not None
+        assert reading.teacher.logp == pytest.approx(rollout.teacher_logp, abs=TOLERANCE)
+
+
 # ------ training
 
 
@@ -248,6 +262,14 @@ def test_a_resumed_run_is_the_same_bit_for_bit_with_a_replay_of_both(tmp_path: P
     kept = resumed._text.replay
     assert kept is not None
     assert {each.prompt.teacher for each in kept.rollouts} == {"math", "chat"}
+    kept.save(tmp_path)
+    again = ReplayBuffer(6)
+    again.load(tmp_path, two())
+    for ours, theirs in zip(again.rollouts, kept.rollouts, strict=True):
+        assert (ours.prompt, ours.token_ids) == (theirs.prompt, theirs.token_ids)
+        assert ours.teacher_hidden is not None
+        assert theirs.teacher_hidden is not None
+        assert torch.equal(ours.teacher_hidden, theirs.teacher_hidden)
     other = with_teachers(tmp_path / "whole", {"math": WIDE}, [NAMED[0]], **options)
     with pytest.raises(UserError, match="has rollouts of the teacher 'chat', which is not there"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
@@ -303,6 +325,9 @@ def test_the_teachers_text_is_each_rows_own_teachers(tmp_path: Path) -> None:
     again = with_teachers(tmp_path, models, swapped, method="seqkd", max_steps=1)
     with pytest.raises(UserError, match="was made with other prompts"):
         again.train()
+    changed = {**models, "chat": tiny_model("llama", hidden=48, seed=8)}
+    with pytest.raises(UserError, match="was made with other weights"):
+        with_teachers(tmp_path, changed, method="seqkd", max_steps=1).train()
 
 
 def test_a_rollout_is_rewritten_by_its_own_teacher(tmp_path: Path) -> None:
@@ -346,11 +371,17 @@ def test_a_threshold_is_calibrated_on_rows_of_all_sources() -> None:
 
 
 def test_all_ends_are_written_into_the_student_and_count_for_their_teachers_rows_alone(tmp_path: Path) -> None:
-    other = copy.deepcopy(WIDE)
-    other.generation_config.eos_token_id = [EOS_ID, 9]
+    other, ends = copy.deepcopy(WIDE), [EOS_ID, *range(9, VOCABULARY)]
+    other.generation_config.eos_token_id = ends
     trainer = with_teachers(tmp_path, {"math": first_teacher(), "chat": other})
-    assert trainer.pair.student.generation_config.eos_token_id == [EOS_ID, 9]
-    assert (trainer.taught["math"].pair.eos_ids, trainer.taught["chat"].pair.eos_ids) == ((EOS_ID,), (EOS_ID, 9))
+    assert trainer.pair.student.generation_config.eos_token_id == ends
+    assert (trainer.taught["math"].pair.eos_ids, trainer.taught["chat"].pair.eos_ids) == ((EOS_ID,), (*ends,))
+    # In the student's own text as well, which no teacher is asked about.
+    found = trainer.engine.generate([each.prompt for each in NAMED], Student(), Sampling(10), 3)
+    for name, each in trainer.taught.items():
+        own = [rollout for rollout in found if rollout.prompt.teacher == name]
+        wanted = SpeculativeEngine(each.pair).generate([rollout.prompt for rollout in own], Student(), Sampling(10), 3)
+        assert [rollout.token_ids for rollout in own] == [rollout.token_ids for rollout in wanted]
 
 
 # ------ rows
