@@ -30,6 +30,8 @@ RUNS = ("runs/run", "runs/switch", "runs/gkd")
 DATA = ("my-prompts.jsonl", "held-out.jsonl", "a.jsonl", "prompts.jsonl")
 CHATS = ("chats.jsonl", "my-chats.jsonl")
 TABLES = ("qa.csv", "b.csv")
+# Each row of it names a teacher, math or chat.
+WITH_TEACHERS = "mixed.jsonl"
 
 # What is made smaller: settings of a run, in blocks and behind `switchkd train`; options of commands; numbers in Python.
 SMALLER_RUN: dict[str, Any] = {

@@ -33,7 +33,7 @@ def test_examples_and_rollouts_in_one_batch():
     assert batch.rolled_out_BT.tolist() == [[False] * 4, [False, True, True, True]]
     assert batch.written_by_teacher_BT.tolist() == [[False] * 4, [False, True, False, True]]
     assert batch.response_tokens == 4
-    assert batch.teacher_hidden_NH is None
+    assert batch.teacher_hidden is None
     assert (batch.input_ids_BT.dtype, batch.attention_mask_BT.dtype) == (torch.int64, torch.int64)
 
 
@@ -88,24 +88,26 @@ def test_teacher_hidden_is_in_the_order_of_the_counted_positions():
         for r, ids in enumerate(responses)
     ]
     batch = collate(rollouts, PAD)
-    assert batch.teacher_hidden_NH.shape == (batch.response_tokens, HIDDEN)
-    assert batch.teacher_hidden_NH[:, 0].tolist() == batch.input_ids_BT[batch.response_mask_BT].tolist()
+    (hidden_NH,) = batch.teacher_hidden.values()
+    assert hidden_NH.shape == (batch.response_tokens, HIDDEN)
+    assert hidden_NH[:, 0].tolist() == batch.input_ids_BT[batch.response_mask_BT].tolist()
 
 
 @pytest.mark.parametrize("other", [example([1], [2]), rollout([1], [2], [False])], ids=["example", "rollout"])
 def test_one_sequence_without_teacher_hidden_leaves_the_batch_without(other):
     batch = collate([rollout([1], [2], [True], torch.zeros(1, HIDDEN)), other], PAD)
-    assert batch.teacher_hidden_NH is None
+    assert batch.teacher_hidden is None
 
 
 @pytest.mark.parametrize("hidden", [None, torch.zeros(1, HIDDEN)], ids=["without hidden", "with hidden"])
 def test_a_batch_moves_whole(hidden):
     moved = collate([rollout([1], [2], [True], hidden)], PAD).to("meta")
-    tensors = [getattr(moved, field.name) for field in dataclasses.fields(moved)]
+    fields = [getattr(moved, field.name) for field in dataclasses.fields(moved)]
+    tensors = [*filter(torch.is_tensor, fields), *(moved.teacher_hidden or {}).values()]
     # Not every device has float64.
-    places = {(tensor.device.type, tensor.dtype == torch.float64) for tensor in tensors if tensor is not None}
+    places = {(tensor.device.type, tensor.dtype == torch.float64) for tensor in tensors}
     assert places == {("meta", False), ("cpu", True)}
-    assert (moved.teacher_hidden_NH is None) == (hidden is None)
+    assert (moved.teacher_hidden is None) == (hidden is None)
 
 
 ids = st.lists(st.integers(0, 9), min_size=1, max_size=6)

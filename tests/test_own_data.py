@@ -167,7 +167,7 @@ def test_streams_of_datasets_are_not_read_as_rows() -> None:
 def test_the_run_files_of_the_docs_are_run_files() -> None:
     text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     for block in blocks:
         run = run_from_values({"student": "a", "output_dir": "b", **yaml.safe_load(block)}, "in docs/data.md")
         assert sources_of(run.train_data)

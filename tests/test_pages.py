@@ -51,6 +51,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [(f"one two says w{30 + n}", f"sun w{30 + n} and rain") for n in range(8)]
     for name in pages.DATA:
         write_rows(folder / name, [{"prompt": prompt, "completion": answer} for prompt, answer in texts])
+    named = [{"prompt": prompt, "teacher": ("math", "chat")[n % 2]} for n, (prompt, _) in enumerate(texts)]
+    write_rows(folder / pages.WITH_TEACHERS, named)
     for name in pages.CHATS:
         roles = ("user", "assistant")
         chats = [[{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)] for pair in texts]
@@ -156,7 +158,7 @@ def run_yaml(block: Block) -> None:
         return
     whole = {
         "student": "STUDENT",
-        "teacher": "TEACHER",
+        **({} if "teachers" in given else {"teacher": "TEACHER"}),
         "train_data": "a.jsonl",
         **given,
         "output_dir": f"runs/{file.stem}",

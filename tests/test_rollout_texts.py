@@ -134,7 +134,7 @@ class OneTokenEngine:
 def begun(examples: Sequence[Example], step: int, **settings: Any) -> list[Prompt]:
     """The prompts of one step of ten."""
     args = SwitchConfig(output_dir="unused", method="gkd", **{"max_new_tokens": NEW_TOKENS, **settings})
-    text = StepText(args, ModelPair(tiny_pair("llama", layers=1).student), Meters(TEXT_MEASURES), examples)
+    text = StepText(args, {"": ModelPair(tiny_pair("llama", layers=1).student)}, Meters(TEXT_MEASURES), examples)
     engine: Any = OneTokenEngine()
     state = TrainerState(global_step=step, max_steps=10)
     return [each.prompt for each in text.sequences_of_step(examples, state, engine, log=lambda measured: None)]

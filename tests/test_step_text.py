@@ -41,7 +41,7 @@ def written(
 ) -> tuple[list[Example | Rollout], OneTokenEngine, dict[str, float]]:
     """The sequences of one step, the engine that wrote them, and what was measured."""
     args, engine, meters = SwitchConfig(output_dir="unused", **settings), OneTokenEngine(), Meters(TEXT_MEASURES)
-    text = StepText(args, ModelPair(tiny_pair("llama", layers=1).student), meters, examples)
+    text = StepText(args, {"": ModelPair(tiny_pair("llama", layers=1).student)}, meters, examples)
     sequences = text.sequences_of_step(examples, TrainerState(global_step=step), engine, log=dict)
     return sequences, engine, meters.drain(lambda sums: sums)
 

@@ -6,9 +6,10 @@ Shape letters used in the whole package: B rows, T positions, V vocabulary, H hi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from typing import Any
 
 import torch
 
@@ -31,6 +32,8 @@ class Prompt:
 
     The last `begun` tokens are the beginning of a response, taken from another text. They count as part of `max_new_tokens`,
     and where `trains_beginning` they are trained on, like the data set's text.
+
+    `teacher` is the name of the teacher that takes part and is learned from, where a run has several; it moves no noise.
     """
 
     token_ids: tuple[int, ...]
@@ -38,6 +41,7 @@ class Prompt:
     sample_id: int = 0
     begun: int = 0
     trains_beginning: bool = False
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,9 +178,10 @@ class Batch:
     rollout says so; `student_logp_BT`, `teacher_logp_BT` and `law_logp_BT` (float64, nats) are the token's log-probability
     under each model and under the law that wrote it, when it was written, and `margin_BT` (float64, nats) the teacher's margin
     there, 0 where there is no rollout and NaN where it was not recorded; they stay on the CPU. `beginning_BT` (bool) is True
-    at the response tokens of a rollout's row that it began with, from another text. `teacher_hidden_NH` is the teacher's last
-    hidden state that predicted each counted token, row after row, where every sequence brought it, and `teacher_top_N` what it
-    found likeliest there, likewise.
+    at the response tokens of a rollout's row that it began with, from another text. `teachers` names each row's teacher.
+    `teacher_hidden` are the teachers' last hidden states that predicted each counted token, row after row, where every sequence
+    brought them: by name, each teacher's at its own rows' tokens (those of a run's only teacher under ""); `teacher_top_N` is what
+    the row's teacher found likeliest there, likewise.
     """
 
     input_ids_BT: torch.Tensor
@@ -184,12 +189,13 @@ class Batch:
     response_mask_BT: torch.Tensor
     rolled_out_BT: torch.Tensor
     written_by_teacher_BT: torch.Tensor
-    teacher_hidden_NH: torch.Tensor | None = None
+    teacher_hidden: Mapping[str, torch.Tensor] | None = None
     student_logp_BT: torch.Tensor | None = None
     teacher_logp_BT: torch.Tensor | None = None
     law_logp_BT: torch.Tensor | None = None
     margin_BT: torch.Tensor | None = None
     teacher_top_N: TopLogp | None = None
+    teachers: tuple[str, ...] = ()
 
     @property
     def beginning_BT(self) -> torch.Tensor:  # noqa: N802
@@ -202,8 +208,15 @@ class Batch:
         """The number of counted positions, N."""
         return int(self.response_mask_BT.sum())
 
+    def counted_of(self, teacher: str) -> torch.Tensor:
+        """Which of the counted positions (N,), bool on the CPU, are in rows of a teacher."""
+        rows_B = torch.tensor([name == teacher for name in self.teachers])
+        return rows_B[:, None].expand(self.response_mask_BT.shape)[self.response_mask_BT.cpu()]
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device, but for the log-probabilities: not every device has float64."""
         names = [field.name for field in fields(self) if not field.name.endswith(("_logp_BT", "margin_BT"))]
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+        held = {name: value for name in names if isinstance(value := getattr(self, name), torch.Tensor | TopLogp)}
+        moved: dict[str, Any] = {name: each.to(device) for name, each in held.items()}
+        hidden = self.teacher_hidden and {name: states.to(device) for name, states in self.teacher_hidden.items()}
+        return replace(self, **moved, teacher_hidden=hidden)

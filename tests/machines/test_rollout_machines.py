@@ -293,8 +293,9 @@ def test_kept_states_stay_on_their_device_unless_the_engine_is_told_otherwise() 
 def test_kept_states_of_two_devices_are_collated_on_the_accelerator() -> None:
     examples = [Example(Prompt((5, 6), row), (7, 8), torch.zeros(2, 4)) for row in range(2)]
     examples[1] = Example(examples[1].prompt, (7, 8), torch.zeros(2, 4, device="meta"))
-    states = collate(examples, 0).teacher_hidden_NH
-    assert states is not None
+    hidden = collate(examples, 0).teacher_hidden
+    assert hidden is not None
+    (states,) = hidden.values()
     assert states.device.type == "meta"
     assert states.shape == (4, 4)
 

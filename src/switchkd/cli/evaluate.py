@@ -101,6 +101,11 @@ def _models(options: EvaluationOptions) -> dict[str, str]:
         raise UserError(
             "the run removed layers from its student at the start, which no file keeps; leave --with-start out"
         )
+    if options.with_teacher and values.get("teachers"):
+        raise UserError(
+            f"the run in {run.parent} has several teachers ({', '.join(map(str, values['teachers']))}); leave --with-teacher "
+            f"out, and name those to be measured as models"
+        )
     if options.with_teacher and values.get("teacher") in (None, "self"):
         raise UserError(f"the run in {run.parent} names no teacher ({values.get('teacher')}); leave --with-teacher out")
     start = {START: str(values["student"])} if options.with_start else {}

@@ -21,7 +21,7 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
     """Prompts and responses as one Batch of shape (B, T), padded on the right to the longest sequence.
 
     Examples and rollouts may be mixed; an example's response counts as not written by the teacher. The batch has
-    `teacher_hidden` and `teacher_top` only where every sequence has. Raises ValueError for no sequences.
+    `teacher_hidden` (by teacher) and `teacher_top_N` only where every sequence has. Raises ValueError for no sequences.
     """
     if not sequences:
         raise ValueError("there are no sequences to collate; give at least one")
@@ -58,6 +58,7 @@ def collate(sequences: Sequence[Example | Rollout], pad_id: int) -> Batch:
         written_by_teacher_BT,
         _packed_teacher_hidden(sequences),
         teacher_top_N=_packed_teacher_top(sequences),
+        teachers=tuple(sequence.prompt.teacher for sequence in sequences),
         **{f"{name}_BT": values_BT for name, values_BT in measured.items()},
     )
 
@@ -67,13 +68,19 @@ def response_ids(sequence: Example | Rollout) -> tuple[int, ...]:
     return sequence.token_ids if isinstance(sequence, Rollout) else sequence.response_ids
 
 
-def _packed_teacher_hidden(sequences: Sequence[Example | Rollout]) -> torch.Tensor | None:
-    kept = [sequence.teacher_hidden for sequence in sequences if sequence.teacher_hidden is not None]
-    if len(kept) < len(sequences):
-        return None
+def _packed_teacher_hidden(sequences: Sequence[Example | Rollout]) -> dict[str, torch.Tensor] | None:
+    kept: dict[str, list[torch.Tensor]] = {}
+    for sequence in sequences:
+        if sequence.teacher_hidden is None:
+            return None
+        kept.setdefault(sequence.prompt.teacher, []).append(sequence.teacher_hidden)
+    return {teacher: _joined(states) for teacher, states in kept.items()}
+
+
+def _joined(states: Sequence[torch.Tensor]) -> torch.Tensor:
     # Those of this step are where the teacher is, replayed ones may be on the CPU.
-    device = next((hidden.device for hidden in kept if hidden.device.type != "cpu"), kept[0].device)
-    return torch.cat([hidden.to(device) for hidden in kept])
+    device = next((hidden.device for hidden in states if hidden.device.type != "cpu"), states[0].device)
+    return torch.cat([hidden.to(device) for hidden in states])
 
 
 def _packed_teacher_top(sequences: Sequence[Example | Rollout]) -> TopLogp | None:

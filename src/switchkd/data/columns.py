@@ -54,6 +54,11 @@ def with_columns(rows: Rows, columns: Mapping[str, str] | None) -> Rows:
 def _other_shapes(columns: Mapping[str, str]) -> set[str]:
     """The columns by which a row could be read in another shape than that of the mapped ones."""
     for name in columns:
+        if name == "teacher":
+            raise UserError(
+                f"columns maps 'teacher' to {columns[name]!r}, but what names a row's teacher is a setting of its own; set "
+                f"teacher_column: {columns[name]}"
+            )
         if name not in KNOWN_COLUMNS:
             raise UserError(f"columns maps {name!r}, which rows have no use for{did_you_mean(name, KNOWN_COLUMNS)}")
     shapes = [read for read in READ_BY.values() if columns.keys() <= set(read)]

@@ -45,18 +45,33 @@ class Rendering:
     `template_kwargs` go to the chat template, below those that a row brings. `add_bos` says whether a prompt that is text begins
     with what the tokenizer puts before one ("auto"), with its begin-of-text token ("always") or with itself ("never"); a chat
     begins as its template says. `train_turns` "all" makes an example of each of the assistant's turns. `prompts_alone` leaves the
-    responses out. Raises UserError for values out of range.
+    responses out. Where there are `teachers`, a row's column `teacher_column` names one of them, unless its source does. Raises
+    UserError for values out of range.
     """
 
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_bos: AddBos = "auto"
     train_turns: TrainTurns = "last"
     prompts_alone: bool = False
+    teacher_column: str = "teacher"
+    teachers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key, choices in (("add_bos", AddBos), ("train_turns", TrainTurns)):
             if getattr(self, key) not in get_args(choices):
                 raise UserError(f"{key} is {getattr(self, key)!r}; choose one of {', '.join(get_args(choices))}")
+
+    def teacher_of(self, row: SourceRow) -> str:
+        """The name of the row's teacher, "" where there is one for all. Raises BadRowError for one that is not known."""
+        if not self.teachers:
+            return ""
+        named = row.teacher or row.columns.get(self.teacher_column)
+        known = f"the run's teachers are {', '.join(self.teachers)}"
+        if named is None:
+            raise BadRowError(f"no column {self.teacher_column!r} names its teacher; {known}")
+        if named not in self.teachers:
+            raise BadRowError(f"{self.teacher_column} is {str(named)[:40]!r}, but {known}")
+        return str(named)
 
     def leading_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """What a prompt that is text begins with. Raises UserError where the tokenizer has no token to begin a text."""
@@ -129,13 +144,15 @@ class _Making:
         for row, prompt_ids, response_ids in _tokenize(self._rendered(rows), self.tokenizer, self.rendering):
             if faults.fits(row, len(prompt_ids), len(response_ids)):
                 copies = [row.index + copy * faults.rows for copy in range(row.copies)]
-                self.examples.add(copies, prompt_ids, response_ids[: faults.max_response_tokens])
+                response_ids = response_ids[: faults.max_response_tokens]
+                self.examples.add(copies, prompt_ids, response_ids, self.rendering.teacher_of(row))
 
     def _rendered(self, rows: Sequence[SourceRow]) -> list[_Rendered]:
         rendered = list[_Rendered]()
         for row in rows:
             try:
                 text = parse(row)
+                self.rendering.teacher_of(row)
                 if self.need_response and not text.references:
                     raise missing("response", row)
                 of_row = list(_rendered(row, text, self.tokenizer, self.rendering))

@@ -24,7 +24,7 @@ class SourceRow:
     """One row of a source: its columns, its index there from 0, and where a person finds it.
 
     `problem` says why the row could not be read, in general before a colon. Its columns are then empty. `copies` is how often
-    the row comes up in an epoch.
+    the row comes up in an epoch, and `teacher` the teacher that its source names for all its rows.
     """
 
     columns: Mapping[str, Any]
@@ -32,6 +32,7 @@ class SourceRow:
     where: str
     problem: str = ""
     copies: int = 1
+    teacher: str = ""
 
 
 class HubOutOfReachError(UserError):

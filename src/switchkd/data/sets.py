@@ -20,7 +20,7 @@ from switchkd.data.rows import (
     read_rows,
     rows_of_objects,
 )
-from switchkd.data.sources import Source, mixed, sources_of
+from switchkd.data.sources import Source, mixed, sources_of, taught_by
 from switchkd.data.world import BUCKETS, Split, make_rows
 from switchkd.errors import UserError
 from switchkd.models.hub import UNREACHABLE
@@ -149,7 +149,8 @@ def resolve(
             else _rows_of(each, split, data_dir, limit)
         )
         named = each.path in SETS or each.path in WORLDS
-        parts.append((with_columns(rows, each.columns or (None if named else columns)), each.weight))
+        rows = with_columns(rows, each.columns or (None if named else columns))
+        parts.append((taught_by(rows, each.teacher), each.weight))
     if len(parts) > 1 or sources[0].weight != 1:
         return mixed(parts, seed) if limit is None else mixed(parts, seed)[:limit]
     only = parts[0][0]

@@ -30,6 +30,9 @@ class Source:
     weight: float = setting(
         1.0, "How often each row comes up in an epoch; of 0.5, half of the rows, drawn by the seed."
     )
+    teacher: str | None = setting(
+        None, "The teacher of all its rows, one of the run's teachers; by default a column says it."
+    )
     streaming: bool = setting(False, "Read a hub set only as far as max_steps needs it.")
     shuffle_buffer: int = setting(0, "Rows of a stream among which the next one is drawn; 0 keeps their order.")
 
@@ -93,6 +96,13 @@ def _of_name(source: Source) -> Source:
         (rest if path in WORLDS else rest[::-1]) + [None] * (2 - len(rest)) if rest else (source.split, source.name)
     )
     return replace(source, path=path, split=split, name=name)
+
+
+def taught_by(rows: Rows, teacher: str | None) -> Rows:
+    """The rows, with the teacher that their source names for all of them."""
+    if not teacher:
+        return rows
+    return Rows(lambda: (replace(row, teacher=teacher) for row in rows), len(rows))
 
 
 def mixed(parts: Sequence[tuple[Rows | list[SourceRow], float]], seed: int) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
 import torch
@@ -17,6 +17,29 @@ _WRITERS = ("student_tokens", "teacher_tokens", "data_tokens")
 MEASURE_NAMES = tuple(
     name for measure in _MEASURES for name in (measure, *(f"{measure}/{part}" for part in (*_WRITERS, *BUCKET_NAMES)))
 )
+
+
+def teacher_names(teachers: Iterable[str]) -> list[str]:
+    """The names of what is measured for each of several teachers."""
+    return [name for teacher in teachers for name in (rows_of(teacher), divergence_from(teacher))]
+
+
+def rows_of(teacher: str) -> str:
+    """The name of the share of a step's rows that are a teacher's."""
+    return f"teachers/{teacher}/rows"
+
+
+def divergence_from(teacher: str) -> str:
+    """The name of the divergence at the tokens of a teacher's rows, in nats."""
+    return f"teachers/{teacher}/divergence"
+
+
+def sums_by_teacher(report: Report, batch: Batch) -> Iterator[tuple[str, float, int]]:
+    """Name, sum and number of tokens of the divergence for each teacher that the batch names."""
+    values = report.divergence_N.cpu().double()
+    for teacher in filter(None, dict.fromkeys(batch.teachers)) if values.numel() else ():
+        own = values[batch.counted_of(teacher)]
+        yield divergence_from(teacher), float(own.sum()), own.numel()
 
 
 def sums_of(report: Report, batch: Batch) -> Iterator[tuple[str, float, float]]:

@@ -5,6 +5,7 @@ Shape letters: N counted positions, C those of a chunk, P those of a piece, V vo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,12 +40,15 @@ class DenseTeacher:
 
     def compare(self, student_logp_PV: Tensor, at: slice, chunk: slice) -> tuple[Tensor, Tensor]:
         """See `TeacherSignal`."""
+        return student_logp_PV, self.logp(student_logp_PV, at, chunk)
+
+    def logp(self, like: Tensor, at: slice, chunk: slice) -> Tensor:
+        """The teacher's log-probabilities (P, V) in the type and on the device of `like`; positions as in `compare`."""
         logits_PV = self._logits_of(chunk)[at.start - chunk.start : at.stop - chunk.start]
         if at.stop == chunk.stop:
             # Freed here, or the student's next chunk and, after the last one, the backward pass would find it in memory.
             self._prepared = None
-        teacher_logp_PV = log_probabilities(logits_PV.to(student_logp_PV.device), self.loss_temperature)
-        return student_logp_PV, teacher_logp_PV.to(student_logp_PV)
+        return log_probabilities(logits_PV.to(like.device), self.loss_temperature).to(like)
 
     def _logits_of(self, chunk: slice) -> Tensor:
         # A piece alone would make too small a matrix product.
@@ -52,6 +56,35 @@ class DenseTeacher:
             with torch.no_grad():
                 self._prepared = chunk, self.head(self.hidden_NH[chunk].to(self.head.weight_VH.device))
         return self._prepared[1]
+
+
+@dataclass(frozen=True, eq=False)
+class DenseTeachers:
+    """The whole distributions of several teachers, each at its own positions; E = V.
+
+    `which_N` (N,), int64 on the CPU, is the place of each position's teacher among `teachers`, which hold their own positions
+    alone, in the same order.
+    """
+
+    which_N: Tensor
+    teachers: Sequence[DenseTeacher]
+
+    def compare(self, student_logp_PV: Tensor, at: slice, chunk: slice) -> tuple[Tensor, Tensor]:
+        """See `TeacherSignal`."""
+        teacher_logp_PV = torch.empty_like(student_logp_PV, requires_grad=False)
+        for place, teacher in enumerate(self.teachers):
+            is_own_N = self.which_N == place
+            own_P = is_own_N[at].nonzero()[:, 0].to(student_logp_PV.device)
+            if len(own_P):
+                # The positions of a piece follow each other among the teacher's own ones, too.
+                teacher_logp_PV[own_P] = teacher.logp(student_logp_PV, _among(is_own_N, at), _among(is_own_N, chunk))
+        return student_logp_PV, teacher_logp_PV
+
+
+def _among(is_own_N: Tensor, part: slice) -> slice:
+    """A part of all positions as one of those that a teacher has."""
+    before = int(is_own_N[: part.start].count_nonzero())
+    return slice(before, before + int(is_own_N[part].count_nonzero()))
 
 
 @dataclass(frozen=True, eq=False)

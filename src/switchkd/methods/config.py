@@ -127,6 +127,7 @@ class SwitchConfig(TransformersSettings):
     temperature: float = setting(1.0, "Sampling temperature of both models; 0 is greedy.")
     top_p: float = setting(1.0, "Nucleus of both models' sampling; 1 keeps every token.")
     top_k: int = setting(0, "Tokens kept in both models' sampling; 0 keeps every token.")
+    teacher_column: str = setting("teacher", "With several teachers: the column of the data that names each row's.")
     template_from: str = setting(
         "student", "Whose chat template writes conversations: student, teacher, or the path of a template file."
     )
@@ -237,7 +238,9 @@ class SwitchConfig(TransformersSettings):
     @property
     def rendering(self) -> Rendering:
         """How rows become text."""
-        return Rendering(self.chat_template_kwargs or {}, self.add_bos, self.train_turns)
+        return Rendering(
+            self.chat_template_kwargs or {}, self.add_bos, self.train_turns, teacher_column=self.teacher_column
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with components as the mappings that describe them."""

@@ -10,8 +10,11 @@ from switchkd.rollout.policies import POLICY
 _OF_LOADED = ("teacher_dtype", "teacher_model_init_kwargs")
 
 
-def check_remote_teacher(args: SwitchConfig, address: str) -> None:
-    """Raise UserError where a run needs more of its teacher than a server of vLLM's says of finished texts."""
+def check_remote_teacher(args: SwitchConfig, address: str, *, beside_loaded: bool = False) -> None:
+    """Raise UserError where a run needs more of its teacher than a server of vLLM's says of finished texts.
+
+    `beside_loaded`: settings of teachers that are loaded here have others to act on.
+    """
     plan = args.plan
     if args.vllm is not None:
         raise UserError(
@@ -42,6 +45,8 @@ def check_remote_teacher(args: SwitchConfig, address: str) -> None:
         raise UserError(
             f"teacher is {address}, and a server says its likeliest ids alone; set teacher_signal: {{top_k: 20}}"
         )
+    if beside_loaded:
+        return
     if args.teacher_offload != "none":
         raise UserError(f"teacher_offload is {args.teacher_offload!r}, but {address} is elsewhere; leave it out")
     for key in _OF_LOADED:

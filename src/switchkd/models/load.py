@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import torch
 from safetensors import SafetensorError
@@ -82,6 +82,48 @@ def load_pair(
         )
     tokenizers = tokenizer, teacher_tokenizer
     return ModelPair(student_model, teacher_model, *tokenizers, place.autocast_dtype, tokenizers_agree=True)
+
+
+class LoadedTeacher(NamedTuple):
+    """A teacher with the tokenizer that belongs to it, None where that is not known."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def load_teachers(
+    names: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> dict[str, LoadedTeacher]:
+    """Teachers by name, where `names` says what each is loaded from (see `find_source`); `options` go on to `load_model`.
+
+    What stands under two names is loaded once. Raises UserError, before any weight is read, where a teacher's tokenizer differs
+    from `tokenizer`, the student's.
+    """
+    tokenizers = load_tokenizers(names, tokenizer, trust_remote_code=trust_remote_code)
+    models = {
+        source: load_model(source, trust_remote_code=trust_remote_code, **options)
+        for source in dict.fromkeys(names.values())
+    }
+    return {name: LoadedTeacher(models[source], tokenizers[name]) for name, source in names.items()}
+
+
+def load_tokenizers(
+    names: Mapping[str, str], tokenizer: PreTrainedTokenizerBase | None, *, trust_remote_code: bool = False
+) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers of teachers by name. Raises UserError, naming the teacher, where one differs from the student's."""
+    found = {}
+    for name, source in names.items():
+        found[name] = theirs = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        if tokenizer is not None:
+            try:
+                check_tokenizers_agree(tokenizer, theirs, min(id_count(tokenizer), id_count(theirs)))
+            except UserError as error:
+                raise UserError(f"teacher {name} ({source}): {error}") from None
+    return found
 
 
 def load_model(

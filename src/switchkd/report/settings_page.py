@@ -22,7 +22,9 @@ Fields = Mapping[str, Field[Any]]
 
 # In the order in which somebody who writes a run file meets them. What is in no group stands in the last one.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "The run": ("student", "teacher", "train_data", "eval_data", "eval_scores", "data_dir", "output_dir", "stages"),
+    "The run": (
+        "student", "teacher", "teachers", "train_data", "eval_data", "eval_scores", "data_dir", "output_dir", "stages",
+    ),
     "Method": ("method", "policy", "divergence", "teacher_text_divergence", "target", "weight"),
     "The threshold of SWITCH": ("threshold", "decay", "decay_rate", "final_fraction"),
     "Where the text comes from": (
@@ -35,7 +37,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Length and sampling": ("max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "top_k"),
     "Data and chats": (
-        "columns", "skip_bad_rows", "template_from", "chat_template_kwargs", "add_bos", "train_turns",
+        "columns", "teacher_column", "skip_bad_rows", "template_from", "chat_template_kwargs", "add_bos", "train_turns",
     ),
     "Models and adapters": (
         "peft", "adapter", "student_quantization", "teacher_quantization", "student_drop_layers", "model_init_kwargs",

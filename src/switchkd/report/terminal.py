@@ -74,7 +74,8 @@ def rollout_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, color:
     text = Text()
     reason = str(rollout.finish_reason).replace("_", " ")
     heading = f"prompt {rollout.prompt.prompt_id}, sample {rollout.prompt.sample_id}: {len(rollout.token_ids)} tokens"
-    text.append(f"{heading}, teacher {rollout.teacher_share:.0%}, ended by {reason}\n", style="bold")
+    teacher = " ".join(filter(None, ("teacher", rollout.prompt.teacher)))
+    text.append(f"{heading}, {teacher} {rollout.teacher_share:.0%}, ended by {reason}\n", style="bold")
     prompt = str(tokenizer.decode(list(rollout.prompt.token_ids), clean_up_tokenization_spaces=False))
     text.append(visible(prompt), style="dim")
     if not prompt.endswith("\n"):

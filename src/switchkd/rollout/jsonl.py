@@ -62,9 +62,9 @@ def rollout_record(
 ) -> dict[str, Any]:
     """The rollout as JSON values: its texts and the fields of `Rollout`, with one list entry per token.
 
-    `texts` is what each token adds to the response. With a second `reading`, `student_favorites` and `teacher_favorites` are
-    added, and what no teacher said when the rollout was written. JSON has no NaN (no teacher, or no threshold) and no -inf (a
-    model excludes the token): both become null.
+    `texts` is what each token adds to the response. `teacher` is there where a run has several. With a second `reading`,
+    `student_favorites` and `teacher_favorites` are added, and what no teacher said when the rollout was written. JSON has no NaN
+    (no teacher, or no threshold) and no -inf (a model excludes the token): both become null.
     """
     texts = {
         name: tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
@@ -78,6 +78,7 @@ def rollout_record(
     return {
         "prompt_id": rollout.prompt.prompt_id,
         "sample_id": rollout.prompt.sample_id,
+        **({"teacher": rollout.prompt.teacher} if rollout.prompt.teacher else {}),
         **texts,
         "finish_reason": str(rollout.finish_reason),
         "teacher_share": rollout.teacher_share,

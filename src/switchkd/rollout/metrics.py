@@ -38,6 +38,15 @@ class RolloutMetrics:
         """Forwards of the teacher, prefills included."""
         return self.forwards["teacher"]
 
+    def add(self, other: RolloutMetrics) -> None:
+        """Add what another call did."""
+        self.tokens += other.tokens
+        self.drafted += other.drafted
+        for model, forwards in other.forwards.items():
+            self.forwards[model] = self.forwards.get(model, 0) + forwards
+        for part, seconds in other.seconds.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
     @property
     def acceptance(self) -> float:
         """Written tokens per drafted token, 0 to 1."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from switchkd.data.sources import sources_of
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.methods.inherited import in_plain_words
@@ -21,6 +22,7 @@ from switchkd.serving.teacher import is_address
 from switchkd.settings.components import setting, settings_of
 from switchkd.settings.typed import typed
 from switchkd.settings.unknown import unknown_setting
+from switchkd.training.taught import check_several_teachers, check_teacher_column
 from switchkd.training.teachers import SELF
 
 
@@ -41,6 +43,10 @@ class RunConfig:
     teacher: str | None = setting(
         None,
         "As student; self: the student without its adapter; http://HOST:PORT: on a server of vLLM's (docs/vllm.md).",
+    )
+    teachers: dict[str, str] | None = setting(
+        None,
+        "Several in place of teacher, {NAME: as teacher, ...}; each row names its own in teacher_column (docs/data.md).",
     )
     eval_data: str | dict[str, Any] | list[Any] | None = setting(
         None, "As train_data; see eval_strategy and eval_steps."
@@ -96,21 +102,48 @@ class RunConfig:
             )
         self._check_adapter()
         config.check_evaluation(has_data=self.eval_data is not None)
-        if self.teacher is None and config.plan.needs_teacher:
-            raise UserError(f"method {config.method!r} needs a teacher; set teacher in the run file")
-        if is_address(self.teacher) and config.plan.needs_teacher:
-            check_remote_teacher(config, str(self.teacher))
-            if self.teacher_quantization:
-                raise UserError(
-                    f"teacher_quantization is {self.teacher_quantization!r}, but {self.teacher} is loaded by its server; leave "
-                    f"it out"
-                )
+        self._check_teachers(config)
         return config
 
     @property
     def is_teacher_named(self) -> bool:
         """Whether the teacher is a model of its own that is loaded here."""
         return self.teacher not in (None, SELF) and not is_address(self.teacher)
+
+    @property
+    def teachers_here(self) -> dict[str, str]:
+        """The models that are loaded here as teachers, by the name that rows give; "" is the teacher of all rows."""
+        if self.teachers:
+            return {name: each for name, each in self.teachers.items() if not is_address(each)}
+        return {"": str(self.teacher)} if self.is_teacher_named else {}
+
+    def _check_teachers(self, config: SwitchConfig) -> None:
+        """Raise UserError unless there is a teacher, or several, that can do what the method asks, or it asks for nothing."""
+        if self.teachers is not None and self.teacher is not None:
+            raise UserError(
+                "teacher and teachers are both set; leave one of them out (in a stage of another kind, set the other to null)"
+            )
+        if self.teachers is not None:
+            check_several_teachers(config, self.teachers)
+        else:
+            check_teacher_column(config)
+            sources = [source for data in (self.train_data, self.eval_data) if data for source in sources_of(data)]
+            if said := next((source for source in sources if source.teacher), None):
+                raise UserError(
+                    f"the data source {said.path} says teacher: {said.teacher}, but there are no teachers; set them, or leave it "
+                    f"out"
+                )
+        if not config.plan.needs_teacher:
+            return
+        if self.teacher is None and self.teachers is None:
+            raise UserError(f"method {config.method!r} needs a teacher; set teacher in the run file")
+        if is_address(self.teacher):
+            check_remote_teacher(config, str(self.teacher))
+        if self.teacher_quantization and not self.teachers_here and self.teacher != SELF:
+            raise UserError(
+                f"teacher_quantization is {self.teacher_quantization!r}, but {self.teacher or 'each teacher'} is loaded by its "
+                f"server; leave it out"
+            )
 
     def _check_adapter(self) -> None:
         """Raise UserError for an adapter that could not be kept, and for packed weights that could not be trained."""

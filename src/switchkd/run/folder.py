@@ -127,8 +127,9 @@ def record_run(run: RunConfig) -> None:
     text = _as_yaml({**chosen, **{key: values.pop(key) for key in run.training if key in values}})
     if run.stages:
         text += _as_yaml({"stages": [dict(stage) for stage in run.stages]})
-    # Defaults may change between versions; a run that is resumed keeps those that it began with.
-    text += f"\n{DEFAULTS_MARK}\n{_as_yaml(values)}"
+    # Defaults may change between versions; a run that is resumed keeps those that it began with. From its own file, all are set.
+    if values:
+        text += f"\n{DEFAULTS_MARK}\n{_as_yaml(values)}"
     write_atomically(folder / RUN_FILE, text)
     write_atomically(folder / ENVIRONMENT_FILE, json.dumps(_environment(), indent=2) + "\n")
 

@@ -201,7 +201,7 @@ def _facts(
     known = {
         "method": values.get("method"),
         "student": values.get("student"),
-        "teacher": values.get("teacher"),
+        "teacher": values.get("teacher") or _teachers(values.get("teachers")),
         "steps": last.get("step"),
         "loss at the last step": last.get("loss"),
         "evaluation loss": evaluated[-1] if evaluated else None,
@@ -209,6 +209,10 @@ def _facts(
     }
     facts = [(label, _fact(label, value)) for label, value in known.items() if value is not None]
     return {"name": source.name, "finished": (source.path / FINISHED_FILE).is_file(), "facts": facts}
+
+
+def _teachers(value: Any) -> str | None:
+    return ", ".join(f"{name}: {each}" for name, each in value.items()) if isinstance(value, dict) else None
 
 
 def _fact(label: str, value: Any) -> str:

@@ -18,7 +18,8 @@ from switchkd.errors import Stopped, Unreachable, UserError
 from switchkd.methods.describe import describe_objective
 from switchkd.models.chat import set_template
 from switchkd.models.hub import offline_at_once
-from switchkd.models.load import load_pair, load_tokenizer
+from switchkd.models.load import load_pair, load_teachers, load_tokenizer, load_tokenizers
+from switchkd.models.pair import ModelPair
 from switchkd.models.sources import find_source
 from switchkd.records import Example
 from switchkd.report.plots import save_curves
@@ -31,6 +32,7 @@ from switchkd.run.written import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, read_log
 from switchkd.training.card import Origins
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.dataset import evaluated, tokenized, warn_of_templates
+from switchkd.training.taught import TeacherModel
 from switchkd.training.teachers import loading_options
 from switchkd.training.trainer import SwitchTrainer
 
@@ -100,20 +102,25 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
             raise UserError(
                 f"adapter is keep, but nothing loads one onto a .gguf file ({run.student}); set adapter to merge"
             )
-        if run.is_teacher_named and stage.config.plan.needs_teacher:
-            find_source(str(run.teacher))
+        for name in run.teachers_here.values() if stage.config.plan.needs_teacher else ():
+            find_source(name)
         sources.append((stage, _peft_config(run), train, held_out))
     prepared = []
     for stage, peft_config, train, held_out in sources:
         tokenizer = load_tokenizer(stage.tokenizer, trust_remote_code=stage.run.trust_remote_code)
-        teacher_tokenizer = None
-        if stage.run.is_teacher_named and stage.config.plan.needs_teacher:
-            teacher_tokenizer = load_tokenizer(str(stage.run.teacher), trust_remote_code=stage.run.trust_remote_code)
-        set_template(tokenizer, teacher_tokenizer, stage.config.template_from)
-        warn_of_templates(train, tokenizer, teacher_tokenizer, stage.config)
-        needs_response = stage.config.plan.needs_response
-        train_examples = tokenized(train, tokenizer, stage.config, need_response=needs_response)
-        eval_examples = evaluated(held_out, tokenizer, stage.config) if held_out else None
+        asked = stage.config.plan.needs_teacher
+        theirs = load_tokenizers(
+            stage.run.teachers_here if asked else {},
+            # Before a model is loaded; of a single teacher, the pair says it.
+            tokenizer if stage.run.teachers else None,
+            trust_remote_code=stage.run.trust_remote_code,
+        )
+        set_template(tokenizer, theirs.get(""), stage.config.template_from)
+        for each in theirs.values():
+            warn_of_templates(train, tokenizer, each, stage.config)
+        needs_response, names = stage.config.plan.needs_response, tuple(stage.run.teachers or ()) if asked else ()
+        train_examples = tokenized(train, tokenizer, stage.config, need_response=needs_response, teachers=names)
+        eval_examples = evaluated(held_out, tokenizer, stage.config, names) if held_out else None
         prepared.append(PreparedStage(stage, peft_config, train_examples, eval_examples))
     return prepared
 
@@ -192,7 +199,7 @@ def _trainer(
     stopper, progress = StopCleanly(console), ConsoleProgress(console)
     trainer = SwitchTrainer(
         pair,
-        None if stage.run.is_teacher_named else stage.run.teacher,
+        _beside_pair(stage, pair),
         args=stage.config,
         train_dataset=prepared.train,
         eval_dataset=prepared.eval,
@@ -204,16 +211,43 @@ def _trainer(
         adapted: Any
         for adapted in (trainer.pair.student, trainer.whole.pair.student):
             adapted.active_peft_config.base_model_name_or_path = find_source(stage.run.student).place
-    teacher = stage.run.teacher if stage.config.plan.needs_teacher else None
-    teacher = trainer.origins.teacher if trainer.remote else teacher
     stages = (*stage.before, stage.name) if stage.name else ()
-    trainer.origins = Origins(run.student, teacher, stage.run.train_data, stages)
+    trainer.origins = Origins(run.student, _teacher_names(trainer, stage), stage.run.train_data, stages)
     trainer.remove_callback(PrinterCallback)
     view = RolloutView(trainer, console, Path(run.output_dir) / ROLLOUTS_FILE, stage.name)
     trainer.add_callback(view)
     trainer.tell_written(view.on_written)
     trainer.tell_rollouts(progress.on_rollouts)
     return trainer, stopper, progress
+
+
+def _beside_pair(stage: Stage, pair: ModelPair) -> str | dict[str, TeacherModel] | None:
+    """The trainer's teacher where the pair has none: "self", a server, or several by name, loaded where anything asks them."""
+    if not stage.run.teachers:
+        return None if stage.run.is_teacher_named else stage.run.teacher
+    given: dict[str, TeacherModel] = {**stage.run.teachers}
+    if not stage.config.plan.needs_teacher:
+        return given
+    place = stage.config.placement
+    loaded = load_teachers(
+        stage.run.teachers_here,
+        pair.tokenizer,
+        trust_remote_code=stage.run.trust_remote_code,
+        dtype=place.teacher_dtype,
+        device=place.device,
+        init_kwargs=place.init_kwargs(loading_options(stage.config)),
+        quantization=stage.run.teacher_quantization,
+    )
+    return given | loaded
+
+
+def _teacher_names(trainer: SwitchTrainer, stage: Stage) -> str | dict[str, str | None] | None:
+    """What the card calls the teacher, or each of several: as the run file does, but for one on a server."""
+    if not stage.config.plan.needs_teacher:
+        return None
+    given: dict[str, str | None] = {**stage.run.teachers} if stage.run.teachers else {"": stage.run.teacher}
+    names = {name: each.remote.name if each.remote else given[name] for name, each in trainer.taught.items()}
+    return names.get("") if "" in names else names
 
 
 def _first_lines(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -> str:

@@ -55,7 +55,12 @@ class RolloutView(TrainerCallback):
         """The prompts that a run which now goes on has followed so far."""
         kept = [line for line in read_lines(self.path) if line.get("stage") == self.stage]
         first = [line for line in kept if line["step"] == kept[0]["step"]]
-        return [Prompt(tuple(each["prompt_token_ids"]), each["prompt_id"], each["sample_id"]) for each in first]
+        return [
+            Prompt(
+                tuple(each["prompt_token_ids"]), each["prompt_id"], each["sample_id"], teacher=each.get("teacher", "")
+            )
+            for each in first
+        ]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show those of the step that has just ended."""

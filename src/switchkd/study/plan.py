@@ -109,6 +109,10 @@ def _training(study: StudyConfig, method: str, setting: str, seed: int) -> Study
         raise UserError(
             f"{name}: the budget is {study.budget}, but nothing is written in such a run; give steps or seconds"
         )
+    if study.evaluation.distance and run.teachers:
+        raise UserError(
+            f"{name}: evaluation.distance is the distance to the teacher, and there are several; set it to false"
+        )
     deciding = {**_deciding(run), "law": _law_of(config)}
     identity = _hash({"run": deciding, "evaluation": _given(study.evaluation)})
     return StudyRun("run", method, setting, seed, str(study.budget), values, evaluation, identity)

@@ -11,26 +11,35 @@ from transformers import TrainerState
 from switchkd.analysis.calibration import calibrate
 from switchkd.methods.config import SwitchConfig
 from switchkd.methods.plan import AutoThreshold
-from switchkd.records import Example
+from switchkd.records import Example, Prompt
 from switchkd.rollout.engine import Engine
 from switchkd.rollout.policies import Switch
 from switchkd.training.kept_state import kept_state
 from switchkd.training.shared_teacher import let_others_read
 
 
+def calibration_prompts(examples: Sequence[Example], count: int, *, spread: bool) -> list[Prompt]:
+    """The first `count` prompts of the training data; with `spread` they are as far apart as the data allows.
+
+    Several teachers are often those of several sources, which stand one after the other: the first prompts would be of one teacher.
+    """
+    count = min(count, len(examples))
+    return [examples[row * len(examples) // count if spread else row].prompt for row in range(count)]
+
+
 class CalibratedPolicy:
     """The policy of a run whose threshold is calibrated before its first step and then at every `auto.every`th.
 
-    The prompts are the first `auto.prompts` of the training data. `shape` is the Switch whose decay is kept. The threshold
+    `prompts` are those of `calibration_prompts`. `shape` is the Switch whose decay is kept. The threshold
     is kept in the trainer's state. A run resumed between two calibrations uses it. A run resumed where a calibration is
     due repeats that calibration, with the same student.
     """
 
-    def __init__(self, auto: AutoThreshold, shape: Switch, args: SwitchConfig, examples: Sequence[Example]) -> None:
+    def __init__(self, auto: AutoThreshold, shape: Switch, args: SwitchConfig, prompts: Sequence[Prompt]) -> None:
         self.auto = auto
         self.shape = shape
         self.args = args
-        self.prompts = [example.prompt for example in examples[: auto.prompts]]
+        self.prompts = prompts
 
     def policy_at(self, state: TrainerState, engine: Engine, log: Callable[[dict[str, float]], None]) -> Switch:
         """The policy for the step that `state` is at, calibrated now where that is due; `log` gets what was found."""

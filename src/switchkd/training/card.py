@@ -29,11 +29,12 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.methods.describe import describe_objective
 from switchkd.methods.table import METHOD, METHODS
 from switchkd.models.heads import base_of
-from switchkd.models.pair import ModelPair
 from switchkd.models.sources import find_source
-from switchkd.serving.teacher import RemoteTeacher
+from switchkd.training.taught import Taught, first_pair, named
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from switchkd.evaluation.score import Evaluation, Scores
 
 CARD_FILE = "README.md"
@@ -67,20 +68,26 @@ _SWITCH_PAPER = """@inproceedings{koo-etal-2025-switch,
 
 @dataclass(frozen=True)
 class Origins:
-    """What a model comes from, by the names in a run file: its start, its teacher, the data as given, the stages' names."""
+    """What a model comes from, by the names in a run file: its start, its teacher (or several by name), the data as given, the
+    stages' names.
+    """
 
     student: str
-    teacher: str | None = None
+    teacher: str | Mapping[str, str | None] | None = None
     data: Any = None
     stages: tuple[str, ...] = ()
 
 
-def origins_of(pair: ModelPair, remote: RemoteTeacher | None = None) -> Origins:
-    """What a pair's models know of themselves, and a server of its teacher; not its address, which is nobody's business."""
-    student, teacher = (
-        getattr(base_of(model), "name_or_path", "") if model else None for model in (pair.student, pair.teacher)
-    )
-    return Origins(student or "", teacher if remote is None else remote.name)
+def origins_of(taught: Mapping[str, Taught]) -> Origins:
+    """What models know of themselves, and a server of its teacher; not its address, which is nobody's business."""
+    teachers = {
+        name: _known_name(pair.teacher) if remote is None else remote.name for name, (pair, remote) in taught.items()
+    }
+    return Origins(_known_name(first_pair(taught).student) or "", teachers if named(taught) else teachers[""])
+
+
+def _known_name(model: PreTrainedModel | None) -> str | None:
+    return getattr(base_of(model), "name_or_path", "") if model else None
 
 
 def versions() -> dict[str, str]:
@@ -131,7 +138,7 @@ def _body(origins: Origins, args: SwitchConfig, steps: int, data: Sequence[str],
     method = _code(args.method) if isinstance(args.method, str) else "one of its own"
     facts = {
         "base model": _code(_shown(origins.student)) if origins.student else "not named",
-        "teacher": _teacher(origins.teacher),
+        "teacher": _teachers(origins.teacher),
         "method": f"{method}: {_plain(row.summary)} ({_plain(row.source)})",
         "data": ", ".join(map(_code, data)) or "not named",
         "training": f"{steps:,} steps of {rows} sequences, responses of at most {args.max_new_tokens} tokens",
@@ -152,6 +159,12 @@ def _body(origins: Origins, args: SwitchConfig, steps: int, data: Sequence[str],
         f"## Use\n\n{_fenced('python', load)}",
         f"## Settings\n\nWhat differs from switchkd's defaults, and how long and how fast it learned:\n\n{_settings(args)}",
     ]
+
+
+def _teachers(given: str | Mapping[str, str | None] | None) -> str:
+    if isinstance(given, Mapping):
+        return ", ".join(f"{_plain(name)}: {_teacher(each)}" for name, each in given.items())
+    return _teacher(given)
 
 
 def _teacher(name: str | None) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,24 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from switchkd.data.examples import to_examples
-from switchkd.data.packed import PackedExamples, lengths_of
+from switchkd.data.packed import PackedExamples, lengths_of, teachers_of
 from switchkd.data.rows import Rows, SourceRow, read_rows
 from switchkd.data.shapes import has_answers, is_chat, row_text
 from switchkd.errors import UserError
 from switchkd.evaluation.measures import scores_named
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.chat import warn_of_other_template
-from switchkd.models.pair import ModelPair
 from switchkd.records import Example
+from switchkd.training.taught import Taught, first_pair, named
+
+_log = logging.getLogger(__name__)
 
 
-def training_examples(dataset: Any, pair: ModelPair, args: SwitchConfig) -> Any:
+def training_examples(dataset: Any, taught: Mapping[str, Taught], args: SwitchConfig) -> Any:
     """The examples of a training set: `Example` records, or rows as `read_rows` takes them, tokenized. None stays None.
 
-    Raises UserError for rows that cannot be used, for a missing response where the method needs one, and for several sets.
+    Warns of a teacher that no row names. Raises UserError for rows that cannot be used, for a missing response where the method
+    needs one, and for several sets.
     """
     if isinstance(dataset, Mapping):
         names = ", ".join(map(str, dataset))
@@ -36,20 +41,32 @@ def training_examples(dataset: Any, pair: ModelPair, args: SwitchConfig) -> Any:
     if dataset is None:
         return None
     if isinstance(dataset, PackedExamples) or _has_records(dataset):
-        return _checked_records(dataset, need_response=need_response)
-    rows, tokenizer = _rows_of(dataset), _tokenizer_of(pair)
-    warn_of_templates(rows, tokenizer, pair.teacher_tokenizer, args)
-    return tokenized(rows, tokenizer, args, need_response=need_response)
+        examples = _checked_records(dataset, need_response=need_response)
+    else:
+        rows, tokenizer = _rows_of(dataset), _tokenizer_of(taught)
+        for each in taught.values():
+            warn_of_templates(rows, tokenizer, each.pair.teacher_tokenizer, args)
+        examples = tokenized(rows, tokenizer, args, need_response=need_response, teachers=named(taught))
+    asked = _checked_teachers(examples, taught)
+    if unused := [name for name in named(taught) if name not in asked]:
+        _log.warning(
+            f"no row of the training data names the teacher {' or '.join(unused)}, which takes part in nothing"
+        )
+    return examples
 
 
-def evaluation_examples(dataset: Any, pair: ModelPair, args: SwitchConfig) -> Any:
+def evaluation_examples(dataset: Any, taught: Mapping[str, Taught], args: SwitchConfig) -> Any:
     """The examples of an evaluation set, or of each in a mapping. None stays None.
 
     A set without any response is evaluated on the student's own text. Raises UserError for rows that cannot be used.
     """
     if isinstance(dataset, Mapping):
-        return {name: evaluation_examples(part, pair, args) for name, part in dataset.items()}
-    if dataset is None or isinstance(dataset, PackedExamples):
+        return {name: evaluation_examples(part, taught, args) for name, part in dataset.items()}
+    if dataset is None:
+        return None
+    if isinstance(dataset, PackedExamples) or _has_records(dataset):
+        _checked_teachers(dataset, taught)
+    if isinstance(dataset, PackedExamples):
         return dataset
     if _has_records(dataset):
         if args.eval_scores:
@@ -57,17 +74,31 @@ def evaluation_examples(dataset: Any, pair: ModelPair, args: SwitchConfig) -> An
         answered = any(response for _, response in lengths_of(dataset))
         _check_answered(answered, args)
         return _checked_records(dataset, need_response=answered)
-    return evaluated(_rows_of(dataset), _tokenizer_of(pair), args)
+    return evaluated(_rows_of(dataset), _tokenizer_of(taught), args, named(taught))
 
 
-def evaluated(rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, args: SwitchConfig) -> PackedExamples:
+def _checked_teachers(examples: Sequence[Example], taught: Mapping[str, Taught]) -> set[str]:
+    """The names of the teachers that the examples ask for. Raises UserError for one that is not there."""
+    asked = teachers_of(examples)
+    if unknown := sorted(asked - taught.keys()):
+        known = ", ".join(named(taught))
+        remedy = f"one of {known}" if known else "nothing, or give a teacher_model of several, {name: model}"
+        raise UserError(
+            f"an example names the teacher {unknown[0]!r}, which is not there; set Prompt.teacher to {remedy}"
+        )
+    return asked
+
+
+def evaluated(
+    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, args: SwitchConfig, teachers: Sequence[str] = ()
+) -> PackedExamples:
     """The rows of an evaluation set as examples, with their references where answers are scored.
 
     Either all rows need a response or, where none has one, none does. Raises UserError for rows that cannot be used.
     """
     answered = has_answers(rows)
     _check_answered(answered, args)
-    examples = tokenized(rows, tokenizer, args, need_response=answered)
+    examples = tokenized(rows, tokenizer, args, need_response=answered, teachers=teachers)
     if scores := scores_named(args.eval_scores):
         comparing = [score.name for score in scores if score.of_references]
         if comparing and not answered:
@@ -122,10 +153,11 @@ def _checked_records(dataset: Sequence[Example], *, need_response: bool) -> Sequ
     return dataset if isinstance(dataset, PackedExamples) else list(dataset)
 
 
-def _tokenizer_of(pair: ModelPair) -> PreTrainedTokenizerBase:
-    if pair.tokenizer is None:
+def _tokenizer_of(taught: Mapping[str, Taught]) -> PreTrainedTokenizerBase:
+    tokenizer = first_pair(taught).tokenizer
+    if tokenizer is None:
         raise UserError("the rows are text, but there is no tokenizer; give processing_class")
-    return pair.tokenizer
+    return tokenizer
 
 
 def warn_of_templates(
@@ -141,9 +173,17 @@ def warn_of_templates(
 
 
 def tokenized(
-    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, args: SwitchConfig, *, need_response: bool
+    rows: Sequence[SourceRow],
+    tokenizer: PreTrainedTokenizerBase,
+    args: SwitchConfig,
+    *,
+    need_response: bool,
+    teachers: Sequence[str] = (),
 ) -> PackedExamples:
-    """The rows as examples within the run's limits; raises UserError that lists the bad ones."""
+    """The rows as examples within the run's limits, each with the one of `teachers` that it names, if there are any.
+
+    Raises UserError that lists the bad rows.
+    """
     return to_examples(
         rows,
         tokenizer,
@@ -151,7 +191,7 @@ def tokenized(
         max_response_tokens=args.max_new_tokens,
         need_response=need_response,
         skip_bad_rows=args.skip_bad_rows,
-        rendering=args.rendering,
+        rendering=replace(args.rendering, teachers=tuple(teachers)),
     ).examples
 
 

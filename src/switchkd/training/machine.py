@@ -91,11 +91,16 @@ def sharding_of(state: AcceleratorState) -> Literal["FSDP", "ZeRO-3"] | None:
     return "ZeRO-3" if zero3 else None
 
 
-def check_sharding(state: AcceleratorState, args: SwitchConfig, pair: ModelPair) -> None:
+def check_sharding(state: AcceleratorState, args: SwitchConfig, pair: ModelPair, *, teachers: int = 1) -> None:
     """Raise UserError for a way to spread the student's weights that would fail late, or train something else."""
     kind = sharding_of(state)
     if kind is None:
         return
+    if teachers > 1:
+        raise UserError(
+            f"the student is in parts ({kind}), and there are several teachers, whose texts the processes read in different "
+            f"orders; use plain data parallelism (torchrun --nproc-per-node N), or one teacher"
+        )
     if kind == "FSDP":
         _check_fsdp(state.fsdp_plugin)
     elif any(hasattr(each, "ds_id") for model in pair.models.values() for each in model.parameters()):

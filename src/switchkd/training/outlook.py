@@ -12,8 +12,9 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.methods.remote_teacher import check_remote_teacher
 from switchkd.models.pair import ModelPair, counted, name_of, parameter_count, rounded
 from switchkd.records import Example
-from switchkd.serving.teacher import RemoteTeacher, is_address
+from switchkd.serving.teacher import is_address
 from switchkd.training.rewriting import check_rewrite
+from switchkd.training.taught import Taught, check_several_teachers, check_teacher_column
 from switchkd.training.teachers import teacher_size
 
 Held = Sequence[Example] | Mapping[str, Sequence[Example]] | None
@@ -23,44 +24,57 @@ def check_call(args: SwitchConfig, model: object, teacher_model: object) -> None
     """Raise UserError for arguments of another kind, and for a teacher that is missing or cannot do what the method asks of it."""
     if not isinstance(args, SwitchConfig):
         raise UserError(f"args is a {type(args).__name__}; pass a SwitchConfig, which takes the same settings and ours")
-    has_teacher = teacher_model is not None or (isinstance(model, ModelPair) and model.teacher is not None)
-    if args.plan.needs_teacher and not has_teacher:
+    brings_one = isinstance(model, ModelPair) and model.teacher is not None
+    if args.plan.needs_teacher and teacher_model is None and not brings_one:
         raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
-    if is_address(teacher_model):
-        if isinstance(model, ModelPair) and model.teacher is not None:
-            raise UserError(
-                f"teacher_model is {teacher_model}, but model is a pair with a teacher; leave one of them out"
-            )
-        if args.plan.needs_teacher:
-            check_remote_teacher(args, str(teacher_model))
+    several = isinstance(teacher_model, Mapping)
+    if brings_one and (several or is_address(teacher_model)):
+        given = (
+            f"several ({', '.join(map(str, teacher_model))})" if isinstance(teacher_model, Mapping) else teacher_model
+        )
+        raise UserError(f"teacher_model is {given}, but model is a pair with a teacher; leave one of them out")
+    if isinstance(teacher_model, Mapping):
+        check_several_teachers(args, teacher_model)
+    elif is_address(teacher_model) and args.plan.needs_teacher:
+        check_remote_teacher(args, str(teacher_model))
+    if not several:
+        check_teacher_column(args)
 
 
 def check_room(
-    pair: ModelPair, args: SwitchConfig, train: Sequence[Example] | None, held_out: Held, remote: RemoteTeacher | None
+    taught: Mapping[str, Taught], args: SwitchConfig, train: Sequence[Example] | None, held_out: Held
 ) -> None:
-    """Raise UserError where a model, or a `remote` teacher, has too few positions for the data or the rollouts."""
+    """Raise UserError where a model, or a teacher on a server, has too few positions for the data or the rollouts."""
     plan, sets = args.plan, list(held_out.values()) if isinstance(held_out, Mapping) else [held_out or ()]
     longest, rolls_out = 0, plan.rolls_out or bool(plan.teacher_text or args.eval_scores)
     for prompt, response in chain.from_iterable(map(lengths_of, [train or (), *sets])):
         # A prompt alone is rolled out in an evaluation too.
         written = args.max_new_tokens if rolls_out or not response else 0
         longest = max(longest, prompt + max(response, written))
-    pair.check_room(longest)
-    if remote is not None:
-        remote.check_room(longest)
-    if plan.rewrite and train:
-        check_rewrite(plan.rewrite, max((each.prompt for each in train), key=lambda it: len(it.token_ids)), pair, args)
+    longest_prompt = max((each.prompt for each in train or ()), key=lambda it: len(it.token_ids), default=None)
+    for pair, remote in taught.values():
+        pair.check_room(longest)
+        if remote is not None:
+            remote.check_room(longest)
+        if plan.rewrite and longest_prompt:
+            check_rewrite(plan.rewrite, longest_prompt, pair, args)
 
 
-def teacher_in_words(pair: ModelPair, remote: RemoteTeacher | None) -> str:
-    """Whom the student learns from, with its size in parameters where it is here; "" where there is nobody."""
+def teachers_in_words(taught: Mapping[str, Taught]) -> str:
+    """Whom the student learns from, with sizes in parameters of those that are here; "" where there is nobody."""
+    words = [(name, said) for name, each in taught.items() if (said := _in_words(each))]
+    return " from " + " and ".join(f"{name}: {said}" if name else said for name, said in words) if words else ""
+
+
+def _in_words(taught: Taught) -> str:
+    pair, remote = taught
     if remote is not None:
-        return f" from {remote.name} at {remote.url}"
-    return "" if pair.teacher is None else f" from {name_of(pair.teacher)} ({rounded(teacher_size(pair))})"
+        return f"{remote.name} at {remote.url}"
+    return "" if pair.teacher is None else f"{name_of(pair.teacher)} ({rounded(teacher_size(pair))})"
 
 
 def describe_training(pair: ModelPair, args: SwitchConfig, count: int, learns_from: str) -> str:
-    """One line: models and sizes (parameters), steps, sequences, tokens, and `count` rows of data; see `teacher_in_words`."""
+    """One line: models and sizes (parameters), steps, sequences, tokens, and `count` rows of data; see `teachers_in_words`."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(count / rows))
     share = args.plan.rollout_share

@@ -5,8 +5,9 @@ Shape letters: T positions, H hidden.
 
 from __future__ import annotations
 
+import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,11 @@ class ReplayBuffer:
         with replacing(folder / FILE_NAME) as partial:
             save_file(_packed(list(self.rollouts)), partial)
 
-    def load(self, folder: Path | None) -> None:
-        """Take what `save` wrote in place of what is kept; None empties the buffer. Raises UserError where it cannot be read."""
+    def load(self, folder: Path | None, teachers: Collection[str] = ("",)) -> None:
+        """Take what `save` wrote in place of what is kept; None empties the buffer.
+
+        Raises UserError where it cannot be read, and for rollouts of a teacher that is none of `teachers`.
+        """
         self.rollouts.clear()
         if folder is None:
             return
@@ -76,7 +80,15 @@ class ReplayBuffer:
             raise UserError(
                 f"{path} cannot be read ({error}), and the run goes on from its rollouts; resume from another checkpoint"
             ) from error
-        self.rollouts.extend(_unpacked(tensors))
+        if "teachers" not in tensors:
+            raise UserError(f"{path} is of an earlier switchkd, which kept rollouts otherwise; begin the run again")
+        found = _unpacked(tensors)
+        gone = [each.prompt.teacher for each in found if each.prompt.teacher not in teachers]
+        if gone:
+            raise UserError(
+                f"{path} has rollouts of the teacher {gone[0]!r}, which is not there; go on with the same teachers"
+            )
+        self.rollouts.extend(found)
 
 
 def _is_read(rollout: Rollout) -> bool:
@@ -103,20 +115,50 @@ def _packed(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         )
         for r, end in zip(rollouts, ends, strict=True)
     ]
-    kept = {row: rollout.teacher_hidden for row, rollout in enumerate(rollouts) if rollout.teacher_hidden is not None}
     return {
         "rows": torch.tensor(table, dtype=torch.int64).reshape(-1, 7),
         "prompt": torch.tensor([token for r in rollouts for token in r.prompt.token_ids], dtype=torch.int64),
-        "hidden_of": torch.tensor(list(kept), dtype=torch.int64),
-        # A rollout that began with a trained part of its response has states for that part too.
-        "hidden_rows": torch.tensor([len(hidden_TH) for hidden_TH in kept.values()], dtype=torch.int64),
-        "hidden": torch.cat([hidden_TH.cpu() for hidden_TH in kept.values()]) if kept else torch.empty(0, 0),
+        **_packed_states(rollouts),
         **_packed_tops(rollouts),
         **{
             name: torch.tensor([value for r in rollouts for value in getattr(r, name)], dtype=dtype)
             for name, dtype in _PER_TOKEN.items()
         },
     }
+
+
+def _packed_states(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+    """What is kept of the teachers' states: those of each teacher by its number, since they differ in width and type.
+
+    Of a teacher: whose its states are, how many positions each has, and the states. The names stand behind as JSON.
+    """
+    teachers = sorted({rollout.prompt.teacher for rollout in rollouts})
+    packed = {
+        "teacher": torch.tensor([teachers.index(rollout.prompt.teacher) for rollout in rollouts], dtype=torch.int64),
+        "teachers": torch.tensor(list(json.dumps(teachers).encode()), dtype=torch.uint8),
+    }
+    for number, teacher in enumerate(teachers):
+        kept = {
+            row: rollout.teacher_hidden
+            for row, rollout in enumerate(rollouts)
+            if rollout.teacher_hidden is not None and rollout.prompt.teacher == teacher
+        }
+        if kept:
+            packed[f"hidden_of.{number}"] = torch.tensor(list(kept), dtype=torch.int64)
+            # A rollout that began with a trained part of its response has states for that part too.
+            lengths = [len(hidden_TH) for hidden_TH in kept.values()]
+            packed[f"hidden_rows.{number}"] = torch.tensor(lengths, dtype=torch.int64)
+            packed[f"hidden.{number}"] = torch.cat([hidden_TH.cpu() for hidden_TH in kept.values()])
+    return packed
+
+
+def _unpacked_states(tensors: dict[str, Tensor], teachers: int) -> dict[int, Tensor]:
+    found: dict[int, Tensor] = {}
+    for number in range(teachers):
+        if f"hidden.{number}" in tensors:
+            states = tensors[f"hidden.{number}"].split(tensors[f"hidden_rows.{number}"].tolist())
+            found |= zip(tensors[f"hidden_of.{number}"].tolist(), states, strict=True)
+    return found
 
 
 def _packed_tops(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
@@ -138,16 +180,17 @@ def _unpacked_tops(tensors: dict[str, Tensor]) -> dict[int, TopLogp]:
 
 
 def _unpacked(tensors: dict[str, Tensor]) -> list[Rollout]:
-    table, owners = tensors["rows"].tolist(), tensors["hidden_of"].tolist()
+    table = tensors["rows"].tolist()
+    teachers = json.loads(bytes(tensors["teachers"].tolist()))
     lengths = [length for _, length, *_ in table]
     prompts = tensors["prompt"].split([length for length, *_ in table])
     # What the engine was not asked for is empty.
     per_token = {name: tensors[name].split(lengths) for name in _PER_TOKEN if len(tensors[name]) == sum(lengths)}
-    hidden = dict(zip(owners, tensors["hidden"].split(tensors["hidden_rows"].tolist()), strict=True))
-    found, tops = [], _unpacked_tops(tensors)
+    hidden, tops = _unpacked_states(tensors, len(teachers)), _unpacked_tops(tensors)
+    of, found = tensors["teacher"].tolist(), []
     for row, (_, _, prompt_id, sample_id, begun, trains, reason) in enumerate(table):
         values: dict[str, Any] = {name: tuple(parts[row].tolist()) for name, parts in per_token.items()}
-        prompt = Prompt(tuple(prompts[row].tolist()), prompt_id, sample_id, begun, bool(trains))
+        prompt = Prompt(tuple(prompts[row].tolist()), prompt_id, sample_id, begun, bool(trains), teachers[of[row]])
         values |= {"teacher_hidden": hidden.get(row), "teacher_top": tops.get(row)}
         found.append(Rollout(prompt, finish_reason=_REASONS[reason], **values))
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from switchkd.errors import UserError
@@ -18,15 +18,21 @@ _SAMPLES = -(1 << 32)
 
 
 def rewritten(
-    rewrite: Rewrite, attempts: Sequence[Rollout], pair: ModelPair, engine: Engine, args: SwitchConfig, longest: int
+    rewrite: Rewrite,
+    attempts: Sequence[Rollout],
+    pairs: Mapping[str, ModelPair],
+    engine: Engine,
+    args: SwitchConfig,
+    longest: int,
 ) -> list[Example]:
-    """For each attempt its prompt with what the teacher writes in its place: at most `longest` tokens, in one engine call."""
-    limit = _request_limit(pair, args)
+    """For each attempt its prompt with what its teacher writes in its place: at most `longest` tokens, in one engine call."""
+    limit = _request_limit(pairs.values(), args)
     requests = [
         Prompt(
-            _request(rewrite, attempt, pair, limit),
+            _request(rewrite, attempt, pairs[attempt.prompt.teacher], limit),
             attempt.prompt.prompt_id,
             sample_id=_SAMPLES - attempt.prompt.sample_id,
+            teacher=attempt.prompt.teacher,
         )
         for attempt in attempts
     ]
@@ -39,7 +45,7 @@ def check_rewrite(rewrite: Rewrite, longest_prompt: Prompt, pair: ModelPair, arg
     """Raise UserError where the pair has no tokenizer, or a request does not leave half of its room to the attempt."""
     if pair.tokenizer is None:
         raise UserError("rewrite asks the teacher in words, but the pair has no tokenizer; give one")
-    limit, bare = _request_limit(pair, args), len(_ids(rewrite, longest_prompt, (), pair))
+    limit, bare = _request_limit([pair], args), len(_ids(rewrite, longest_prompt, (), pair))
     if limit is not None and bare + args.max_new_tokens / 2 > limit:
         raise UserError(
             f"rewrite asks the teacher with {bare} tokens besides the attempt, but a model has room for {limit} before "
@@ -47,8 +53,9 @@ def check_rewrite(rewrite: Rewrite, longest_prompt: Prompt, pair: ModelPair, arg
         )
 
 
-def _request_limit(pair: ModelPair, args: SwitchConfig) -> int | None:
-    limits = [limit for model in pair.models.values() if (limit := position_limit(model)) is not None]
+def _request_limit(pairs: Iterable[ModelPair], args: SwitchConfig) -> int | None:
+    models = {model for pair in pairs for model in pair.models.values()}
+    limits = [limit for model in models if (limit := position_limit(model)) is not None]
     return min(limits) - args.max_new_tokens if limits else None
 
 

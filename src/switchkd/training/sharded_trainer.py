@@ -6,8 +6,8 @@ sharded or not. Under ZeRO the weights are saved whole, and what a run goes on w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from transformers.trainer_utils import TrainOutput
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
-from switchkd.models.pair import ModelPair
 from switchkd.training.machine import check_sharding, set_up_sharding, sharding_of
+from switchkd.training.taught import Taught, first_pair
 from switchkd.training.teachers import TeacherPlace
 from switchkd.training.whole_student import WholeHead, WholeStudent, load_optimizer_state, whole_optimizer_state
 
@@ -32,30 +32,38 @@ class ShardedTrainer(Trainer):
     whole: WholeStudent
     in_parts: bool
     _head: WholeHead
-    _place: TeacherPlace
+    _places: list[TeacherPlace]
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `transformers.Trainer`, with FSDP2 on CPUs too."""
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = set_up_sharding(self.accelerator, self.args)
 
-    def _read_whole(self, pair: ModelPair) -> ModelPair:
-        """The pair that rollouts read, inside `reading` alone. Raises UserError for sharding that would not be right."""
-        check_sharding(self.accelerator.state, self.args, pair)
+    def _read_whole(self, taught: Mapping[str, Taught]) -> Mapping[str, Taught]:
+        """The student with its teachers as rollouts read them, inside `reading` alone.
+
+        Raises UserError for sharding that would not be right.
+        """
+        pair = first_pair(taught)
+        check_sharding(self.accelerator.state, self.args, pair, teachers=len(taught))
         self.in_parts = sharding_of(self.accelerator.state) is not None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # The trainer leaves it where it is, and whatever is proven before training needs it whole.
             nn.Module.to(pair.student, self.args.device)
         self.whole = WholeStudent(pair, sharded=self.in_parts)
         self._head = WholeHead(pair.student_head.projection)
-        folder = Path(str(self.args.output_dir))
-        self._place = TeacherPlace(pair.teacher, self.args.teacher_offload, self.args.device, folder)
-        return self.whole.pair
+        folder, offload = Path(str(self.args.output_dir)), self.args.teacher_offload
+        teachers = dict.fromkeys(each.pair.teacher for each in taught.values())
+        self._places = [TeacherPlace(teacher, offload, self.args.device, folder) for teacher in teachers]
+        # A student in parts has one teacher.
+        return {"": taught[""]._replace(pair=self.whole.pair)} if self.in_parts else taught
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Keep both models' weights whole and loaded inside, for the engine and for what reads the teacher; may be nested."""
-        with self.whole.gathered(), self._place.loaded():
+        """Keep all models' weights whole and loaded inside, for the engine and for what reads a teacher; may be nested."""
+        with self.whole.gathered(), ExitStack() as loaded:
+            for place in self._places:
+                loaded.enter_context(place.loaded())
             yield
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +17,54 @@ from switchkd.data.collate import collate, micro_batches, response_ids
 from switchkd.distributions.shaping import top_logp
 from switchkd.loss.objective import Counted, Report, distillation_loss
 from switchkd.loss.policy_gradient import importance_and_returns
-from switchkd.loss.signals import DenseTeacher, TeacherSignal, TopKTeacher
+from switchkd.loss.signals import DenseTeacher, DenseTeachers, TeacherSignal, TopKTeacher
 from switchkd.loss.states import response_states
 from switchkd.loss.weight import product_of
 from switchkd.methods.plan import Plan
-from switchkd.models.heads import last_hidden, put_tap
+from switchkd.models.heads import Head, last_hidden, put_tap
 from switchkd.models.pair import ModelPair
 from switchkd.records import Batch, Example, Rollout
+from switchkd.rollout.by_teacher import indices_by
 from switchkd.serving.teacher import RemoteTeacher
 from switchkd.training.start_model import StartModel
+from switchkd.training.taught import Taught, first_pair
+
+
+class _Reader(NamedTuple):
+    """Who reads a teacher's texts for it, and the head that its states go through: one on a server has none here."""
+
+    teacher: PreTrainedModel | RemoteTeacher | None
+    head: Head | None
 
 
 class StepLoss:
-    """The objective of a plan on texts of a pair, in nats. Knows no trainer.
+    """The objective of a plan on texts of a pair, or of a student with several teachers by name, in nats. Knows no trainer.
 
-    Made while both models' weights are whole, since a head proves itself on a forward. Only `scored`, which reads `teacher`
-    (None: the pair's), needs the teacher's again. One on a server has no head here.
+    Made while all models' weights are whole, since a head proves itself on a forward. Only `scored`, which reads the teachers in
+    `reading` (None: those given), needs theirs again. A text's teacher is the one that its prompt names.
     """
 
     def __init__(
-        self, pair: ModelPair, plan: Plan, *, rows: int, teacher: PreTrainedModel | RemoteTeacher | None = None
+        self,
+        student: ModelPair | Mapping[str, Taught],
+        plan: Plan,
+        *,
+        rows: int,
+        reading: Mapping[str, Taught] | None = None,
     ) -> None:
-        self.pair = pair
-        self.teacher = teacher or pair.teacher
+        taught: Mapping[str, Taught] = {"": Taught(student)} if isinstance(student, ModelPair) else student
+        self.pair = pair = first_pair(taught)
         put_tap(pair.student)
         self.rows = rows
         self.objective = plan.objective
         self.replayed_prefix = plan.replayed_prefix
         self.top_k = 0 if plan.teacher_signal is None else plan.teacher_signal.top_k
         self.student_head = pair.student_head
-        self.teacher_head = None if plan.objective.divergence is None else pair.teacher_head
+        compares = plan.objective.divergence is not None
+        self.readers = {
+            name: _Reader(remote or of.teacher, taught[name].pair.teacher_head if compares else None)
+            for name, (of, remote) in (reading or taught).items()
+        }
         self.start = StartModel(pair) if plan.objective.needs_start else None
         # Told the role of each model that reads a batch.
         self.on_forward: Callable[[Literal["student", "teacher"]], None] = lambda role: None
@@ -61,27 +79,41 @@ class StepLoss:
         length at a time, and one that occurs twice (a replayed one) once. Where the objective compares with no teacher, the
         sequences stay as they are.
         """
-        teacher = self.teacher
-        if self.objective.divergence is None or teacher is None:
+        if self.objective.divergence is None:
             return sequences
         unread = [
             *{id(each): each for each in sequences if each.teacher_hidden is None and each.teacher_top is None}.values()
         ]
-        if isinstance(teacher, RemoteTeacher):
-            read = dict(zip(map(id, unread), teacher.read(unread), strict=True))
-        else:
-            states = response_states(
-                teacher, unread, pad_id=self.pair.pad_id, rows=self.rows, on_forward=lambda: self.on_forward("teacher")
-            )
-            read = {id(unread[index]): self._with_teacher(unread[index], hidden_TH) for index, hidden_TH in states}
+        read: dict[int, Example | Rollout] = {}
+        # In the order of the teachers, which is the same in every step and process.
+        groups = indices_by([each.prompt.teacher for each in unread])
+        for name, reader in self.readers.items():
+            texts = [unread[index] for index in groups.get(name, ())]
+            read |= dict(zip(map(id, texts), self._read(reader, texts), strict=True))
         return [read.get(id(sequence), sequence) for sequence in sequences]
 
-    def _with_teacher(self, sequence: Example | Rollout, hidden_TH: Tensor) -> Example | Rollout:
+    def _read(self, reader: _Reader, texts: Sequence[Example | Rollout]) -> Sequence[Example | Rollout]:
+        """The texts with what one teacher says of them."""
+        if reader.teacher is None or not texts:
+            return texts
+        if isinstance(reader.teacher, RemoteTeacher):
+            return reader.teacher.read(texts)
+        states = response_states(
+            reader.teacher,
+            texts,
+            pad_id=self.pair.pad_id,
+            rows=self.rows,
+            on_forward=lambda: self.on_forward("teacher"),
+        )
+        read = {index: self._with_teacher(texts[index], reader.head, hidden_TH) for index, hidden_TH in states}
+        return [read[index] for index in range(len(texts))]
+
+    def _with_teacher(self, sequence: Example | Rollout, head: Head | None, hidden_TH: Tensor) -> Example | Rollout:
         if not self.top_k:
             return replace(sequence, teacher_hidden=hidden_TH)
-        assert self.teacher_head is not None
+        assert head is not None
         with torch.no_grad():
-            return replace(sequence, teacher_top=top_logp(self.teacher_head(hidden_TH), self.top_k))
+            return replace(sequence, teacher_top=top_logp(head(hidden_TH), self.top_k))
 
     def micro_batches(self, sequences: Sequence[Example | Rollout], size: int) -> list[dict[str, Any]]:
         """The inputs of a step's forwards, each on at most `size` sequences of similar length, the longest first."""
@@ -151,16 +183,27 @@ class StepLoss:
             cross_entropy_factor_N=self.objective.cross_entropy_factor(by_teacher_N, rolled_out_N),
             start=self._start_signal(batch, mask_BT),
         )
-        teacher: TeacherSignal | None = None
-        temperature, teacher_NH, top = self.objective.loss_temperature, batch.teacher_hidden_NH, batch.teacher_top_N
-        if top is not None:
-            teacher = TopKTeacher(top.ids, top.logp, temperature, top.rest_logp)
-        elif self.teacher_head is not None and teacher_NH is not None:
-            teacher = DenseTeacher(teacher_NH, self.teacher_head, temperature)
+        teacher = self._teacher_signal(batch)
         self.before_head()
         return distillation_loss(
             counted, self.student_head, self.objective, teacher=teacher, denominator=denominator, measure=measure
         )
+
+    def _teacher_signal(self, batch: Batch) -> TeacherSignal | None:
+        temperature, top = self.objective.loss_temperature, batch.teacher_top_N
+        if top is not None:
+            return TopKTeacher(top.ids, top.logp, temperature, top.rest_logp)
+        if self.objective.divergence is None or batch.teacher_hidden is None:
+            return None
+        teachers = []
+        for name, hidden_NH in batch.teacher_hidden.items():
+            head = self.readers[name].head
+            assert head is not None
+            teachers.append(DenseTeacher(hidden_NH, head, temperature))
+        if len(teachers) == 1:
+            return teachers[0]
+        own = [batch.counted_of(name) for name in batch.teacher_hidden]
+        return DenseTeachers(torch.stack(own).long().argmax(dim=0), teachers)
 
     def _start_signal(self, batch: Batch, mask_BT: Tensor) -> DenseTeacher | None:
         if self.start is None:

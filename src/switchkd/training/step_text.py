@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from typing import Any
@@ -15,12 +15,12 @@ from transformers import TrainerState
 from switchkd.distributions.noise import Address, Stream, row_keys, uniform
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
-from switchkd.records import Example, Prompt, Rollout, Sampling
+from switchkd.records import Example, FinishReason, Prompt, Rollout, Sampling
 from switchkd.rollout.engine import Engine, KeepTeacher, Progress, PromptLike
 from switchkd.rollout.law import Policy, Teacher
 from switchkd.rollout.policies import Switch
 from switchkd.training.adaptive_share import AdaptiveShare
-from switchkd.training.auto_threshold import CalibratedPolicy
+from switchkd.training.auto_threshold import CalibratedPolicy, calibration_prompts
 from switchkd.training.meters import Meters
 from switchkd.training.replay import ReplayBuffer
 from switchkd.training.rewriting import rewritten
@@ -71,13 +71,16 @@ class _ToldEngine:
 class StepText:
     """Makes the training sequences of each step. Every choice is an addressed coin of (seed, row, step).
 
-    `replay` is the buffer of past rollouts, and `share` the schedule of the student's share, if the plan has them.
+    `pairs` are by the teacher's name. `replay` is the buffer of past rollouts, and `share` the schedule of the student's share, if
+    the plan has them.
     """
 
-    def __init__(self, args: SwitchConfig, pair: ModelPair, meters: Meters, examples: Sequence[Example]) -> None:
+    def __init__(
+        self, args: SwitchConfig, pairs: Mapping[str, ModelPair], meters: Meters, examples: Sequence[Example]
+    ) -> None:
         self.args = args
         self.plan = plan = args.plan
-        self.pair = pair
+        self.pairs = pairs
         self.meters = meters
         # Those of the newest step, without the teacher's states, which are large.
         self.newest: list[Rollout] = []
@@ -91,7 +94,8 @@ class StepText:
         self.share = AdaptiveShare(plan.rollout_share, plan.share_rise) if plan.share_rise else None
         self.calibrated = None
         if plan.auto_threshold and isinstance(plan.policy, Switch):
-            self.calibrated = CalibratedPolicy(plan.auto_threshold, plan.policy, args, examples)
+            prompts = calibration_prompts(examples, plan.auto_threshold.prompts, spread=len(pairs) > 1)
+            self.calibrated = CalibratedPolicy(plan.auto_threshold, plan.policy, args, prompts)
 
     def sequences_of_step(
         self, examples: Sequence[Example], state: TrainerState, engine: Engine, log: Callable[[dict[str, float]], None]
@@ -125,7 +129,7 @@ class StepText:
             sampling = replace(self.args.sampling, max_new_tokens=limit)
             writer = policy if by_policy else Teacher()
             self.on_written(
-                WrittenStep(state.global_step + 1, self.newest, self.pair, writer, sampling, self.args.seed)
+                WrittenStep(state.global_step + 1, self.newest, self.pairs, writer, sampling, self.args.seed)
             )
         if self.share:
             self.meters.add("student_share", share, 1)
@@ -135,7 +139,7 @@ class StepText:
             self._fresh = [rollout.to("cpu") for rollout in written.values()]
         in_place: dict[int, Example | Rollout] = {**replayed, **written}
         if self.plan.rewrite:
-            texts = rewritten(self.plan.rewrite, [*written.values()], self.pair, engine, self.args, limit)
+            texts = rewritten(self.plan.rewrite, [*written.values()], self.pairs, engine, self.args, limit)
             in_place |= dict(zip(written, texts, strict=True))
         # Behind the last token that counts, nothing is read.
         return [in_place.get(row, _cut(example, limit)) for row, example in enumerate(examples)]
@@ -180,7 +184,7 @@ class StepText:
         # Returns and some weights are of what the teacher says of each token, whoever wrote it.
         asks_teacher = (policy.needs_teacher or plan.objective.reads_logp) and not plan.rewrite
         # One on a server reads finished texts alone, see `StepLoss.scored`.
-        asks_teacher = asks_teacher and self.pair.teacher is not None
+        asks_teacher = asks_teacher and any(pair.teacher is not None for pair in self.pairs.values())
         rollouts = engine.generate(
             prompts,
             policy=policy,
@@ -198,7 +202,7 @@ class StepText:
         add("rollout_tokens_per_second", tokens, seconds)
         add("teacher_share", sum(rollout.teacher_tokens for rollout in rollouts), tokens)
         add("response_tokens", tokens, len(rollouts))
-        add("ended", sum(r.token_ids[-1] in self.pair.eos_ids for r in rollouts), len(rollouts))
+        add("ended", sum(r.finish_reason == FinishReason.END_OF_TEXT for r in rollouts), len(rollouts))
         if policy.needs_teacher:
             add("rollout_divergence", sum(sum(rollout.divergence) for rollout in rollouts), tokens)
         return rollouts

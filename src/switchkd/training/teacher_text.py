@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,13 @@ Line = dict[str, Any]
 
 
 def teacher_text(
-    path: Path, teacher: PreTrainedModel, examples: Sequence[Example], engine: Engine, args: SwitchConfig
+    path: Path,
+    teachers: Mapping[str, PreTrainedModel],
+    examples: Sequence[Example],
+    engine: Engine,
+    args: SwitchConfig,
 ) -> list[Example]:
-    """The examples with the teacher's responses: read from `path`, or written there first.
+    """The examples with the responses of the teacher, or of the one that each names: read from `path`, or written there first.
 
     The file has one JSON line a prompt with `prompt_id`, `prompt_ids` and `response_ids`. The manifest beside it, written last,
     says what the text depends on. All processes write, in rounds, each its share of the prompts. After each round the main one,
@@ -49,7 +53,7 @@ def teacher_text(
     Raises UserError for text that depends on anything else, naming it, for a file that was changed, and where a process fails.
     """
     partial = path.with_name(f"{path.stem}.partial.jsonl")
-    manifest = _manifest_of(teacher, examples, args)
+    manifest = _manifest_of(teachers, examples, args)
     lines = _in_main(_lines_there, path, partial, manifest)
     written = {line["prompt_id"] for line in lines}
     if left := [example.prompt for example in examples if example.prompt.prompt_id not in written]:
@@ -116,17 +120,21 @@ def _responses(prompts: Sequence[Prompt], engine: Engine, args: SwitchConfig, on
     ]
 
 
-def _manifest_of(teacher: PreTrainedModel, examples: Sequence[Example], args: SwitchConfig) -> dict[str, Any]:
-    """All that the teacher's text depends on, as JSON values."""
+def _manifest_of(
+    teachers: Mapping[str, PreTrainedModel], examples: Sequence[Example], args: SwitchConfig
+) -> dict[str, Any]:
+    """All that the teachers' text depends on, as JSON values."""
     # The student is left out: its drafts decide which sample of the teacher's distribution is drawn, not the distribution.
     weights = hashlib.sha256()
-    for name, parameter in teacher.named_parameters():
-        if parameter.device.type != "meta":
-            numbers = whole(parameter.detach()).flatten()[:_NUMBERS].cpu().double().tolist()
-            weights.update(f"{name} {tuple(parameter.shape)} {numbers}".encode())
-    prompts = json.dumps([(e.prompt.prompt_id, e.prompt.token_ids) for e in examples])
+    for teacher in teachers.values():
+        for name, parameter in teacher.named_parameters():
+            if parameter.device.type != "meta":
+                numbers = whole(parameter.detach()).flatten()[:_NUMBERS].cpu().double().tolist()
+                weights.update(f"{name} {tuple(parameter.shape)} {numbers}".encode())
+    named = [(e.prompt.prompt_id, e.prompt.token_ids, *filter(None, [e.prompt.teacher])) for e in examples]
+    prompts = json.dumps(named)
     return {
-        "teacher": name_of(teacher),
+        "teacher": ", ".join(f"{name}: {name_of(each)}" if name else name_of(each) for name, each in teachers.items()),
         "weights": weights.hexdigest(),
         "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
         "sampling": asdict(args.sampling),

@@ -9,10 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.chat import set_template
-from switchkd.models.heads import base_of
 from switchkd.models.load import load_model, load_tokenizer
-from switchkd.models.pair import ModelPair, eos_ids_of
-from switchkd.serving.teacher import RemoteTeacher, is_address
+from switchkd.models.pair import ModelPair
 from switchkd.training.machine import autocast_dtype_of
 from switchkd.training.teachers import SELF, loading_options, self_teacher
 
@@ -69,14 +67,6 @@ def trained_pair(
     return ModelPair(student, teacher, tokenizer, teacher_tokenizer, autocast_dtype)
 
 
-def remote_teacher(name: object, pair: ModelPair, args: SwitchConfig) -> RemoteTeacher | None:
-    """The teacher at an address, checked to fit the pair's student; None for a name that is none, or that nothing asks."""
-    signal = args.plan.teacher_signal
-    if not is_address(name) or signal is None or not args.plan.needs_teacher:
-        return None
-    return RemoteTeacher(str(name), signal.top_k, pair.vocabulary_size, pair.tokenizer)
-
-
 def _adapted(student: PreTrainedModel, peft_config: PeftConfig, args: SwitchConfig) -> PreTrainedModel:
     from peft import get_peft_model, prepare_model_for_kbit_training
 
@@ -85,10 +75,3 @@ def _adapted(student: PreTrainedModel, peft_config: PeftConfig, args: SwitchConf
     # An adapter begins at random, and equal runs begin equally.
     set_seed(args.seed)
     return cast(PreTrainedModel, get_peft_model(student, peft_config))
-
-
-def keep_ends(pair: ModelPair) -> None:
-    """Write all ids that end a text into the student's generation config, and so into every save: it is served alone."""
-    config = base_of(pair.student).generation_config
-    if config is not None and {*pair.eos_ids} - {*eos_ids_of(base_of(pair.student), None)}:
-        config.eos_token_id = list(pair.eos_ids)

@@ -3,50 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
-from switchkd.errors import Unreachable
-from switchkd.evaluation.measures import scores_named
-from switchkd.loss.measures import MEASURE_NAMES, sums_of
+from switchkd.errors import Unreachable, UserError
+from switchkd.loss.measures import MEASURE_NAMES, rows_of, sums_by_teacher, sums_of, teacher_names
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Rollout
 from switchkd.rollout.engine import Engine
-from switchkd.rollout.law import Student
-from switchkd.serving.teacher import is_address
 from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.costs import Costs
-from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers, without_repeats
+from switchkd.training.dataset import evaluation_examples, training_examples, with_row_numbers
 from switchkd.training.engine import engine_of
+from switchkd.training.evaluating_trainer import EvaluatingTrainer
 from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.machine import check_one_device, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
-from switchkd.training.outlook import check_call, check_room, describe_training, teacher_in_words
-from switchkd.training.scored_answers import ScoredAnswers
-from switchkd.training.sharded_trainer import ShardedTrainer
-from switchkd.training.shared_teacher import let_others_read
+from switchkd.training.outlook import check_call, check_room, describe_training, teachers_in_words
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText
+from switchkd.training.taught import TeacherModel, first_pair, keep_ends, named, taught_student
 from switchkd.training.teacher_share_alarm import teacher_share_alarm
 from switchkd.training.teacher_text import teacher_text
-from switchkd.training.trained_pair import keep_ends, remote_teacher, trained_pair
 from switchkd.training.written_step import WrittenStep
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-# The sample that evaluations draw: no training step and no calibration does.
-_EVALUATION = -(1 << 33)
 
 
 class TrainerOptions(TypedDict, total=False):
@@ -58,12 +50,14 @@ class TrainerOptions(TypedDict, total=False):
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 
 
-class SwitchTrainer(ShardedTrainer):
+class SwitchTrainer(EvaluatingTrainer):
     """Trains a student on text that student and teacher write together; the call is that of `transformers.Trainer`.
 
     `model` and `teacher_model` are names or models. No teacher is needed for method "sft", "self" is the student without its
-    adapter, and an address, http://host:8000, a teacher on a server of vLLM's (docs/vllm.md). `model` may be a `ModelPair` too,
-    which brings teacher and tokenizer. `processing_class` is the tokenizer of both (by default that of the student's name).
+    adapter, and an address, http://host:8000, a teacher on a server of vLLM's (docs/vllm.md). Several teachers are a mapping,
+    {"math": ..., "chat": ...}, and each row names its own in its column `args.teacher_column` (docs/data.md). `model` may be a
+    `ModelPair` too, which brings teacher and tokenizer. `processing_class` is the tokenizer of all (by default that of the
+    student's name).
     `train_dataset` and `eval_dataset` hold rows as data/rows.py reads them, or `Example` records. `peft_config` makes the student
     an adapter.
 
@@ -81,7 +75,7 @@ class SwitchTrainer(ShardedTrainer):
     def __init__(
         self,
         model: ModelPair | PreTrainedModel | str,
-        teacher_model: PreTrainedModel | str | None = None,
+        teacher_model: PreTrainedModel | str | Mapping[str, TeacherModel] | None = None,
         args: SwitchConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -93,48 +87,52 @@ class SwitchTrainer(ShardedTrainer):
         check_call(args, model, teacher_model)
         self.plan = args.plan
         args.check_evaluation(has_data=eval_dataset is not None)
-        here = None if is_address(teacher_model) else teacher_model
-        self.pair = pair = trained_pair(model, here, processing_class, peft_config, args)
-        self.remote = remote_teacher(teacher_model, pair, args)
-        check_one_device(args, pair)
-        keep_ends(pair)
+        self.taught = taught = taught_student(model, teacher_model, processing_class, peft_config, args)
+        self.pair = pair = first_pair(taught)
+        for each in taught.values():
+            check_one_device(args, each.pair)
+        keep_ends(taught)
         # For the model card; a run knows better names.
-        self.origins = origins_of(pair, self.remote)
+        self.origins = origins_of(taught)
         args.learning_rate = learning_rate_for(pair.student, args.learning_rate)
         engine = options.pop("engine", None)
         super().__init__(
             model=pair.student,
             args=args,
             data_collator=with_row_numbers,
-            train_dataset=training_examples(train_dataset, pair, args),
-            eval_dataset=evaluation_examples(eval_dataset, pair, args),
+            train_dataset=training_examples(train_dataset, taught, args),
+            eval_dataset=evaluation_examples(eval_dataset, taught, args),
             processing_class=pair.tokenizer,
             **dict[str, Any](**options),
         )
-        check_room(pair, args, self.train_dataset, self.eval_dataset, self.remote)
+        check_room(taught, args, self.train_dataset, self.eval_dataset)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not self.is_deepspeed_enabled:
             warn_if_weights_stand_still(pair.student, args)
         # Our loss is divided by the whole step's count, so the trainer must not divide it again.
         self.loss_is_scaled_for_ga = True
         # Before its weights leave for another place.
-        self._learns_from = teacher_in_words(pair, self.remote)
+        self._learns_from = teachers_in_words(taught)
         self._make_parts(engine)
         self._step_started, self._step_tokens = 0.0, 0
-        self._eval_rows, self._eval_sum, self._eval_tokens = 0, 0.0, 0.0
-        self._answers = ScoredAnswers()
 
     def _make_parts(self, engine: Engine | None) -> None:
         """What makes a step's text and its loss, and what counts and measures both."""
-        args, pair, plan = self.args, self.pair, self.plan
-        reading = self._read_whole(pair)
+        args, plan = self.args, self.plan
+        if engine is not None and named(self.taught):
+            raise UserError(
+                "engine is given, but there are several teachers, each with an engine of its own; leave it out"
+            )
+        reading = self._read_whole(self.taught)
         with self.reading():
             self.engine = engine or engine_of(reading, args, in_parts=self.in_parts)
-            self._loss = StepLoss(pair, plan, rows=args.train_batch_size, teacher=self.remote or reading.teacher)
+            self._loss = StepLoss(self.taught, plan, rows=args.train_batch_size, reading=reading)
         self.costs = Costs(args)
         self._loss.on_forward = self.costs.count
         self._loss.before_head = self._head.gather
-        self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES])
-        self._text = StepText(args, reading, self._meters, self.train_dataset or ())
+        by_teacher = teacher_names(named(self.taught))
+        self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES, *by_teacher])
+        pairs = {name: each.pair for name, each in reading.items()}
+        self._text = StepText(args, pairs, self._meters, self.train_dataset or ())
         for callback in filter(None, (self.costs, self._text.share, teacher_share_alarm(plan))):
             self.add_callback(callback)
 
@@ -194,6 +192,8 @@ class SwitchTrainer(ShardedTrainer):
                 self._save_checkpoint(self.pair.student, None)
                 raise
         self._text.keep_scored(sequences)
+        for name in named(self.taught):
+            self._meters.add(rows_of(name), sum(each.prompt.teacher == name for each in examples), len(examples))
         # As many micro-batches as the loader gave: transformers counts them to find the end of a step.
         batches = self._loss.micro_batches(sequences, max(map(len, loaded)))
         self._step_tokens = sum(inputs["batch"].response_tokens for inputs in batches)
@@ -216,15 +216,11 @@ class SwitchTrainer(ShardedTrainer):
         measure = every > 0 and self.state.global_step % every == 0
         with self.pair.computing():
             loss, report = self._loss(model, inputs, denominator, measure=measure)
-        for name, total, count in sums_of(report, inputs["batch"]):
+        for name, total, count in chain(*(sums(report, inputs["batch"]) for sums in (sums_of, sums_by_teacher))):
             self._meters.add(name, total, count)
         # Data parallelism takes the mean of the processes' gradients; ours are parts of one sum.
         loss = loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
         return (loss, {"report": report}) if return_outputs else loss
-
-    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # transformers moves tensors alone.
-        return {**self._prepare_inputs(inputs), "batch": inputs["batch"].to(self.args.device)}
 
     def _measure_speed(self) -> None:
         if self._step_tokens:
@@ -241,78 +237,6 @@ class SwitchTrainer(ShardedTrainer):
             logs = {**logs, **self.costs.totals(self._gathered)}
         super().log(logs, start_time)
 
-    def _gathered(self, values: Tensor) -> Tensor:
-        """Values of all processes, along the first axis, on the CPU."""
-        # Of one process they stay there: not every device has float64.
-        alone = self.accelerator.num_processes == 1
-        return values if alone else self.accelerator.gather(values.to(self.args.device)).cpu()
-
-    def _without_repeats(self, examples: Sequence[Example], rows: int) -> Sequence[Example]:
-        """The examples of a loader's newest batch, without those that fill up the last step; see `without_repeats`."""
-        accelerator = self.accelerator
-        filled_up = accelerator.even_batches and not self.args.dataloader_drop_last
-        if not filled_up or not accelerator.gradient_state.end_of_dataloader:
-            return examples
-        return without_repeats(examples, rows, accelerator.process_index, accelerator.num_processes)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token.
-
-        It is the sum over all their tokens / their number, whatever the batches and processes. Of a set of prompts alone, the
-        responses are rollouts of the student as it is now, with the same draws in each evaluation. These are what
-        `eval_scores` scores, and the means are metrics as well.
-        """
-        references = getattr(dataloader.dataset, "references", {})
-        self._answers = ScoredAnswers(scores_named(self.args.eval_scores), references, self.pair.tokenizer)
-        self._eval_rows, self._eval_sum, self._eval_tokens = len(dataloader.dataset), 0.0, 0.0
-        with self.reading():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        sums = torch.tensor([[self._eval_sum, self._eval_tokens]], dtype=torch.float64)
-        total, tokens = self._gathered(sums).sum(dim=0).tolist()
-        if output.metrics is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / (tokens or 1)
-            means = self._answers.means(self._gathered)
-            output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
-        return output
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **also_ignored: Any
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Add the batch's losses and tokens to the evaluation's. None is returned: the loop would take a mean of means."""
-        examples = self._without_repeats(inputs["examples"], self._eval_rows)
-        with self.pair.computing(), torch.no_grad(), self._head.kept():
-            # Other processes have rows, and a forward of a student in parts takes all of them.
-            answered = self._answered(examples) if examples else [replace(inputs["examples"][0], response_ids=())]
-            inputs = self._on_device(self._loss.inputs(self._loss.scored(answered)))
-            let_others_read()
-            loss, _ = self._loss(model, inputs, 1)
-        self._eval_sum += float(loss)
-        self._eval_tokens += inputs["denominator"]
-        return None, None, None
-
-    def _answered(self, examples: Sequence[Example]) -> Sequence[Example | Rollout]:
-        """The examples, or where they are prompts alone, what the student writes after them; its answers are scored if asked."""
-        prompts_alone = not any(example.response_ids for example in examples)
-        if not prompts_alone and not self._answers.scores:
-            return examples
-        asks_teacher = self.plan.objective.reads_logp and self.pair.teacher is not None
-        keep = self.plan.kept_of_teacher if asks_teacher else None
-        prompts = [replace(example.prompt, sample_id=_EVALUATION) for example in examples]
-        rollouts = self.engine.generate(
-            prompts, policy=Student(), sampling=self.args.sampling, seed=self.args.seed, keep_teacher=keep
-        )
-        self._answers.add(rollouts)
-        return rollouts if prompts_alone else examples
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`; True resumes from the last checkpoint that is complete, or raises UserError."""
         checkpoint = None
@@ -320,12 +244,13 @@ class SwitchTrainer(ShardedTrainer):
             named = None if resume_from_checkpoint is True else resume_from_checkpoint
             checkpoint = checkpoint_to_resume(named, str(self.args.output_dir))
         if self._text.replay is not None:
-            self._text.replay.load(checkpoint)
-        if self.plan.teacher_text is not None and self.pair.teacher is not None:
+            self._text.replay.load(checkpoint, self.taught)
+        teachers = {name: each.pair.teacher for name, each in self.taught.items() if each.pair.teacher is not None}
+        if self.plan.teacher_text is not None and teachers:
             with self.reading(), self.pair.computing():
                 engine = self.costs.counting(self.engine)
                 self.train_dataset = teacher_text(
-                    self.plan.teacher_text, self.pair.teacher, self.train_dataset, engine, self.args
+                    self.plan.teacher_text, teachers, self.train_dataset, engine, self.args
                 )
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Rollout, Sampling
+from switchkd.rollout.by_teacher import EngineByTeacher
 from switchkd.rollout.law import Policy
 from switchkd.rollout.second_reading import SecondReading, read_again
 from switchkd.rollout.speculative import SpeculativeEngine
@@ -14,14 +15,14 @@ from switchkd.rollout.speculative import SpeculativeEngine
 
 @dataclass(frozen=True, eq=False)
 class WrittenStep:
-    """The fresh rollouts of `step`, counted from 1, on this process, and who wrote them how.
+    """The fresh rollouts of `step`, counted from 1, on this process, and who wrote them how; `pairs` are by the teacher's name.
 
-    While a step is told of, both models are as they were when they wrote.
+    While a step is told of, all models are as they were when they wrote.
     """
 
     step: int
     rollouts: Sequence[Rollout]
-    pair: ModelPair
+    pairs: Mapping[str, ModelPair]
     writer: Policy
     sampling: Sampling
     seed: int
@@ -35,6 +36,12 @@ class WrittenStep:
         found = list(self.rollouts[:count])
         if prompts := [prompt for prompt in followed if prompt.begun < self.sampling.max_new_tokens]:
             # Not the run's engine, which measures itself, and may have to make graphs for another number of rows.
-            engine = SpeculativeEngine(self.pair, max_rows=len(prompts), compile=False)
+            engine = EngineByTeacher(
+                self.pairs, lambda pair: SpeculativeEngine(pair, max_rows=len(prompts), compile=False)
+            )
             found += engine.generate(prompts, self.writer, self.sampling, self.seed)
-        return list(zip(found, read_again(self.pair, found, self.sampling), strict=True))
+        return [
+            (each, reading)
+            for each in found
+            for reading in read_again(self.pairs[each.prompt.teacher], [each], self.sampling)
+        ]
