@@ -72,7 +72,7 @@ def two() -> dict[str, PreTrainedModel]:
 
 
 def with_teachers(folder: Path, teachers: Any, train_dataset: Any = NAMED, **options: Any) -> SwitchTrainer:
-    given = {"max_grad_norm": 0.0, "max_steps": 2, **options}
+    given = {"max_grad_norm": 0.0, "max_steps": 1, **options}
     return make_trainer(folder, ModelPair(PAIR.student), train_dataset, teacher_model=teachers, **given)
 
 
@@ -167,8 +167,9 @@ def test_a_second_reading_is_by_the_rows_own_teacher() -> None:
 # ------ training
 
 
+# What engines and buffers keep from step to step shows in the methods with more than one.
 METHODS: dict[str, dict[str, Any]] = {
-    "switch": {"method": "switch"},
+    "switch": {"method": "switch", "max_steps": 2},
     "gkd": {"method": "gkd", "student_share": 0.5},
     "kd": {"method": "kd"},
     "imitkd": {"method": "imitkd"},
@@ -532,8 +533,8 @@ def run_file(models: Path, folder: Path, tmp_path: Path, **changes: Any) -> Path
 
 
 def test_a_run_file_with_several_teachers(models: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
-    options = {"eval_data": str(folder / "named.jsonl"), "eval_strategy": "steps", "eval_steps": 4}
-    run = run_file(models, folder, tmp_path, show_rollouts_every=2, **options)
+    options = {"eval_data": str(folder / "named.jsonl"), "eval_strategy": "steps", "eval_steps": 2}
+    run = run_file(models, folder, tmp_path, show_rollouts_every=1, max_steps=2, **options)
     assert switchkd("train", run) == 0
     out = tmp_path / "out"
     lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
@@ -550,7 +551,7 @@ def test_a_run_file_with_several_teachers(models: Path, folder: Path, tmp_path: 
     saved = yaml.safe_load((out / "run.yaml").read_text())
     assert (list(saved["teachers"]), saved["teacher_column"], saved["teacher"]) == (["math", "chat"], "domain", None)
     # A longer run goes on from what was saved; with other teachers it is another run.
-    assert switchkd("train", out / "run.yaml", "--resume", "--set", "max_steps=6") == 0
+    assert switchkd("train", out / "run.yaml", "--resume", "--set", "max_steps=3") == 0
     assert switchkd("train", out / "run.yaml", "--resume", "--set", f"teachers.chat={models / 'teacher'}") == 2
     assert "was started with" in capsys.readouterr().err
     assert switchkd("eval", out, "--sets", str(folder / "named.jsonl"), "--with-teacher") == 2
