@@ -94,7 +94,7 @@ def save_diagnosis(texts: Mapping[str, TextDiagnosis], path: Path) -> Path | Non
 def save_scores(
     scores: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]], label: str, path: Path
 ) -> Path | None:
-    """Draw scores with their intervals into a PNG file: a panel for each set, in it a point for each part and method.
+    """Draw scores and intervals into a PNG file: a row of panels for each set, a panel for each part, a line for each method.
 
     `scores` are (mean, low, high) by set, method and part; bounds may be NaN. Return the path, or None without matplotlib.
     """
@@ -102,11 +102,22 @@ def save_scores(
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 * len(scores), 4.0), layout="constrained")
-    for axis, (name, methods) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True):
-        _draw_scores(axis, methods)
-        axis.set(title=name, ylabel=label)
-        axis.legend(fontsize="small")
+    parts = [list(next(iter(methods.values()))) for methods in scores.values()]
+    most, lines = max(map(len, parts)), sum(map(len, scores.values()))
+    figure = Figure(figsize=(2.0 + 2.2 * most, 1.1 * len(scores) + 0.22 * lines), layout="constrained")
+    grid = figure.subplots(len(scores), most, squeeze=False, sharey="row")
+    for axes, of_set, (name, methods) in zip(grid, parts, scores.items(), strict=True):
+        for number, axis in enumerate(axes):
+            if number >= len(of_set):
+                axis.set_visible(False)
+                continue
+            found = [of_part[of_set[number]] for of_part in methods.values()]
+            means, lengths = _with_lengths(found)
+            axis.errorbar(means, range(len(means)), xerr=lengths, fmt="o", color="C0", capsize=2)
+            axis.set(title=f"{name}: {of_set[number]}", xlabel=label)
+            axis.grid(axis="y", alpha=0.3)
+        axes[0].set_yticks(range(len(methods)), list(methods))
+        axes[0].invert_yaxis()
     return _save(figure, path)
 
 
@@ -137,13 +148,18 @@ def _draw_scores(axis: Axes, methods: Mapping[str, Mapping[str, tuple[float, flo
     for number, (method, of_part) in enumerate(methods.items()):
         beside = 0.7 * ((number + 0.5) / len(methods) - 0.5)
         places = [at + beside for at in range(len(parts))]
-        means, lows, highs = zip(*(of_part[part] for part in parts), strict=True)
-        lengths = [[mean - low for mean, low in zip(means, lows, strict=True)]]
-        lengths += [[high - mean for mean, high in zip(means, highs, strict=True)]]
-        # NaN draws nothing, and a bound never lies on the wrong side of its mean but for rounding.
-        lengths = [[max(0.0, each) if each == each else each for each in side] for side in lengths]
+        means, lengths = _with_lengths([of_part[part] for part in parts])
         axis.errorbar(places, means, yerr=lengths, fmt="o", color=f"C{number}", capsize=2, label=method)
     axis.set_xticks(range(len(parts)), parts)
+
+
+def _with_lengths(scores: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[list[float]]]:
+    """The means of (mean, low, high), and how far below and above them their intervals reach."""
+    sides = [[mean - low for mean, low, _ in scores], [high - mean for mean, _, high in scores]]
+    # NaN draws nothing, and a bound never lies on the wrong side of its mean but for rounding.
+    return [mean for mean, _, _ in scores], [
+        [max(0.0, each) if each == each else each for each in side] for side in sides
+    ]
 
 
 # Positions. A mean over a few dozen rows jumps from token to token, so a curve is the running mean over this window.
