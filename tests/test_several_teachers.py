@@ -156,7 +156,7 @@ def test_a_second_reading_is_by_the_rows_own_teacher() -> None:
     pairs = {name: ModelPair(PAIR.student, each) for name, each in two().items()}
     sampling, policy, prompts = Sampling(6), Switch(threshold=0.3), [each.prompt for each in NAMED[:2]]
     rollouts = EngineByTeacher(pairs, SpeculativeEngine).generate(prompts, policy, sampling, 3)
-    # The second one is not of this step, but written anew.
+    # The step has the first rollout only, so the second is written again.
     found = WrittenStep(1, rollouts[:1], pairs, policy, sampling, 3).read_again(1, prompts[1:])
     assert [rollout.token_ids for rollout, _ in found] == [rollout.token_ids for rollout in rollouts]
     for rollout, reading in found:

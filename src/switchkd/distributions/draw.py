@@ -17,7 +17,7 @@ from torch import Tensor
 
 from switchkd.distributions.noise import Address, Stream, gumbel, uniform
 
-# As `gumbel`.
+# A function like `gumbel`.
 Noise = Callable[[Address, Stream, int], Tensor]
 
 

@@ -35,7 +35,7 @@ class EngineByTeacher:
     ) -> list[Rollout]:
         """One rollout for each prompt, in their order; see `Engine.generate`. Raises UserError for a name that is not known."""
         pairs = [self._pair_of(index, prompt) for index, prompt in enumerate(prompts)]
-        # Whom nobody asks has no part in the text but for the ids that end it, and larger batches are faster.
+        # A teacher that nobody asks changes a text only by the ids that end it, and larger batches are faster.
         asks_teacher = policy.needs_teacher or keep_teacher
         groups = indices_by([pair if asks_teacher else pair.eos_ids for pair in pairs])
         self.metrics = RolloutMetrics()

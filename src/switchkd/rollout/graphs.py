@@ -33,8 +33,8 @@ _R = TypeVar("_R")
 _NARROWEST = 256
 # Widths by doubling, times block sizes, times models of one process; torch itself stops at 8.
 _MOST_GRAPHS = 256
-# The least that a weight holds, on average, for packing to gain. With 8 rows oneDNN multiplies packed weights of 640 x 1,920 in
-# 0.7 of the time of plain ones, and of 96 x 96 in 5 times of it, since a call costs 20 microseconds more (AVX2, one thread).
+# Weights are packed if they hold this many numbers on average. With 8 rows oneDNN multiplies by a packed weight of 640 x 1,920 in
+# 0.7 of a plain one's time, but by one of 96 x 96 in 5 times of it: a call costs 20 microseconds more (AVX2, one thread).
 _LARGE_WEIGHT = 1 << 18
 # The noise's hash uses each value twice. Torch computes a value again at each use unless it has more operations than this; at
 # torch's own 30 a draw takes twelve times as long. Loops are joined again afterwards.

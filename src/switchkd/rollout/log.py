@@ -85,8 +85,8 @@ class RolloutLog:
 
 
 class Compared(NamedTuple):
-    """At a draft: the teacher's log-probabilities (..., V), and (...) each the divergence of the two models in nats, the coins, and
-    the uniforms that say whether a proposal stands.
+    """A draft beside the teacher: its log-probabilities (..., V), and of shape (...) the divergence of the two models in nats, the
+    coins, and the uniforms that decide whether a proposal stands.
     """
 
     teacher_logp: Tensor

@@ -39,7 +39,7 @@ class RolloutMetrics:
         return self.forwards["teacher"]
 
     def add(self, other: RolloutMetrics) -> None:
-        """Add what another call did."""
+        """Add the numbers of another call."""
         self.tokens += other.tokens
         self.drafted += other.drafted
         for model, forwards in other.forwards.items():

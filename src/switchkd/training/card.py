@@ -79,7 +79,7 @@ class Origins:
 
 
 def origins_of(taught: Mapping[str, Taught]) -> Origins:
-    """What models know of themselves, and a server of its teacher; not its address, which is nobody's business."""
+    """What the models say of themselves, and a server of its teacher. The server's address is private and left out."""
     teachers = {
         name: _known_name(pair.teacher) if remote is None else remote.name for name, (pair, remote) in taught.items()
     }
