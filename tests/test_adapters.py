@@ -36,7 +36,8 @@ def test_a_kept_adapter_is_the_merged_model_in_two_parts(models: Path, tmp_path:
     assert (logits_of(kept) - logits_of(models / "student")).abs().max() > 0.1
     assert not (kept / "model.safetensors").exists()
     assert json.loads((kept / "adapter_config.json").read_text())["base_model_name_or_path"] == str(models / "student")
-    assert GenerationConfig.from_pretrained(kept).eos_token_id == EOS_ID
+    # transformers 5.16 reads an id back as a list of one.
+    assert GenerationConfig.from_pretrained(kept).eos_token_id in (EOS_ID, [EOS_ID])
     # It is a model like any other for our own commands.
     data = models / "data.jsonl"
     assert switchkd("eval", kept, "--sets", data, "--limit", "2", "--seeds", "1", "--max-new-tokens", "4") == 0

@@ -16,6 +16,7 @@ import transformers
 import switchkd
 from switchkd.distributions.divergences import DIVERGENCES
 from switchkd.methods.config import SwitchConfig
+from switchkd.methods.inherited import RENAMED
 from switchkd.methods.parts import HEADLINE
 from switchkd.methods.table import REPLACEABLE
 from switchkd.rollout.policies import POLICIES
@@ -163,7 +164,9 @@ def test_every_setting_is_read_somewhere() -> None:
     # Those of rows and of SWITCH are read by the names in their lists; test_methods.py sees it done.
     by_name = {*REPLACEABLE, *HEADLINE}
     assert by_name <= own
-    assert not own - read - by_name
+    # Where transformers has not the newer names yet, they are ours, and handed on by name.
+    handed_on = {newer for _, newer in RENAMED}
+    assert not own - read - by_name - handed_on
 
 
 def test_every_setting_carries_its_sentence() -> None:

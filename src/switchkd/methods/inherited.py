@@ -36,7 +36,7 @@ _ABOVE_0 = (
     *("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "save_total_limit"),
     *("max_seconds", "max_generated_tokens"),
 )
-_RENAMED = (
+RENAMED = (
     ("gradient_checkpointing", "activation_checkpointing"),
     ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
 )
@@ -97,7 +97,7 @@ class TransformersSettings(TrainingArguments):
 
 def renamed(args: TransformersSettings) -> None:
     """Give older names of transformers' settings, which people still write, their newer ones."""
-    for older, newer in _RENAMED:
+    for older, newer in RENAMED:
         if newer in _OF_TRANSFORMERS:
             if (given := getattr(args, older, None)) is not None:
                 setattr(args, newer, given)
