@@ -1,8 +1,7 @@
 """Train the tokenizer, the teacher and the student of the small world from nothing.
 
     python scripts/train_world_pair.py [--role teacher|student|both] [--resume]
-    python scripts/train_world_pair.py --role student-small --out FOLDER [--steps 700] [--name NAME]
-        [--world world-free] [--start MODEL]
+    python scripts/train_world_pair.py --role student-small --out FOLDER [--steps 700] [--name NAME] [--world world-free]
 
 Writes src/switchkd/assets/world/{teacher,student}, or with --out the folder FOLDER/NAME with the model and its log beside it.
 A checkpoint lies in --work.
@@ -290,7 +289,7 @@ def curriculum(
 def train(role: str, args: argparse.Namespace) -> None:
     """Train one model, with a curriculum from short to all, and save it as it goes."""
     chosen, tokenizer = WORLDS[args.world], build_tokenizer(args.seed)
-    model = LlamaForCausalLM.from_pretrained(args.start) if args.start else build_model(role, tokenizer, args.seed)
+    model = build_model(role, tokenizer, args.seed)
     steps = args.steps or SIZES[role][-1]
     name, folder = args.name or role, args.out or args.assets
     place = args.work / name
@@ -350,7 +349,6 @@ def main() -> None:
     )
     add_training_arguments(parser)
     parser.add_argument("--world", choices=WORLDS, default="world")
-    parser.add_argument("--start", type=Path, help="a model of the role's size to go on from, in place of a fresh one")
     parser.add_argument("--final", type=int, default=210, help="test rows per bucket at the end")
     parser.add_argument("--drill", type=int, default=300, help="first steps that only teach looking up")
     parser.add_argument("--pilot", action="store_true", help="leave the assets alone")

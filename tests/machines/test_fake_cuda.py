@@ -89,7 +89,7 @@ def test_shaping(sampling: Sampling) -> None:
 
 # Fake tensors of torch 2.9 and 2.10 cannot be written to where a mask chooses how many rows there are, as a draw does.
 SAMPLED = pytest.param(
-    False, marks=pytest.mark.skipif(torch.__version__ < (2, 13), reason="fake tensors of torch 2.13")
+    False, marks=pytest.mark.skipif(torch.__version__ < (2, 13), reason="needs fake tensors of torch 2.13")
 )
 
 
