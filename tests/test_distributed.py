@@ -44,6 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     # Full after the first step: half of the second's sequences are replayed, from what either process wrote.
     "replay": {"method": "switch", "threshold": 0.3, "replay_capacity": 8},
     "distillm2": {"method": "distillm2"},
+    # The third step, the epoch's last, is written by itself.
+    "steps": {"method": "switch", "threshold": 0.3, "rollout_steps": 2},
     "seqkd": {"method": "seqkd"},
 }
 # An adapter that is all that trains, and a teacher that is its student without it.

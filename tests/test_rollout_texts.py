@@ -137,7 +137,8 @@ def begun(examples: Sequence[Example], step: int, **settings: Any) -> list[Promp
     text = StepText(args, {"": ModelPair(tiny_pair("llama", layers=1).student)}, Meters(TEXT_MEASURES), examples)
     engine: Any = OneTokenEngine()
     state = TrainerState(global_step=step, max_steps=10)
-    return [each.prompt for each in text.sequences_of_step(examples, state, engine, log=lambda measured: None)]
+    (made,) = text.sequences_of_steps([examples], state, engine, log=lambda measured: None)
+    return [each.prompt for each in made.sequences]
 
 
 def test_rollouts_begin_with_a_part_of_their_examples_response() -> None:

@@ -42,8 +42,8 @@ def written(
     """The sequences of one step, the engine that wrote them, and what was measured."""
     args, engine, meters = SwitchConfig(output_dir="unused", **settings), OneTokenEngine(), Meters(TEXT_MEASURES)
     text = StepText(args, {"": ModelPair(tiny_pair("llama", layers=1).student)}, meters, examples)
-    sequences = text.sequences_of_step(examples, TrainerState(global_step=step), engine, log=dict)
-    return sequences, engine, meters.drain(lambda sums: sums)
+    (made,) = text.sequences_of_steps([examples], TrainerState(global_step=step), engine, log=dict)
+    return [*made.sequences], engine, meters.drain(lambda sums: sums)
 
 
 def test_each_rollout_takes_the_place_of_its_example() -> None:

@@ -24,6 +24,7 @@ from switchkd.methods.parts import (
     DEFAULTS,
     HEADLINE,
     OF_LOSS,
+    OF_ROLLOUTS,
     OF_TEXT,
     TEACHER_SIGNAL,
     auto_threshold,
@@ -143,6 +144,7 @@ class SwitchConfig(TransformersSettings):
     max_prompt_tokens: int = setting(256, "A row with a longer prompt is a bad row.")
     max_new_tokens: int = setting(256, "Longest rollout, and where the data set's responses are cut, in tokens.")
     rollout_rows: int = setting(64, "Rollouts in flight at a time; bounds memory, changes no token.")
+    rollout_steps: int = setting(1, "Steps whose rollouts are written at once, by the student as it is at their first.")
     block_size: None | str | int = setting(
         "auto", "Tokens drafted before the teacher is asked; auto goes by what stands of them. Changes no token."
     )
@@ -311,9 +313,8 @@ class SwitchConfig(TransformersSettings):
                     f"{key} is {getattr(self, key)}, but method {self.method_name!r} has no divergence; set one, or leave it out"
                 )
         # Refused and not ignored: a setting that nothing reads is a run that is not what its author thinks.
-        of_rollouts = ("policy", "teacher_text_share", "replay_capacity", "replay_share", "long_term_weight")
-        for key in (*of_rollouts, "replayed_prefix", "length_growth", "rewrite", "teacher_text_divergence"):
-            if getattr(self, key) and not (method.student_share or method.share_rise):
+        for key in () if method.student_share or method.share_rise else OF_ROLLOUTS:
+            if getattr(self, key) not in (None, 0, getattr(SwitchConfig, key)):
                 raise UserError(
                     f"{key} is {getattr(self, key)}, but method {self.method_name!r} has no rollouts here; leave it out"
                 )

@@ -17,6 +17,7 @@ from switchkd.errors import UserError
 _AT_LEAST_1 = (
     "max_prompt_tokens",
     "rollout_rows",
+    "rollout_steps",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",

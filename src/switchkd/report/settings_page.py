@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "The threshold of SWITCH": ("threshold", "decay", "decay_rate", "final_fraction"),
     "Where the text comes from": (
         "student_share", "teacher_text_share", "teacher_text", "share_rise", "replay_capacity", "replay_share",
-        "replayed_prefix", "length_growth", "rewrite",
+        "replayed_prefix", "length_growth", "rewrite", "rollout_steps",
     ),
     "Loss": (
         "cross_entropy_weight", "cross_entropy_on", "long_term_weight", "loss_temperature", "start_weight",

@@ -35,7 +35,8 @@ class RolloutView(TrainerCallback):
         self.console = console
         self.path = path
         self.stage = stage
-        self.read: list[tuple[Rollout, SecondReading]] = []
+        # By step: several may be written at once.
+        self.read: dict[int, list[tuple[Rollout, SecondReading]]] = {}
         self.followed: list[Prompt] | None = None
 
     def _is_shown(self, step: int) -> bool:
@@ -49,7 +50,8 @@ class RolloutView(TrainerCallback):
         prompts = [rollout.prompt for rollout in written.rollouts[:SHOWN_ROLLOUTS]]
         if self.followed is None:
             self.followed = self._followed_before() or prompts
-        self.read = written.read_again(SHOWN_ROLLOUTS, [each for each in self.followed if each not in prompts])
+        others = [each for each in self.followed if each not in prompts]
+        self.read[written.step] = written.read_again(SHOWN_ROLLOUTS, others)
 
     def _followed_before(self) -> list[Prompt]:
         """The prompts that a run which now goes on has followed so far."""
@@ -70,13 +72,15 @@ class RolloutView(TrainerCallback):
             return
         self.console.print(f"Written in step {state.global_step}:", highlight=False)
         print_rollouts(newest, tokenizer, self.console, shown=SHOWN_ROLLOUTS)
-        records = self._records(tokenizer, state.global_step)
+        read = self.read.pop(state.global_step, [])
+        records = self._records(read, tokenizer, state.global_step)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
-        send_rollouts(self.trainer.callback_handler.callbacks, [each for each, _ in self.read], records, tokenizer)
-        self.read = []
+        send_rollouts(self.trainer.callback_handler.callbacks, [each for each, _ in read], records, tokenizer)
 
-    def _records(self, tokenizer: PreTrainedTokenizerBase, step: int) -> Sequence[dict[str, Any]]:
+    def _records(
+        self, read: Sequence[tuple[Rollout, SecondReading]], tokenizer: PreTrainedTokenizerBase, step: int
+    ) -> Sequence[dict[str, Any]]:
         followed = set(self.followed or ())
         return [
             {
@@ -85,5 +89,5 @@ class RolloutView(TrainerCallback):
                 "followed": rollout.prompt in followed,
                 **rollout_record(rollout, tokenizer, reading),
             }
-            for rollout, reading in self.read
+            for rollout, reading in read
         ]

@@ -190,10 +190,11 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
             advice="each row is rolled out once a step; for more rows a step raise gradient_accumulation_steps",
         ),
         Foreign(
-            "generation_batch_size rollout_batch_size steps_per_generation",
+            "generation_batch_size rollout_batch_size",
             "rollout_rows",
             "rollouts in flight at a time, which changes no token",
         ),
+        Foreign("steps_per_generation", "rollout_steps", "counted in optimizer steps, each with all its micro-batches"),
         Foreign("do_sample greedy", "temperature", "0 is greedy"),
         Foreign("rollout_temperature sampling_temperature", "temperature"),
         Foreign("gen_top_p", "top_p"),
@@ -207,9 +208,7 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
             "show_rollouts_every",
         ),
         Foreign(
-            "ppo_epochs num_iterations",
-            "replay_capacity",
-            "a rollout trains once, unless it is kept and drawn again",
+            "ppo_epochs num_iterations", "replay_capacity", "a rollout trains once, unless it is kept and drawn again"
         ),
     ),
     "Distillation": (

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -68,6 +69,13 @@ class _ToldEngine:
         return self.engine.generate(prompts, policy, sampling, seed, keep_teacher, told)
 
 
+class WrittenText(NamedTuple):
+    """What a step trains on, and those of it that were rolled out for it, without the teacher's states, which are large."""
+
+    sequences: Sequence[Example | Rollout]
+    rollouts: Sequence[Rollout]
+
+
 class StepText:
     """Makes the training sequences of each step. Every choice is an addressed coin of (seed, row, step).
 
@@ -82,13 +90,11 @@ class StepText:
         self.plan = plan = args.plan
         self.pairs = pairs
         self.meters = meters
-        # Those of the newest step, without the teacher's states, which are large.
-        self.newest: list[Rollout] = []
-        # Those of the newest step, on their way into the replay.
+        # On their way into the replay.
         self._fresh: list[Rollout] = []
         # Told the rollouts that are finished, and how many there are to be.
         self.on_progress: Callable[[int, int], None] | None = None
-        # Told a step's rollouts once they are there.
+        # Told the rollouts of each step once they are there.
         self.on_written: Callable[[WrittenStep], None] | None = None
         self.replay = ReplayBuffer(plan.replay_capacity) if plan.replay_capacity and plan.rolls_out else None
         self.share = AdaptiveShare(plan.rollout_share, plan.share_rise) if plan.share_rise else None
@@ -97,16 +103,25 @@ class StepText:
             prompts = calibration_prompts(examples, plan.auto_threshold.prompts, spread=len(pairs) > 1)
             self.calibrated = CalibratedPolicy(plan.auto_threshold, plan.policy, args, prompts)
 
-    def sequences_of_step(
-        self, examples: Sequence[Example], state: TrainerState, engine: Engine, log: Callable[[dict[str, float]], None]
-    ) -> list[Example | Rollout]:
-        """Each example, or the rollout that takes its place at the step that `state` is at, in their order."""
+    def sequences_of_steps(
+        self,
+        steps: Sequence[Sequence[Example]],
+        state: TrainerState,
+        engine: Engine,
+        log: Callable[[dict[str, float]], None],
+    ) -> list[WrittenText]:
+        """The text of the step that `state` is at and of those after it, from the examples of each.
+
+        All of it is written as at the first of them; each row has the address of its own step.
+        """
         engine = _ToldEngine(engine, self.on_progress) if self.on_progress else engine
         policy = self.calibrated.policy_at(state, engine, log) if self.calibrated else self.plan.policy
         policy = policy.at_step(state.global_step)
         limit = self.plan.longest_rollout(state.global_step, self.args.max_new_tokens)
         share = self.share.share_at(state) if self.share else self.plan.rollout_share
-        prompts = [replace(example.prompt, sample_id=state.global_step) for example in examples]
+        examples = [example for step in steps for example in step]
+        number = [state.global_step + after for after, step in enumerate(steps) for _ in step]
+        prompts = [replace(each.prompt, sample_id=step) for each, step in zip(examples, number, strict=True)]
         coins = self._coins(prompts)
         rolled_out = [row for row, coin in enumerate(coins[_Coin.ROLLED_OUT]) if coin < share]
         replayed = self._replayed(rolled_out, coins)
@@ -124,13 +139,6 @@ class StepText:
             if rows:
                 rollouts = self._roll_out([prompts[row] for row in rows], writer, engine, limit)
                 written.update(zip(rows, rollouts, strict=True))
-        self.newest = [replace(written[row], teacher_hidden=None, teacher_top=None) for row in sorted(written)]
-        if self.on_written and self.newest:
-            sampling = replace(self.args.sampling, max_new_tokens=limit)
-            writer = policy if by_policy else Teacher()
-            self.on_written(
-                WrittenStep(state.global_step + 1, self.newest, self.pairs, writer, sampling, self.args.seed)
-            )
         if self.share:
             self.meters.add("student_share", share, 1)
         if self.replay is not None:
@@ -139,10 +147,20 @@ class StepText:
             self._fresh = [rollout.to("cpu") for rollout in written.values()]
         in_place: dict[int, Example | Rollout] = {**replayed, **written}
         if self.plan.rewrite:
-            texts = rewritten(self.plan.rewrite, [*written.values()], self.pairs, engine, self.args, limit)
-            in_place |= dict(zip(written, texts, strict=True))
-        # Behind the last token that counts, nothing is read.
-        return [in_place.get(row, _cut(example, limit)) for row, example in enumerate(examples)]
+            anew = rewritten(self.plan.rewrite, [*written.values()], self.pairs, engine, self.args, limit)
+            in_place |= dict(zip(written, anew, strict=True))
+        texts = _of_steps(steps, in_place, written, limit)
+        self._tell(texts, state.global_step, policy if by_policy else Teacher(), limit)
+        return texts
+
+    def _tell(self, texts: Sequence[WrittenText], step: int, writer: Policy, limit: int) -> None:
+        """Tell of the rollouts of each step, those of `step` first."""
+        if self.on_written is None:
+            return
+        sampling = replace(self.args.sampling, max_new_tokens=limit)
+        for number, text in enumerate(texts, step + 1):
+            if text.rollouts:
+                self.on_written(WrittenStep(number, text.rollouts, self.pairs, writer, sampling, self.args.seed))
 
     def _begun(self, prompt: Prompt, response: tuple[int, ...], coin: float, progress: float) -> Prompt:
         """The prompt with the first part of a response behind it, which leaves at least one token of it to write."""
@@ -153,7 +171,7 @@ class StepText:
         return replace(prompt, token_ids=begun_ids, begun=length, trains_beginning=begin.weight > 0)
 
     def keep_scored(self, sequences: Sequence[Example | Rollout]) -> None:
-        """Keep the step's fresh rollouts for the replay, and all of it that the teacher has read for this step.
+        """Keep the fresh rollouts for the replay, and all that the teacher has read beside them.
 
         Not before it is read: a step that ends at a teacher out of reach is made again, and must not be kept twice. Each process
         keeps what its own teacher read.
@@ -206,6 +224,23 @@ class StepText:
         if policy.needs_teacher:
             add("rollout_divergence", sum(sum(rollout.divergence) for rollout in rollouts), tokens)
         return rollouts
+
+
+def _of_steps(
+    steps: Sequence[Sequence[Example]],
+    in_place: Mapping[int, Example | Rollout],
+    written: Mapping[int, Rollout],
+    limit: int,
+) -> list[WrittenText]:
+    """The text of each step; `in_place` and `written` are by row, counted over all steps."""
+    texts, row = [], count()
+    for step in steps:
+        numbered = [(next(row), example) for example in step]
+        fresh = [written[index] for index, _ in numbered if index in written]
+        # Behind the last token that counts, nothing is read.
+        sequences = [in_place.get(index, _cut(example, limit)) for index, example in numbered]
+        texts.append(WrittenText(sequences, [replace(each, teacher_hidden=None, teacher_top=None) for each in fresh]))
+    return texts
 
 
 def _cut(example: Example, limit: int) -> Example:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -18,7 +18,7 @@ from switchkd.errors import Unreachable, UserError
 from switchkd.loss.measures import MEASURE_NAMES, rows_of, sums_by_teacher, sums_of, teacher_names
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
-from switchkd.records import Example, Rollout
+from switchkd.records import Rollout
 from switchkd.rollout.engine import Engine
 from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
@@ -27,11 +27,12 @@ from switchkd.training.dataset import evaluation_examples, training_examples, wi
 from switchkd.training.engine import engine_of
 from switchkd.training.evaluating_trainer import EvaluatingTrainer
 from switchkd.training.learning_rate import learning_rate_for
+from switchkd.training.loaded_steps import LoadedStep, loaded_steps, steps_at_once
 from switchkd.training.machine import check_one_device, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
 from switchkd.training.outlook import check_call, check_room, describe_training, teachers_in_words
 from switchkd.training.step_loss import StepLoss
-from switchkd.training.step_text import TEXT_MEASURES, StepText
+from switchkd.training.step_text import TEXT_MEASURES, StepText, WrittenText
 from switchkd.training.taught import TeacherModel, first_pair, keep_ends, named, taught_student
 from switchkd.training.teacher_share_alarm import teacher_share_alarm
 from switchkd.training.teacher_text import teacher_text
@@ -61,9 +62,9 @@ class SwitchTrainer(EvaluatingTrainer):
     `train_dataset` and `eval_dataset` hold rows as data/rows.py reads them, or `Example` records. `peft_config` makes the student
     an adapter.
 
-    All prompts of an optimizer step are rolled out in one call before its first forward, each with its row's number as
-    prompt id and the step as sample id, so the text depends on neither the batch split nor the processes. The loss is
-    summed over the trained response tokens and divided by their count over the whole step and all processes.
+    All prompts of an optimizer step, or of `args.rollout_steps` of them, are rolled out in one call before its first forward,
+    each with its row's number as prompt id and its step as sample id, so the text depends on neither the batch split nor the
+    processes. The loss is summed over the trained response tokens and divided by their count over the whole step and all processes.
 
     Raises UserError, before the first forward, for settings, models or data that do not fit.
     """
@@ -132,6 +133,9 @@ class SwitchTrainer(EvaluatingTrainer):
         by_teacher = teacher_names(named(self.taught))
         self._meters = Meters([*TEXT_MEASURES, "train_tokens_per_second", *MEASURE_NAMES, *by_teacher])
         pairs = {name: each.pair for name, each in reading.items()}
+        # What is written for steps that are still to come.
+        self._ready: deque[tuple[LoadedStep, WrittenText]] = deque()
+        self._newest: Sequence[Rollout] = ()
         self._text = StepText(args, pairs, self._meters, self.train_dataset or ())
         for callback in filter(None, (self.costs, self._text.share, teacher_share_alarm(plan))):
             self.add_callback(callback)
@@ -139,14 +143,14 @@ class SwitchTrainer(EvaluatingTrainer):
     @property
     def newest_rollouts(self) -> list[Rollout]:
         """The rollouts of this process in the newest step, in the order of its rows, without the teacher's states."""
-        return self._text.newest
+        return [*self._newest]
 
     def tell_written(self, told: Callable[[WrittenStep], None]) -> None:
         """Once a step's rollouts are there, call `told` with them, before anything is trained on them."""
         self._text.on_written = told
 
     def tell_rollouts(self, told: Callable[[int, int], None]) -> None:
-        """While a step is rolled out, call `told` with the number of finished rollouts and the number there will be."""
+        """While text is rolled out, call `told` with the number of finished rollouts and the number there will be."""
         self._text.on_progress = told
 
     def card(self, given: dict[str, Any] | None = None, *, is_adapter: bool | None = None) -> str:
@@ -168,38 +172,50 @@ class SwitchTrainer(EvaluatingTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimizer step, rolled out, and the count of their trained tokens over all processes."""
         self._measure_speed()
-        loaded: list[Sequence[Example]] = []
-        examples: list[Example] = []
-        last: Sequence[Example] = ()
-        for inputs in islice(epoch_iterator, num_batches):
-            loaded.append(inputs["examples"])
-            # Asked here, since the loader says that a batch is the last one only until it is asked for the next.
-            last = self._without_repeats(loaded[-1], len(self.train_dataset))
-            examples += last
-        if not loaded:
+        if not self._ready and (loaded := self._loaded(epoch_iterator)):
+            self._ready.extend(zip(loaded, self._written(loaded), strict=True))
+        elif self._ready:
+            self._step_started = time.perf_counter()
+        else:
             return [], None
-        with self.reading(), self.pair.computing():
-            engine = self.costs.counting(self.engine)
-            try:
-                written = self._text.sequences_of_step(examples, self.state, engine, self.log)
-                if not last:
-                    # The other processes have rows, and wait for this one's gradient: one of a text that counts nowhere.
-                    written.append(replace(loaded[-1][0], response_ids=()))
-                self._step_started = time.perf_counter()
-                sequences = self._loss.scored(written)
-            except Unreachable:
-                # Nothing of this step is trained on yet: what there is, is what the last one left.
-                self._save_checkpoint(self.pair.student, None)
-                raise
-        self._text.keep_scored(sequences)
+        step, text = self._ready.popleft()
+        self._newest = text.rollouts
         for name in named(self.taught):
-            self._meters.add(rows_of(name), sum(each.prompt.teacher == name for each in examples), len(examples))
+            self._meters.add(rows_of(name), sum(each.prompt.teacher == name for each in step.rows), len(step.rows))
         # As many micro-batches as the loader gave: transformers counts them to find the end of a step.
-        batches = self._loss.micro_batches(sequences, max(map(len, loaded)))
+        batches = self._loss.micro_batches(text.sequences, max(map(len, step.batches)))
         self._step_tokens = sum(inputs["batch"].response_tokens for inputs in batches)
         parts = torch.tensor([sum(inputs["denominator"] for inputs in batches)], device=device)
         # Where the policy left nothing to train on, the loss is 0 and not 0 / 0.
         return batches, self._loss.not_zero(self.accelerator.gather(parts).sum())
+
+    def _loaded(self, epoch_iterator: Iterator[Any]) -> list[LoadedStep]:
+        """The rows of the steps that are written next; none at the epoch's end."""
+        return loaded_steps(
+            (inputs["examples"] for inputs in epoch_iterator),
+            steps_at_once(self.args.rollout_steps, self.state, self.args),
+            self.args.gradient_accumulation_steps,
+            lambda batch: self._without_repeats(batch, len(self.train_dataset)),
+        )
+
+    def _written(self, loaded: Sequence[LoadedStep]) -> list[WrittenText]:
+        """The text of these steps, read by the teachers."""
+        with self.reading(), self.pair.computing():
+            engine = self.costs.counting(self.engine)
+            try:
+                texts = self._text.sequences_of_steps([step.rows for step in loaded], self.state, engine, self.log)
+                sequences = [[*text.sequences, *step.fillers] for text, step in zip(texts, loaded, strict=True)]
+                self._step_started = time.perf_counter()
+                scored = self._loss.scored([*chain(*sequences)])
+            except Unreachable:
+                # Nothing of these steps is trained on yet: what there is, is what the last one left.
+                self._save_checkpoint(self.pair.student, None)
+                raise
+        self._text.keep_scored(scored)
+        of_steps = iter(scored)
+        return [
+            text._replace(sequences=[*islice(of_steps, len(own))]) for text, own in zip(texts, sequences, strict=True)
+        ]
 
     def compute_loss(
         self,
