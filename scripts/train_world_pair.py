@@ -26,6 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from muon import Muon
 from switchkd.data import world
 from switchkd.data.free_world import WORLDS
 from switchkd.evaluation.measures import exact_match
@@ -197,7 +198,7 @@ def optimizers_of(model: LlamaForCausalLM, args: argparse.Namespace) -> dict[str
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in inside]
-    muon = torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=0.01)
+    muon = Muon(hidden, lr=args.muon_lr, weight_decay=0.01)
     adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
     return {"muon": (muon, args.muon_lr), "adam": (adam, args.adam_lr)}
 

@@ -175,12 +175,17 @@ class Signalled(TrainerCallback):
             signal.raise_signal(self.number)
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
-def test_a_signal_stops_after_the_step_and_is_given_back(number: int, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "name", "rollout_steps"), [(signal.SIGTERM, "SIGTERM", 1), (signal.SIGINT, "Ctrl-C", 2)]
+)
+def test_a_signal_stops_after_what_is_written_and_is_given_back(
+    number: int, name: str, rollout_steps: int, tmp_path: Path
+) -> None:
     said = io.StringIO()
     stopper = StopCleanly(Console(file=said))
     callbacks = [stopper, Signalled(number)]
-    trainer = make_trainer(tmp_path, tiny_pair("llama", layers=1), method="sft", max_steps=4, callbacks=callbacks)
+    options: dict[str, Any] = {"method": "imitkd", "max_steps": 4, "rollout_steps": rollout_steps}
+    trainer = make_trainer(tmp_path, tiny_pair("llama", layers=1), callbacks=callbacks, **options)
     before = [signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)]
     ours = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     try:
@@ -190,8 +195,9 @@ def test_a_signal_stops_after_the_step_and_is_given_back(number: int, name: str,
         for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(each, handler)
     assert stopper.stopped
-    assert (trainer.state.global_step, (tmp_path / "checkpoint-1").is_dir()) == (1, True)
-    assert f"{name}: the run finishes this step" in said.getvalue()
+    stopped_at = trainer.state.global_step
+    assert (stopped_at, (tmp_path / f"checkpoint-{stopped_at}").is_dir()) == (rollout_steps, True)
+    assert f"{name}: the run finishes what is written" in said.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------------- the teacher reads

@@ -171,6 +171,7 @@ class LogFile(TrainerCallback):
 class StopCleanly(TrainerCallback):
     """The first Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; a Ctrl-C after it raises KeyboardInterrupt.
 
+    With `rollout_steps` it finishes the steps whose text is written.
     All processes of a run stop after the same step, whichever of them the signal reached. Afterwards `stopped` says whether
     training ended before its last step for this reason.
     """
@@ -201,13 +202,15 @@ class StopCleanly(TrainerCallback):
         self.stop_requested, self._requested_at = True, time.monotonic()
         name = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
         self.console.print(
-            f"\n{name}: the run finishes this step, saves a checkpoint and stops. Press Ctrl-C to stop at once."
+            f"\n{name}: the run finishes what is written, saves a checkpoint and stops. Press Ctrl-C to stop at once."
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop after a signal to any process."""
+        # Text that waits for its step would be lost, and a resumed run write other text in its place.
+        is_used_up = state.global_step % getattr(args, "rollout_steps", 1) == 0
         # After the last step the run saves and ends in any case.
-        if state.global_step < state.max_steps and _any_process(self.stop_requested):
+        if is_used_up and state.global_step < state.max_steps and _any_process(self.stop_requested):
             self.stopped = True
             control.should_save = control.should_training_stop = True
 
