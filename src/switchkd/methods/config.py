@@ -314,7 +314,7 @@ class SwitchConfig(TransformersSettings):
                 )
         # Refused and not ignored: a setting that nothing reads is a run that is not what its author thinks.
         for key in () if method.student_share or method.share_rise else OF_ROLLOUTS:
-            if getattr(self, key) not in (None, 0, getattr(SwitchConfig, key)):
+            if getattr(self, key):
                 raise UserError(
                     f"{key} is {getattr(self, key)}, but method {self.method_name!r} has no rollouts here; leave it out"
                 )

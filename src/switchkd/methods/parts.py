@@ -44,7 +44,7 @@ OF_TEXT = (
 # What nothing reads where nothing is rolled out.
 OF_ROLLOUTS = (
     "policy", "teacher_text_share", "replay_capacity", "replay_share", "long_term_weight", "replayed_prefix", "length_growth",
-    "rewrite", "teacher_text_divergence", "rollout_steps",
+    "rewrite", "teacher_text_divergence",
 )  # fmt: skip
 # SWITCH's settings stand flat as well, since people write them most. Other policies ignore them: the stages of a run share them.
 HEADLINE = ("threshold", "decay", "decay_rate", "final_fraction")
