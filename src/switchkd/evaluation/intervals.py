@@ -6,7 +6,9 @@ asked (another test set would have others). An interval says only what it was co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,12 @@ RESAMPLES = 10_000
 _SEED = 0
 # Rows of weights that are drawn at once, so that memory stays small for large sets.
 _AT_ONCE = 1_000
+# Up to so many rows what was drawn is kept, in 20 MB at most.
+_FEW_ROWS = 1_000
 
 Values = npt.NDArray[np.float64]
+# A row is drawn once on average, and nowhere near 32,767 times.
+Counts = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,27 @@ def _bootstrap(values_SR: Values, *, resample_seeds: bool) -> Interval:
     seeds, rows = values_SR.shape
     if rows < 2:
         return Interval(mean, float("nan"), float("nan"))
-    generator = np.random.default_rng(_SEED)
-    means = []
-    for _ in range(0, RESAMPLES, _AT_ONCE):
-        # How often each row and seed was drawn says all about a resample.
-        rows_BR = generator.multinomial(rows, np.full(rows, 1 / rows), size=_AT_ONCE) / rows
-        seeds_BS = np.full((_AT_ONCE, seeds), 1 / seeds)
-        if resample_seeds:
-            seeds_BS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=_AT_ONCE) / seeds
-        means.append(((seeds_BS @ values_SR) * rows_BR).sum(axis=1))
+    draws = _kept_draws if rows <= _FEW_ROWS else _draws
+    means = [
+        ((seeds_BS / seeds @ values_SR) * (rows_BR / rows)).sum(axis=1)
+        for rows_BR, seeds_BS in draws(rows, seeds, resample_seeds)
+    ]
     low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean, float(low), float(high))
+
+
+def _draws(rows: int, seeds: int, resample_seeds: bool) -> Iterator[tuple[Counts, Counts]]:
+    """How often each row and each seed was drawn, which says all about a resample; `_AT_ONCE` of them at a time."""
+    generator = np.random.default_rng(_SEED)
+    for _ in range(0, RESAMPLES, _AT_ONCE):
+        rows_BR = generator.multinomial(rows, np.full(rows, 1 / rows), size=_AT_ONCE).astype(np.int16)
+        seeds_BS = np.ones((_AT_ONCE, seeds), dtype=np.int16)
+        if resample_seeds:
+            seeds_BS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=_AT_ONCE).astype(np.int16)
+        yield rows_BR, seeds_BS
+
+
+@lru_cache(maxsize=4)
+def _kept_draws(rows: int, seeds: int, resample_seeds: bool) -> list[tuple[Counts, Counts]]:
+    """The same, kept: a table has many intervals of as many rows, and the draws are nearly all of their cost."""
+    return [*_draws(rows, seeds, resample_seeds)]
