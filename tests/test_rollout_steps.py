@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
@@ -28,6 +28,11 @@ from trainers import (
 
 # Of 10 rows in micro-batches of 2, two a step, an epoch has two whole steps and one of 2 rows.
 TEN_ROWS, SPLIT = make_examples(10), (2, 2)
+
+
+class StopAfterOne(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
 
 
 @pytest.mark.parametrize("method", [{"method": "switch"}, {"method": "gkd", "student_share": 0.5}])
@@ -80,6 +85,22 @@ def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict[str, Any], saved_a
     assert [[rollout.token_ids for rollout in call] for call in engine.calls] == texts[-len(engine.calls) :]
     assert_same_weights(weights(whole), weights(resumed))
     assert history(whole)[:-1] == history(resumed)[:-1]
+
+
+def test_a_calibration_that_is_due_between_comes_where_text_is_written_next(tmp_path: Path) -> None:
+    auto = {"name": "auto", "prompts": 4, "every": 3}
+    trainer = make_trainer(tmp_path, tiny_pair("llama"), max_steps=8, rollout_steps=2, threshold=auto)
+    trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "threshold" in line] == [0, 4, 6]
+
+
+def test_text_that_waits_when_training_ends_is_not_taken_for_that_of_another_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, tiny_pair("llama"), max_steps=4, rollout_steps=4, callbacks=[StopAfterOne()])
+    engine = RecordingEngine(trainer)
+    for _ in range(2):
+        trainer.train()
+        assert trainer.state.global_step == 1
+    assert len(engine.calls) == 2
 
 
 def test_the_newest_rollouts_are_those_of_the_step(tmp_path: Path) -> None:

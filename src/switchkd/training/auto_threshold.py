@@ -30,9 +30,10 @@ def calibration_prompts(examples: Sequence[Example], count: int, *, spread: bool
 class CalibratedPolicy:
     """The policy of a run whose threshold is calibrated before its first step and then at every `auto.every`th.
 
-    `prompts` are those of `calibration_prompts`. `shape` is the Switch whose decay is kept. The threshold
-    is kept in the trainer's state. A run resumed between two calibrations uses it. A run resumed where a calibration is
-    due repeats that calibration, with the same student.
+    Where several steps are written at once, a calibration that is due between them comes before the next that are. `prompts`
+    are those of `calibration_prompts`. `shape` is the Switch whose decay is kept. The threshold is kept in the trainer's state. A
+    run resumed between two calibrations uses it. A run resumed where a calibration is due repeats that calibration, with the
+    same student.
     """
 
     def __init__(self, auto: AutoThreshold, shape: Switch, args: SwitchConfig, prompts: Sequence[Prompt]) -> None:
@@ -45,7 +46,8 @@ class CalibratedPolicy:
         """The policy for the step that `state` is at, calibrated now where that is due; `log` gets what was found."""
         kept, step = kept_state(state, "auto_threshold"), state.global_step
         policy = replace(self.shape, threshold=kept["threshold"]) if kept else self.shape
-        if kept and (kept["step"] == step or not self.auto.every or step % self.auto.every):
+        # Not each step comes up here: `rollout_steps` of them are written at once.
+        if kept and (not self.auto.every or step // self.auto.every == kept["step"] // self.auto.every):
             return policy
         found = calibrate(
             engine,

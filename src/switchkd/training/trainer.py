@@ -256,6 +256,7 @@ class SwitchTrainer(EvaluatingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`; True resumes from the last checkpoint that is complete, or raises UserError."""
         checkpoint = None
+        self._ready.clear()
         if resume_from_checkpoint:
             named = None if resume_from_checkpoint is True else resume_from_checkpoint
             checkpoint = checkpoint_to_resume(named, str(self.args.output_dir))
