@@ -31,7 +31,7 @@ VOCABULARY, LONGEST, HELD_OUT = 4096, 256, 60
 # Half of the world's: the text is small, and many steps teach more than large ones.
 BATCH_TOKENS = 1800
 SIZES = {  # width, layers, heads, mlp, steps
-    "teacher": (256, 6, 4, 688, 500),
+    "teacher": (256, 6, 4, 688, 800),
     "student": (96, 3, 4, 256, 500),
 }
 Text = tuple[str, str]
