@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: demo test test-browser test-vllm test-lowest slow lint types format docs figures release-check smollm world-pair benchmarks \
 	gpu-check clean
 
-demo: $(READY)  ## SWITCH beside on-policy text on the embedded pair: eight minutes on two CPU cores
+demo: $(READY)  ## SWITCH beside on-policy text on the embedded pair: under five minutes on two CPU cores
 	$(BIN)/switchkd demo
 
 test: $(READY)  ## the whole suite
