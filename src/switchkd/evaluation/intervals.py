@@ -21,7 +21,7 @@ RESAMPLES = 10_000
 _SEED = 0
 # Rows of weights that are drawn at once, so that memory stays small for large sets.
 _AT_ONCE = 1_000
-# Up to so many rows what was drawn is kept, in 20 MB at most.
+# The draws for a set of at most this many rows are kept: 20 MB.
 _FEW_ROWS = 1_000
 
 Values = npt.NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""The rows of the optimizer steps that are written at once (`rollout_steps`): which steps these are, and what the loader gives."""
+"""The rows of the optimizer steps that are written at once (`rollout_steps`): how many steps, and their rows."""
 
 from __future__ import annotations
 

@@ -147,8 +147,8 @@ class StepText:
             self._fresh = [rollout.to("cpu") for rollout in written.values()]
         in_place: dict[int, Example | Rollout] = {**replayed, **written}
         if self.plan.rewrite:
-            anew = rewritten(self.plan.rewrite, [*written.values()], self.pairs, engine, self.args, limit)
-            in_place |= dict(zip(written, anew, strict=True))
+            rewrites = rewritten(self.plan.rewrite, [*written.values()], self.pairs, engine, self.args, limit)
+            in_place |= dict(zip(written, rewrites, strict=True))
         texts = _of_steps(steps, in_place, written, limit)
         self._tell(texts, state.global_step, policy if by_policy else Teacher(), limit)
         return texts
@@ -173,7 +173,7 @@ class StepText:
     def keep_scored(self, sequences: Sequence[Example | Rollout]) -> None:
         """Keep the fresh rollouts for the replay, and all that the teacher has read beside them.
 
-        Not before it is read: a step that ends at a teacher out of reach is made again, and must not be kept twice. Each process
+        Not before it is read: text that the teacher could not be asked about is written again, and must not be kept twice. Each process
         keeps what its own teacher read.
         """
         if self.replay is not None:
