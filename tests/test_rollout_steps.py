@@ -71,15 +71,16 @@ def test_the_student_of_the_first_step_writes_for_all(tmp_path: Path) -> None:
     assert together[0][4:] != alone[1]
 
 
-# GPT-2 has dropout, so the generator's state counts too. A window of 4 is cut at steps 3 and 6, where checkpoints are.
+# GPT-2 has dropout, so the generator's state counts too. Four steps at once are cut at 3 and 6, where checkpoints are,
+# in the middle of an epoch.
 @pytest.mark.parametrize("saved_at", [3, 6])
 @pytest.mark.parametrize("extra", [{}, {"replay_capacity": 6, "student_share": 1.0}], ids=["fresh", "replay"])
 def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict[str, Any], saved_at: int, tmp_path: Path) -> None:
     pair = tiny_pair("gpt2")
     options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "split": SPLIT, "rollout_steps": 4, **extra}
-    whole = make_trainer(tmp_path, pair, TEN_ROWS, **options)
+    whole = make_trainer(tmp_path, pair, make_examples(40), **options)
     texts = rolled_out(whole)
-    resumed = make_trainer(tmp_path, pair, TEN_ROWS, **options)
+    resumed = make_trainer(tmp_path, pair, make_examples(40), **options)
     engine = RecordingEngine(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved_at}"))
     assert [[rollout.token_ids for rollout in call] for call in engine.calls] == texts[-len(engine.calls) :]

@@ -173,8 +173,8 @@ class StepText:
     def keep_scored(self, sequences: Sequence[Example | Rollout]) -> None:
         """Keep the fresh rollouts for the replay, and all that the teacher has read beside them.
 
-        Not before it is read: text that the teacher could not be asked about is written again, and must not be kept twice. Each process
-        keeps what its own teacher read.
+        Not before it is read: where the teacher is out of reach, the text is written again, and must not be kept twice. Each
+        process keeps what its own teacher read.
         """
         if self.replay is not None:
             # All processes keep, and draw from, the same rollouts.
