@@ -89,9 +89,9 @@ def test_a_run_says_what_it_will_do_and_what_is_odd(
 def test_a_run_finds_its_threshold_by_default(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert switchkd("train", write_run(models, tmp_path, threshold=None, max_steps=1)) == 0
     out = capsys.readouterr().out
-    assert "threshold for 10% teacher tokens" in out.splitlines()[1]
+    assert "threshold for 20% teacher tokens" in out.splitlines()[1]
     events = [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()]
-    assert abs(events[0]["calibrated_teacher_share"] - 0.1) < 0.05
+    assert abs(events[0]["calibrated_teacher_share"] - 0.2) < 0.05
 
 
 def test_calibrate_prints_the_spread_and_all_that_its_number_holds_for(

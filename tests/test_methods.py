@@ -212,7 +212,7 @@ def test_switch_finds_its_threshold_unless_one_is_given() -> None:
         {"policy": {"final_fraction": 0.2}},
         {"method": "gkd", "policy": "switch"},
     ):
-        assert plan(**options).auto_threshold == AutoThreshold(teacher_share=0.1)
+        assert plan(**options).auto_threshold == AutoThreshold(teacher_share=0.2)
     own = Method("own", policy=Switch(0.2), student_share=1.0, divergence=ForwardKL())
     given = ({"threshold": 0.2}, {"policy": {"threshold": 0.2}}, {"policy": Switch(0.2)}, {"method": own})
     for options in given:

@@ -142,6 +142,20 @@ def test_what_is_chosen_fits_and_nothing_faster_does() -> None:
     assert any(not each.fits for each in planned(SMALL, memory=16 * GIB))
 
 
+def test_text_of_several_steps_shares_forwards_and_is_all_kept() -> None:
+    """Eight texts a step and process: four steps at once are 32 in flight, whose forwards take hardly longer than those of 8."""
+    one, four = (planned(SMALL, Job(rollout_steps=steps)) for steps in (1, 4))
+    plain = [next(each for each in options if each.split == Split("ddp", 8, "each")) for options in (one, four)]
+    assert [each.load.rollout_rows for each in plain] == [8, 32]
+    assert [each.load.rows for each in plain] == [8, 8]
+    kept, caches = ([each.memory[0][part] for each in plain] for part in ("kept teacher states", "teacher cache"))
+    assert (kept[1], caches[1]) == (4 * kept[0], 4 * caches[0])
+    # The forwards of both are bound by reading weights or launching kernels here, so they take the same for more rows.
+    written = [each.seconds["student writes"] for each in plain]
+    assert written[0] / 4 < written[1] < written[0] / 2
+    assert plain[0].seconds["training"] == plain[1].seconds["training"]
+
+
 def test_more_memory_and_a_faster_link_never_cost_time() -> None:
     by_memory = [planned(SMALL, memory=size * GIB)[0].time for size in (24, 40, 80)]
     assert by_memory == sorted(by_memory, reverse=True)

@@ -42,6 +42,7 @@ class PlanOptions:
         Path | None, option(_CLUSTER, "FILE", "A YAML file with these and: tera_flops, bandwidth, host_link.")
     ] = None
     texts: Annotated[int, option(_STEP, "N", "Texts of an optimizer step, over all GPUs.", min=1)] = 64
+    rollout_steps: Annotated[int, option(_STEP, "N", "Steps whose text is written at once.", min=1)] = 1
     max_prompt_tokens: Annotated[int, option(_STEP, "N", "Longest prompt, in tokens.", min=1)] = 256
     max_new_tokens: Annotated[int, option(_STEP, "N", "Longest response, in tokens.", min=1)] = 256
 
@@ -78,7 +79,7 @@ def plan(
             f"a plan needs a student and a teacher, but only {student!r} is given; name the teacher after it"
         )
     clock = Clock(options.read_cluster(), Bytes())
-    job = Job(options.texts, options.max_prompt_tokens, options.max_new_tokens)
+    job = Job(options.texts, options.max_prompt_tokens, options.max_new_tokens, options.rollout_steps)
     found = []
     for names in PAIRS if student is None or teacher is None else ((student, teacher),):
         sizes = size_of(names[0]), size_of(names[1])

@@ -38,9 +38,10 @@ _CAPTION = (
 def plan_page(student: ModelSize, teacher: ModelSize, options: Sequence[Option], job: Job, clock: Clock) -> Group:
     """All of a plan: `options` as `plan` orders them."""
     cluster, best = clock.cluster, options[0]
+    at_once = f", those of {job.rollout_steps} steps written at once" if job.rollout_steps > 1 else ""
     head = (
-        f"{pair_name(student, teacher)}: {job.texts} texts a step, prompts and responses of up to {job.prompt} and {job.response} "
-        f"tokens, on {cluster.gpus} GPUs of {cluster.memory / GIB:.0f} GiB, {cluster.link:g} GB/s between them"
+        f"{pair_name(student, teacher)}: {job.texts} texts a step{at_once}, prompts and responses of up to {job.prompt} "
+        f"and {job.response} tokens, on {cluster.gpus} GPUs of {cluster.memory / GIB:.0f} GiB, {cluster.link:g} GB/s between them"
     )
     parts: list[RenderableType] = [Text(head), splits_table(options), Text(verdict(best))]
     if best.fits:

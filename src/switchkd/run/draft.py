@@ -22,6 +22,7 @@ from switchkd.models.load import load_tokenizer
 from switchkd.models.pair import check_tokenizers_agree, id_count, parameter_count
 from switchkd.models.placement import Placement
 from switchkd.models.sources import find_source
+from switchkd.settings.paper import DEFAULT_SHARE
 from switchkd.training.learning_rate import ADAPTER, usual_rates
 
 # Enough rows to know their columns and lengths by.
@@ -215,7 +216,8 @@ def _written(student: str, teacher: str, data: str, found: Data, fit: Fit) -> st
         *_data_lines(data, found, fit),
         "",
         "method: switch                  # others: switchkd methods",
-        "# threshold: 0.3                # in nats; left out, it is found for 10 % of the tokens by the teacher",
+        "# threshold: 0.3                # in nats; left out, it is found for "
+        f"{DEFAULT_SHARE:.0%} of the tokens by the teacher",
         "",
         *_training_lines(found, fit),
     ]

@@ -54,8 +54,10 @@ class Clock:
 
     def step(self, student: ModelSize, teacher: ModelSize, load: Load, split: Split) -> dict[str, float]:
         """Seconds by part: what the student and the teacher do in rollouts, training, the optimizer, and what is sent."""
-        waves = -(-load.texts // load.rollout_rows)
-        rows = min(load.rollout_rows, load.texts)
+        # A step's part of a call that writes the text of several.
+        calls = 1 / load.rollout_steps
+        waves = -(-load.written_at_once // load.rollout_rows) * calls
+        rows = min(load.rollout_rows, load.written_at_once)
         blocks = waves * load.response / self.assumed.kept_of_block
         in_graph = split.spread != "fsdp2" and split.teacher not in ("shared", "device_map")
         read = load.texts * load.prompt
@@ -70,7 +72,7 @@ class Clock:
             "gradients sent": self._sent(self._gradient_bytes(student, load, split)),
         }
         if split.spread == "fsdp2":
-            seconds["student gathered"] = self._sent(
+            seconds["student gathered"] = calls * self._sent(
                 _received(student.parameters * self.numbers.student, split.processes)
             )
         if split.teacher == "shared":
@@ -78,7 +80,7 @@ class Clock:
             seconds["teacher gathered"] = (blocks + waves) * self._sent(part)
         if split.teacher == "cpu":
             loaded = (teacher.parameters - teacher.head) * self.numbers.teacher
-            seconds["teacher loaded"] = loaded / (self.cluster.host_link * 1e9 * self.assumed.link_reached)
+            seconds["teacher loaded"] = calls * loaded / (self.cluster.host_link * 1e9 * self.assumed.link_reached)
         return seconds
 
     def _decoding(self, model: ModelSize, load: Load, rows: int, tokens: int, in_graph: bool) -> float:

@@ -43,7 +43,7 @@ class Load:
     """What one process does in a step: its `texts` of prompt and response, in tokens, and how many of them at once.
 
     `rollout_rows` are in flight in a rollout, `rows` in a training forward; `checkpointing` keeps the inputs of layers only.
-    `keeps_states` is off for methods that compare with no teacher.
+    `keeps_states` is off for methods that compare with no teacher. The texts of `rollout_steps` steps are written at once.
     """
 
     texts: int
@@ -54,6 +54,12 @@ class Load:
     checkpointing: bool = False
     block: int = 4
     keeps_states: bool = True
+    rollout_steps: int = 1
+
+    @property
+    def written_at_once(self) -> int:
+        """The texts that one call of the engine writes."""
+        return self.texts * self.rollout_steps
 
     @property
     def slots(self) -> int:
@@ -95,13 +101,13 @@ def lasting(student: ModelSize, teacher: ModelSize | None, load: Load, split: Sp
             "teacher cache": cache_bytes(teacher, load, numbers) // split.devices,
         }
         if load.keeps_states:
-            parts["kept teacher states"] = load.texts * load.response * teacher.hidden * numbers.computing
+            parts["kept teacher states"] = load.written_at_once * load.response * teacher.hidden * numbers.computing
     return parts
 
 
 def cache_bytes(model: ModelSize, load: Load, numbers: Bytes) -> int:
     """The keys and values of a model's texts in flight."""
-    return model.cached(min(load.rollout_rows, load.texts), load.slots) * numbers.computing
+    return model.cached(min(load.rollout_rows, load.written_at_once), load.slots) * numbers.computing
 
 
 def rolling_out(student: ModelSize, teacher: ModelSize | None, load: Load, split: Split, numbers: Bytes) -> Parts:
@@ -119,7 +125,7 @@ def rolling_out(student: ModelSize, teacher: ModelSize | None, load: Load, split
     if teacher is not None and split.teacher == "shared":
         parts["a layer of the teacher"] = teacher.layer * numbers.teacher
     # At most half of the free memory, so this is what it can do with.
-    compared = min(load.rollout_rows, load.texts) * load.block * student.vocabulary
+    compared = min(load.rollout_rows, load.written_at_once) * load.block * student.vocabulary
     parts["comparison"] = min(compared, AT_LEAST) * BYTES_A_NUMBER
     return parts
 

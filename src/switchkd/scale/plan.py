@@ -28,11 +28,15 @@ _MOST_ROWS = 256
 
 @dataclass(frozen=True)
 class Job:
-    """A step of a run: `texts` over all processes, each of `prompt` and `response` tokens at most."""
+    """A step of a run: `texts` over all processes, each of `prompt` and `response` tokens at most.
+
+    The texts of `rollout_steps` steps are written at once.
+    """
 
     texts: int = 64
     prompt: int = 256
     response: int = 256
+    rollout_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,13 @@ def _best_of(student: ModelSize, teacher: ModelSize, job: Job, clock: Clock, spl
 
 def _loads(job: Job, split: Split) -> Iterator[Load]:
     texts = -(-job.texts // split.processes)
-    sizes = sorted({min(texts, 1 << power) for power in range(_MOST_ROWS.bit_length())})
-    for rollout_rows, rows, checkpointing in product(sizes, sizes, (False, True)):
-        yield Load(texts, job.prompt, job.response, rollout_rows, rows, checkpointing)
+    written, trained = (_sizes(most) for most in (texts * job.rollout_steps, texts))
+    for rollout_rows, rows, checkpointing in product(written, trained, (False, True)):
+        yield Load(texts, job.prompt, job.response, rollout_rows, rows, checkpointing, rollout_steps=job.rollout_steps)
+
+
+def _sizes(most: int) -> list[int]:
+    return sorted({min(most, 1 << power) for power in range(_MOST_ROWS.bit_length())})
 
 
 def _option(student: ModelSize, teacher: ModelSize, load: Load, clock: Clock, split: Split) -> Option:
