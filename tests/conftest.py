@@ -25,6 +25,15 @@ settings.register_profile("quick, no deadline", deadline=None, max_examples=50)
 settings.load_profile("quick, no deadline")
 
 
+# A minute or more with its fixtures. Begun last, one of them would leave the other worker with nothing to do.
+_LONGEST = ("test_distributed.py", "test_study.py", "test_graphs.py")
+
+
+@pytest.hookimpl(trylast=True)  # after the files were shuffled
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 def pytest_collection_finish() -> None:
     # accelerate collects garbage before every training, a quarter of a second over all that torch and transformers have
     # made: half of a short training. What is there by now stays anyway, and need not be looked at again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,22 @@ def test_the_threshold_found_gives_the_share(llama_pair: ModelPair, shape: Switc
     assert found.threshold[last] == pytest.approx(there[0].threshold[last], rel=1e-6)
 
 
+def test_a_threshold_that_begins_above_every_divergence_is_warned_of(
+    llama_pair: ModelPair, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = SpeculativeEngine(llama_pair, block_size=4)
+    late = calibrate(engine, PROMPTS, SAMPLING, teacher_share=0.2, policy=Switch(final_fraction=1e-6), tolerance=0.02)
+    first = late.first_reachable
+    assert 0 < first < len(late.threshold)
+    assert late.threshold[first] < math.log(2) <= late.threshold[first - 1]
+    assert not any(late.teacher_share.mean[:first])
+    assert f"so the teacher writes none of the first {first} tokens; ask for a larger share" in caplog.text
+    caplog.clear()
+    even = calibrate(engine, PROMPTS, SAMPLING, teacher_share=0.2, policy=Switch(decay="constant"), tolerance=0.02)
+    assert even.first_reachable == 0
+    assert not caplog.text
+
+
 def test_engines_and_calls_agree_on_the_threshold() -> None:
     # In float64, where the engines' divergences differ by roundings far below the gaps between them.
     pair = tiny_pair("llama", dtype=torch.float64)
@@ -68,7 +85,7 @@ def test_engines_and_calls_agree_on_the_threshold() -> None:
 
 def test_a_student_that_is_the_teacher_has_no_threshold(llama_pair: ModelPair) -> None:
     twins = ModelPair(llama_pair.student, llama_pair.student)
-    with pytest.raises(UserError, match=r"10% cannot be reached: .*all divergences are 0"):
+    with pytest.raises(UserError, match=r"20% cannot be reached: .*all divergences are 0"):
         calibrate(SpeculativeEngine(twins, block_size=4), PROMPTS[:4], SAMPLING)
 
 

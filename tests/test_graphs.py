@@ -130,7 +130,8 @@ TRACED = [
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("policy", "temperature"), TRACED)
 def test_graphs_write_the_tokens_of_the_reference_engine(policy: Policy, temperature: float) -> None:
-    pair, sampling = tiny_pair("llama", dtype=torch.float64), Sampling(13, temperature=temperature)
+    # Tracing takes a second a layer.
+    pair, sampling = tiny_pair("llama", layers=1, dtype=torch.float64), Sampling(13, temperature=temperature)
     expected = ReferenceEngine(pair).generate(PROMPTS, policy, sampling)
     engine = SpeculativeEngine(pair, 4, max_rows=3, compile=True)
     rollouts = engine.generate(PROMPTS, policy, sampling)
@@ -169,7 +170,6 @@ def test_compiled_code_writes_the_same_tokens_and_follows_weights_that_change() 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_warm_graphs_are_kept_over_calls_and_over_weights_that_change() -> None:
-    # Tracing takes a second a layer.
     pair = tiny_pair("llama", layers=1, dtype=torch.float64)
     engine = SpeculativeEngine(pair, 4, max_rows=4, compile=True)
     engine.generate(PROMPTS, SWITCH, SAMPLING)

@@ -143,9 +143,10 @@ def test_a_setting_of_a_row_is_replaced_by_the_runs(setting: str) -> None:
 
 def test_rows_bring_their_own_settings() -> None:
     assert plan(method="minillm").policy == Mix(0.2)
-    assert plan(method="random").policy == Mix(0.1)
-    assert plan(method="early").policy == Early(0.1)
-    assert plan(method="late").policy == Late(0.1)
+    # The share that SWITCH finds its threshold for.
+    assert plan(method="random").policy == Mix(0.2)
+    assert plan(method="early").policy == Early(0.2)
+    assert plan(method="late").policy == Late(0.2)
     assert plan(method="skd").policy == Interleave(25)
     assert plan(method="distillm").replay_capacity == 1000
     assert plan(method="seqkd").teacher_text == Path("unused/teacher_text.jsonl")

@@ -308,7 +308,7 @@ def test_on_a_mac_too() -> None:
             "learning rate 0.0002, jensen_shannon (teacher_weight 0.1), policy student",
         ),
         ({"method": "skd"}, "forward_kl, policy interleave (keep_top_k 25)"),
-        ({"threshold": "auto"}, "threshold for 10% teacher tokens"),
+        ({"threshold": "auto"}, "threshold for 20% teacher tokens"),
     ],
 )
 def test_what_is_minimized_and_who_writes(settings: Any, words: str) -> None:

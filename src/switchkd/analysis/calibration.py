@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,8 @@ from switchkd.settings.paper import DEFAULT_SHARE
 _LEAST = 1e-10
 # A few hundred tokens may hold no threshold that is near enough; more rounds would then find none either.
 _MAX_ROUNDS = 12
+# Nats: what a Jensen-Shannon divergence can be at most.
+_LARGEST = math.log(2)
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
@@ -49,6 +52,11 @@ class Calibration:
     def reached(self) -> bool:
         """Whether the measured share is the wanted one within the tolerance."""
         return abs(self.measured_share - self.wanted_share) <= self.tolerance
+
+    @property
+    def first_reachable(self) -> int:
+        """The first position, from 0, where a divergence can exceed the threshold: none is larger than ln 2."""
+        return sum(threshold >= _LARGEST for threshold in self.threshold)
 
     def as_json(self) -> dict[str, Any]:
         """All of it as JSON values: the policy's settings and the totals, and a list for each measure by position."""
@@ -105,7 +113,18 @@ def calibrate(
         if not nearest.reached:
             bracket.narrow(rollouts, share, bisect=rounds % 3 == 0)
         if nearest.reached or rounds == _MAX_ROUNDS:
+            _warn_of_a_late_start(nearest)
             return replace(nearest, rounds=rounds)
+
+
+def _warn_of_a_late_start(found: Calibration) -> None:
+    threshold, tokens = found.policy.threshold, found.first_reachable
+    if tokens:
+        logging.getLogger(__name__).warning(
+            f"the threshold for {found.wanted_share:.0%} of the tokens begins at {threshold:.2g}, above every divergence (ln 2 = "
+            f"0.69), so the teacher writes none of the first {tokens} tokens; ask for a larger share, or set decay: constant "
+            f"(docs/threshold.md)"
+        )
 
 
 class _Bracket:
@@ -119,7 +138,7 @@ class _Bracket:
         self.wanted_share = wanted_share
         self.decay = replace(policy, threshold=1.0).thresholds(torch.arange(max_new_tokens), max_new_tokens)
         # The divergence is at most ln 2: above this, the teacher writes only where the decay has reached 0.
-        self.most = math.log(2) / float(self.decay[self.decay > 0].min())
+        self.most = _LARGEST / float(self.decay[self.decay > 0].min())
         self.low, self.high = _LEAST, self.most
         self.threshold = min(max(policy.threshold, _LEAST), self.most)
 
