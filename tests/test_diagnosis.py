@@ -9,7 +9,7 @@ import torch
 
 from switchkd.analysis import diagnosis
 from switchkd.analysis.cures import cures_line
-from switchkd.analysis.diagnosis import diagnose
+from switchkd.analysis.diagnosis import diagnose, share_line
 from switchkd.distributions.divergences import JensenShannon
 from switchkd.errors import UserError
 from switchkd.models.pair import ModelPair
@@ -41,6 +41,7 @@ def test_the_numbers_are_those_of_a_plain_forward(
     for name, policy in policies.items():
         rollouts = ReferenceEngine(pair).generate(PROMPTS, policy, sampling, seed=3)
         measures: list[list[tuple[float, ...]]] = [[] for _ in range(12)]
+        surprises = []
         for rollout in rollouts:
             prompt, ids = rollout.prompt.token_ids, torch.tensor(rollout.token_ids)
             with torch.no_grad():
@@ -50,6 +51,7 @@ def test_the_numbers_are_those_of_a_plain_forward(
                 )
             logp = teacher.log_softmax(-1)
             surprise = -logp[range(len(ids)), ids]
+            surprises.append(surprise)
             entropy = torch.distributions.Categorical(logits=teacher).entropy()
             divergence = JensenShannon()(*(diagnosis.shaped_logp(logits, sampling) for logits in (student, teacher)))
             logps = [diagnosis.shaped_logp(logits, sampling)[range(len(ids)), ids] for logits in (student, teacher)]
@@ -74,6 +76,7 @@ def test_the_numbers_are_those_of_a_plain_forward(
             assert text.prefixes.discrepancy.mean[t] == pytest.approx(mean[3], rel=1e-9, abs=1e-12)
             assert text.prefixes.trust.mean[t] == pytest.approx(mean[4], rel=1e-9)
             assert text.prefixes.margin.mean[t] == pytest.approx(mean[5], rel=1e-9)
+        assert text.whole_perplexity == pytest.approx(math.exp(torch.cat(surprises).mean()), rel=1e-8)
         sums = [math.fsum(measure[1] for measure in row) for row in written]
         behind = [math.fsum(sums[t + 1 :]) / math.fsum(sums) for t in range(len(sums))]
         # A share near 0 is what is left of a difference of sums.
@@ -87,6 +90,20 @@ def test_a_teacher_and_a_prompt_are_needed(llama_pair: ModelPair) -> None:
         diagnose(ModelPair(llama_pair.student), PROMPTS, Sampling(4))
     with pytest.raises(UserError, match="no prompt"):
         diagnose(llama_pair, [], Sampling(4))
+
+
+def test_a_larger_share_is_advised_where_the_teacher_reads_switchs_text_worse_than_its_own(
+    llama_pair: ModelPair,
+) -> None:
+    """With a threshold of 0 the teacher writes all, so the texts are one. Above ln 2 all is the student's, which reads worse."""
+    switches = (Switch(tau, decay="constant") for tau in (0.0, 0.7))
+    one, apart = (diagnose(llama_pair, PROMPTS, Sampling(12), switch=switch) for switch in switches)
+    own = one["teacher"].whole_perplexity
+    assert share_line(one) == (
+        f"by the teacher 100.0% of its tokens; the teacher reads it with a perplexity of {own:.4g}, and its own text with {own:.4g}"
+    )
+    assert apart["switch"].whole_perplexity == apart["student"].whole_perplexity > 1.25 * own
+    assert share_line(apart).endswith(": try a larger share")
 
 
 # ------------------------------------------------------------------------------------------ which cures it speaks for

@@ -18,8 +18,8 @@ from switchkd.records import Rollout
 MARGIN_TOP_K = 16
 # Nats. A token that one of the models excludes counts as this far from both.
 _MOST = 20.0
-# By how much the last third of a response has to differ from the first before that is called a trend. Ours.
-_TREND = 1.25
+# By which factor one of two measures has to be the larger before the difference is spoken of. Ours.
+TREND = 1.25
 # The prefix that IW-OPD (arXiv 2606.22600) finds enough.
 _PREFIX = 0.3
 # Thirds of shorter responses are a token or two.
@@ -88,17 +88,17 @@ def cures_line(rollouts: Sequence[Rollout]) -> str:
 
     first, last = thirds(lambda rollout: rollout.divergence)
     said = []
-    if last > first * _TREND:
+    if last > first * TREND:
         said.append(f"the divergence grows along a response ({first:.3g} to {last:.3g} nats): switch, trb, iw_opd")
     first, last = thirds(lambda rollout: [1 - trust for trust in _trusts(rollout)])
-    if last > first * _TREND:
+    if last > first * TREND:
         said.append(f"the teacher trusts its end less ({1 - first:.1%} to {1 - last:.1%}): tropd")
     if long[0].margin:
         first, last = thirds(_margins)
-        if last * _TREND < first:
+        if last * TREND < first:
             said.append(f"the teacher tells candidates apart less at its end ({first:.3g} to {last:.3g} nats): release")
     share = _share_behind(long)
-    if share < (1 - _PREFIX) / _TREND:
+    if share < (1 - _PREFIX) / TREND:
         said.append(f"only {share:.0%} of the divergence lies behind the first {_PREFIX:.0%}: prefix")
     if not said:
         where = f"{share:.0%} of the divergence lies behind the first {_PREFIX:.0%}"

@@ -130,6 +130,7 @@ def diagnose(
     """
     from switchkd.analysis.calibration import calibrate as solve
     from switchkd.analysis.diagnosis import diagnose as measure
+    from switchkd.analysis.diagnosis import share_line
     from switchkd.analysis.distance import distance_to_teacher
     from switchkd.report.plots import save_diagnosis
     from switchkd.report.terminal import diagnosis_table, distance_table, prefix_table
@@ -156,8 +157,7 @@ def diagnose(
     by_text = {name: text.as_json() for name, text in texts.items()}
     _write(place, {**settings, "texts": by_text, "distance": distance.as_json()})
     plot = save_diagnosis(texts, place.with_suffix(".png"))
-    by_teacher = f"threshold {switch.threshold:.3g}: {texts['switch'].teacher_share:.1%} of its tokens by the teacher"
-    console.print(Text(f"SWITCH with {by_teacher}"), soft_wrap=True)
+    console.print(Text(f"SWITCH's text, threshold {switch.threshold:.3g}: {share_line(texts)}"), soft_wrap=True)
     console.print(Text(f"the student's text: {texts['student'].cures}"), soft_wrap=True)
     console.print(Text(_where(place, plot)), soft_wrap=True)
 
