@@ -122,8 +122,7 @@ def _warn_of_a_late_start(found: Calibration) -> None:
     if tokens:
         logging.getLogger(__name__).warning(
             f"the threshold for {found.wanted_share:.0%} of the tokens begins at {threshold:.2g}, above every divergence (ln 2 = "
-            f"0.69), so the teacher writes none of the first {tokens} tokens; ask for a larger share, or set decay: constant "
-            f"(docs/threshold.md)"
+            f"0.69), so the teacher writes none of the first {tokens} tokens; ask for a larger share (docs/threshold.md)"
         )
 
 
