@@ -25,7 +25,7 @@ settings.register_profile("quick, no deadline", deadline=None, max_examples=50)
 settings.load_profile("quick, no deadline")
 
 
-# A minute or more with its fixtures. Begun last, one of them would leave the other worker with nothing to do.
+# These take a minute or more with their fixtures. If one started last, the other worker would have nothing left to do.
 _LONGEST = ("test_distributed.py", "test_study.py", "test_graphs.py")
 
 

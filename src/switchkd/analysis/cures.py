@@ -18,7 +18,7 @@ from switchkd.records import Rollout
 MARGIN_TOP_K = 16
 # Nats. A token that one of the models excludes counts as this far from both.
 _MOST = 20.0
-# By which factor one of two measures has to be the larger before the difference is spoken of. Ours.
+# Two measures are said to differ where one is at least this many times the other. The bound is ours.
 TREND = 1.25
 # The prefix that IW-OPD (arXiv 2606.22600) finds enough.
 _PREFIX = 0.3

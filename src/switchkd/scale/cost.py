@@ -54,7 +54,7 @@ class Clock:
 
     def step(self, student: ModelSize, teacher: ModelSize, load: Load, split: Split) -> dict[str, float]:
         """Seconds by part: what the student and the teacher do in rollouts, training, the optimizer, and what is sent."""
-        # A step's part of a call that writes the text of several.
+        # One call writes the text of several steps; this is a step's part of it.
         calls = 1 / load.rollout_steps
         waves = -(-load.written_at_once // load.rollout_rows) * calls
         rows = min(load.rollout_rows, load.written_at_once)
