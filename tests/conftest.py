@@ -46,6 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure of a finished run takes as long as the few steps of a test. It is drawn where a test is marked `curves`."""
+    if not request.node.get_closest_marker("curves"):
+        monkeypatch.setattr("switchkd.run.launch.save_curves", lambda *given, **named: None)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def test_methods_lists_all_and_shows_one(capsys: pytest.CaptureFixture[str]) -> 
     assert "divergence.teacher_weight 0.1" in details
 
 
+@pytest.mark.curves
 def test_train_leaves_a_run_that_others_read(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_run(models, tmp_path)
     assert switchkd("train", path, "--set", "max_steps=2") == 0
@@ -150,6 +152,8 @@ def test_train_leaves_a_run_that_others_read(models: Path, tmp_path: Path, capsy
     assert f"{losses[0]:.4f} → {losses[1]:.4f}" in out
     assert json.loads((folder / "environment.json").read_text())["transformers"]
     assert yaml.safe_load((folder / "run.yaml").read_text())["max_steps"] == 2
+    if find_spec("matplotlib"):
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
     trained, student = (AutoModelForCausalLM.from_pretrained(place) for place in (folder, models / "student"))
     assert not all((a == b).all() for a, b in zip(trained.parameters(), student.parameters(), strict=True))

@@ -160,6 +160,8 @@ def run_yaml(block: Block) -> None:
         "student": "STUDENT",
         **({} if "teachers" in given else {"teacher": "TEACHER"}),
         "train_data": "a.jsonl",
+        # A threshold of its own spares a calibration.
+        **({} if {"method", "threshold", "policy", "stages"} & given.keys() else {"threshold": 0.3}),
         **given,
         "output_dir": f"runs/{file.stem}",
     }

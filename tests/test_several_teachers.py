@@ -526,19 +526,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are half of a short run's time, and other files' matter."""
-    monkeypatch.setattr("switchkd.run.launch.save_curves", lambda *given, **named: None)
-
-
 def run_file(models: Path, folder: Path, tmp_path: Path, **changes: Any) -> Path:
     teachers = {"math": str(models / "teacher"), "chat": str(folder / "chat")}
     several = {"teacher": None, "teachers": teachers, "teacher_column": "domain"}
     return write_run(models, tmp_path, **{**several, "train_data": str(folder / "named.jsonl"), **changes})
 
 
-@pytest.mark.usefixtures("no_curves")
 def test_a_run_file_with_several_teachers(models: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
     options = {"eval_data": str(folder / "named.jsonl"), "eval_strategy": "steps", "eval_steps": 2}
     run = run_file(models, folder, tmp_path, show_rollouts_every=1, max_steps=2, **options)
@@ -566,7 +559,6 @@ def test_a_run_file_with_several_teachers(models: Path, folder: Path, tmp_path: 
     assert switchkd("report", out) == 0
 
 
-@pytest.mark.usefixtures("no_curves")
 def test_stages_may_have_several_teachers_one_or_none(models: Path, folder: Path, tmp_path: Path) -> None:
     one = {"method": "kd", "teachers": None, "teacher": str(models / "teacher"), "teacher_column": "teacher"}
     stages = [{"method": "sft"}, {"method": "switch"}, one]
