@@ -30,11 +30,15 @@ def share_of(rollouts: list[Rollout]) -> float:
     return sum(sum(r.written_by_teacher) for r in rollouts) / sum(len(r.token_ids) for r in rollouts)
 
 
-@pytest.mark.parametrize("wanted", [0.1, 0.53, 0.8])
 @pytest.mark.parametrize(
-    "shape",
-    [Switch(), Switch(decay_rate=0.05, threshold=0), Switch(decay="constant"), Switch(decay="linear", threshold=99)],
-    ids=lambda shape: f"{shape.decay}-from-{shape.threshold}",
+    ("shape", "wanted"),
+    [
+        *((Switch(), share) for share in (0.1, 0.53, 0.8)),
+        (Switch(decay_rate=0.05, threshold=0), 0.8),
+        (Switch(decay="constant"), 0.1),
+        (Switch(decay="linear", threshold=99), 0.53),
+    ],
+    ids=lambda given: f"{given.decay}-from-{given.threshold}" if isinstance(given, Switch) else None,
 )
 def test_the_threshold_found_gives_the_share(llama_pair: ModelPair, shape: Switch, wanted: float) -> None:
     engine = SpeculativeEngine(llama_pair, block_size=4)
