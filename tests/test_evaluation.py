@@ -311,7 +311,7 @@ def test_prompts_alone_are_scored_by_a_function_of_ones_own(tokenizer, tmp_path)
     (line,) = [line for line in captured.get().splitlines() if " x " in line]
     assert line.split() == ["x", "2", "-", "-", "2.50", "100.00", "1.50"]
     with pytest.raises(UserError, match="no row of x has a response to compare answers with"):
-        evaluated(engine, tokenizer, {"x": prompts}, scores=(words, SCORES["rouge_l"]))
+        evaluated(engine, tokenizer, {"x": prompts}, scores=(words, SCORES["numeric_match"]))
 
 
 def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer):

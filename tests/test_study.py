@@ -92,7 +92,7 @@ def test_a_plan_names_the_method_that_does_not_fit(models: Path, tmp_path: Path)
     with pytest.raises(UserError, match=r"method 'kd': student_share is 0\.5"):
         plan_of(wrong)
     endless = study_of(models, tmp_path, methods={"sft": {"method": "sft"}}, budget={"tokens": 9})
-    with pytest.raises(UserError, match="nothing is written in such a run"):
+    with pytest.raises(UserError, match="a step of such a run may write nothing"):
         plan_of(endless)
     same = study_of(models, tmp_path, methods={"a": {"method": "kd"}, "b": {"method": "kd", "logging_steps": 2}})
     with pytest.raises(UserError, match="a, seed 1 and b, seed 1 are the same run"):
@@ -212,7 +212,8 @@ STEPS = 16
 def killed_study(models: Path, tmp_path: Path) -> StudyConfig:
     """A study of two runs, of which the second cannot run, whose process was killed in the middle of the first."""
     # A checkpoint every second step; the kill comes within a fraction of one of the first.
-    methods = {"switch": {"threshold": 0.3}, "broken": {"method": "kd", "train_data": str(tmp_path / "nowhere.jsonl")}}
+    too_long = write_rows(tmp_path / "long.jsonl", [{"prompt": "one " * 40, "completion": "two"}])
+    methods = {"switch": {"threshold": 0.3}, "broken": {"method": "kd", "train_data": str(too_long)}}
     values = values_of(models, tmp_path, methods=methods, seeds=[1], budget={"steps": STEPS}, workers=1)
     values["run"]["save_steps"] = 2
     path = tmp_path / "study.yaml"
@@ -248,7 +249,7 @@ def test_a_killed_study_ends_as_one_that_was_not(killed_study: StudyConfig, tmp_
     with pytest.raises(UserError) as failed:
         run_study(replace(study, workers=2), quiet())
     assert "1 of 4 runs failed" in str(failed.value)
-    assert "broken, seed 1: there is no file" in str(failed.value)
+    assert "broken, seed 1: 1 of 1 rows cannot be used" in str(failed.value)
     assert "Goes on from" in (place / "output.txt").read_text()
     # What is left of a run is what was measured.
     assert not [*place.glob("run/checkpoint-*"), *place.glob("run/*.safetensors")]

@@ -45,6 +45,15 @@ def check_encrypted(url: str, variable: str, remedy: str) -> None:
         raise UserError(f"{url} is not encrypted, and ${variable} would go over the network as plain text; {remedy}")
 
 
+def opener(url: str) -> urllib.request.OpenerDirector:
+    """What opens the URL without following a redirect, and this machine's own servers without a proxy.
+
+    A proxy of the environment would see a key on its way to this machine in plain text, and reach another machine than meant.
+    """
+    own = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(url).hostname or "") else []
+    return urllib.request.build_opener(NoRedirect, *own)
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the key to whatever place it names."""
 

@@ -61,9 +61,7 @@ def evaluate(options: EvaluationOptions) -> None:
         }
         comparison = compare_answers(answers, options.baseline)
         console.print(comparison.table())
-        path = comparison.save(
-            options.output or folders[next(label for label in models if label not in (START, TEACHER))]
-        )
+        path = comparison.save(options.output or folders[options.models[0]])
         console.print(Text(f"the comparison is in {path}"), soft_wrap=True)
     where = ", ".join(dict.fromkeys(map(str, folders.values())))
     console.print(Text(f"answers and scores are in {where}"), soft_wrap=True)
@@ -87,6 +85,11 @@ def _models(options: EvaluationOptions) -> dict[str, str]:
     given = {name: name for name in options.models}
     if not (options.with_start or options.with_teacher):
         return given
+    for label, added in ((START, options.with_start), (TEACHER, options.with_teacher)):
+        if added and label in given:
+            raise UserError(
+                f"a model is called {label!r} as the table calls what --with-{label} adds; name it ./{label}"
+            )
     from switchkd.run.file import read_mapping
     from switchkd.run.folder import RUN_FILE
 
@@ -114,15 +117,14 @@ def _models(options: EvaluationOptions) -> dict[str, str]:
 
 def _folders(models: Mapping[str, str], options: EvaluationOptions) -> dict[str, Path]:
     """Where each model's answers and scores go."""
-    named = [label for label in models if label not in (START, TEACHER)]
     if options.output is not None and len(models) > 1:
         folders = {label: options.output / file_name(label) for label in models}
         if len(set(folders.values())) < len(folders):
             raise UserError("two of the models would share a folder in --output; leave --output out")
         return folders
-    folders = {label: options.output or _beside(label) for label in named}
-    # They belong to the run that they were measured for.
-    return {label: folders.get(label, folders[named[0]] / label) for label in models}
+    folders = {label: options.output or _beside(label) for label in options.models}
+    # Start and teacher belong to the run that they were measured for.
+    return {label: folders.get(label, folders[options.models[0]] / label) for label in models}
 
 
 def _beside(model: str) -> Path:
@@ -174,7 +176,12 @@ def file_name(name: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """What stands between commas, but for those inside of brackets and braces."""
+    words, depth = [""], 0
+    for c in text:
+        depth += (c in "[{") - (c in "]}")
+        words = [*words, ""] if c == "," and not depth else [*words[:-1], words[-1] + c]
+    return [word.strip() for word in words if word.strip()]
 
 
 def _whole_numbers(option: str, text: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ from switchkd.cli.help import OUTPUT, PROMPTS, option
 from switchkd.cli.options import new_console, with_options
 from switchkd.errors import UserError
 from switchkd.evaluation.endpoint import KEY_ENV
-from switchkd.files import now, write_atomically
+from switchkd.files import json_text, now, write_atomically
 from switchkd.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -59,10 +58,15 @@ def judge(options: JudgeOptions) -> None:
     from switchkd.evaluation.endpoint import Budget, ChatEndpoint
     from switchkd.evaluation.judge import Judge
 
-    pairs = _pairs(options.ours, options.theirs, options.references)[: options.limit]
-    endpoint = ChatEndpoint(options.url, options.model, options.key_env, _mapping(options.body))
+    pairs, left_out = _pairs(options.ours, options.theirs, options.references)
+    pairs, body = pairs[: options.limit], _mapping(options.body)
+    endpoint = ChatEndpoint(options.url, options.model, options.key_env, body)
     judge = Judge(endpoint, options.cache, Budget(options.max_requests, options.max_total_tokens), options.parallel)
     console = new_console()
+    if left_out:
+        console.print(
+            Text(f"{left_out:,} answers are left out: the other file has none to their row and seed"), soft_wrap=True
+        )
     expected = judge.estimate(pairs)
     console.print(
         Text(
@@ -82,30 +86,33 @@ def judge(options: JudgeOptions) -> None:
         "theirs": str(options.theirs),
         "judge": options.model,
         "url": options.url,
+        "body": body,
+        "references": options.references,
+        "answers_left_out": left_out,
         "date": now(),
     }
-    write_atomically(path, json.dumps({**said, **asdict(result)}, indent=1) + "\n")
+    write_atomically(path, json_text({**said, **asdict(result)}, indent=1) + "\n")
     console.print(Text(_in_words(result)), soft_wrap=True)
     console.print(Text(f"the judgments are in {path}, the replies in {options.cache}"), soft_wrap=True)
 
 
-def _pairs(ours: Path, theirs: Path, with_references: bool) -> list[JudgedPair]:
-    """The answers of both to the same rows under the same seeds, in the order of ours."""
-    from switchkd.evaluation.answers import read_answers
+def _pairs(ours: Path, theirs: Path, with_references: bool) -> tuple[list[JudgedPair], int]:
+    """The answers of both to the same rows under the same seeds, in the order of ours; and how many stand in one file alone."""
+    from switchkd.evaluation.answers import read_answers, same_row
     from switchkd.evaluation.judge import JudgedPair
 
-    others = {(each.prompt_id, each.seed): each for each in read_answers(theirs)}
+    own, others = read_answers(ours), {(each.prompt_id, each.seed): each for each in read_answers(theirs)}
     pairs = []
-    for each in read_answers(ours):
+    for each in own:
         if (other := others.get((each.prompt_id, each.seed))) is None:
             continue
-        if each.references != other.references:
+        if not same_row(each, other):
             raise UserError(f"{each.where} is another row in {theirs} than in {ours}; give answers to the same set")
         shown = each.references if with_references else ()
         pairs.append(JudgedPair(each.prompt_id, each.seed, each.prompt, each.answer, other.answer, shown))
     if not pairs:
         raise UserError(f"{ours} and {theirs} have no row and seed in common; evaluate both with the same --seeds")
-    return pairs
+    return pairs, len(own) + len(others) - 2 * len(pairs)
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -130,7 +137,8 @@ def _in_words(result: JudgeResult) -> str:
     )
     if result.unreadable:
         lines.append(
-            f"{result.unreadable} pairs are left out: a verdict could not be read, even after asking once more"
+            f"{result.unreadable} pairs are left out: a verdict could not be read, even after asking once more, or the endpoint "
+            f"refused the pair"
         )
     lines.append(
         f"{result.requests:,} requests were sent, {result.tokens:,} tokens counted; {result.cached:,} replies were cached"

@@ -23,12 +23,22 @@ def read_answers(path: Path) -> list[ScoredAnswer]:
         try:
             values = json.loads(line)
             answer = ScoredAnswer(**values)
+            reason = FinishReason(answer.finish_reason)
         except (ValueError, TypeError):
             raise UserError(
                 f"{path}:{number} is no scored answer; give an answers_....jsonl that switchkd eval wrote"
             ) from None
-        reason = FinishReason(answer.finish_reason)
         found.append(ScoredAnswer(**{**values, "references": tuple(answer.references), "finish_reason": reason}))
     if not found:
         raise UserError(f"{path} holds no answers; run switchkd eval again")
     return found
+
+
+def same_row(ours: ScoredAnswer, theirs: ScoredAnswer) -> bool:
+    """Whether two answers are to the same row: with the same references, or none and the same place in a file of that name.
+
+    Their prompts may differ, where the models have chat templates of their own.
+    """
+    if ours.references or theirs.references:
+        return ours.references == theirs.references
+    return ours.where.rsplit("/", 1)[-1] == theirs.where.rsplit("/", 1)[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from switchkd.errors import UserError, did_you_mean
+from switchkd.evaluation.answers import same_row
 from switchkd.evaluation.intervals import Interval, over_rows
 from switchkd.evaluation.score import ScoredAnswer
-from switchkd.files import write_atomically
+from switchkd.files import json_text, write_atomically
 
 RESULT_FILE = "comparison.json"
 ALL = "all"
@@ -54,7 +54,7 @@ class Comparison:
     def save(self, folder: Path) -> Path:
         """Write comparison.json into the folder, whole or not at all, and return its path."""
         path = folder / RESULT_FILE
-        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(path, json_text(asdict(self), indent=2) + "\n")
         return path
 
     def table(self) -> Table:
@@ -112,7 +112,8 @@ def compare_answers(models: Mapping[str, Answers], baseline: str | None = None) 
         left_out[name] = len({row for each in by_key.values() for row, _ in each}) - len({row for row, _ in common})
         buckets: dict[str, list[tuple[int, int]]] = {ALL: common}
         for key in common:
-            if (bucket := by_key[baseline][key].bucket) is not None:
+            # An earlier evaluation may have kept that name.
+            if (bucket := by_key[baseline][key].bucket) not in (None, ALL):
                 buckets.setdefault(bucket, []).append(key)
         sets[name] = {bucket: _lines(by_key, keys, baseline) for bucket, keys in buckets.items()}
     return Comparison(baseline, sets, left_out)
@@ -132,7 +133,7 @@ def _common(by_key: _ByKey, set_name: str) -> list[tuple[int, int]]:
     if not common:
         raise UserError(f"{set_name}: the models have no row and seed in common; evaluate them with the same --seeds")
     for key in common:
-        if any(each[key].references != first[key].references for each in others):
+        if not all(same_row(each[key], first[key]) for each in others):
             raise UserError(f"{set_name}: {first[key].where} is not the same for all models; evaluate them on one file")
     return common
 

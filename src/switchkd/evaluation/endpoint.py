@@ -14,18 +14,28 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from switchkd.errors import UserError
-from switchkd.web import NoRedirect, check_encrypted, key_in, without_key
+from switchkd.web import check_encrypted, key_in, opener, without_key
 
 KEY_ENV = "OPENAI_API_KEY"
 # A server that is busy, or was for a moment.
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+# What a server refuses for what is asked: too long a text, or one that its filter keeps out.
+_OF_THIS_REQUEST = (400, 413, 422)
+# A server that says 429 until somebody pays.
+_QUOTA = "insufficient_quota"
 _LONGEST_WAIT = 60.0
 # A reply is a few thousand characters; whoever sends this much is no judge.
 _MOST_BYTES = 10_000_000
+# Of a refusal: bytes that are read, and characters that are shown.
+_MOST_SAID, _SHOWN = 20_000, 300
 
 
 class NoMoreRequests(UserError):  # noqa: N818 - nothing went wrong
     """The budget is spent, or somebody asked to stop; what was answered before is kept."""
+
+
+class RefusedRequestError(UserError):
+    """The endpoint takes no request such as this one; others it may take."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,10 @@ class ChatEndpoint:
         return {key: value for key, value in {**own, **self.body}.items() if value is not None}
 
     def ask(self, messages: Sequence[Mapping[str, str]], budget: Budget) -> Reply:
-        """The endpoint's reply. Raises UserError where it refuses or stays out of reach, NoMoreRequests at the budget's end."""
+        """The endpoint's reply. Raises UserError where it refuses or stays out of reach, NoMoreRequests at the budget's end.
+
+        The error is a RefusedRequestError where another request might be taken.
+        """
         problem = ""
         for attempt in range(self.attempts):
             if attempt and budget.stop.wait(self._wait(attempt)):
@@ -110,14 +123,17 @@ class ChatEndpoint:
                 reply = self._reply(self._sent(self.request(messages)))
             except urllib.error.HTTPError as error:
                 with error:
-                    problem = f"{error.code} {self._hidden(_said(error))}"
-                    if error.code not in _PASSING:
+                    said = self._said(error)
+                    problem = f"{error.code} {said[:_SHOWN]}"
+                    if error.code in _OF_THIS_REQUEST:
+                        raise RefusedRequestError(self._refusal(error.code, problem)) from None
+                    if error.code not in _PASSING or _QUOTA in said:
                         raise UserError(self._refusal(error.code, problem)) from None
                     if wait := _asked_wait(error):
                         budget.stop.wait(wait)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 # Of URLError, a time-out, a connection that was cut, and a reply that is no JSON.
-                problem = self._hidden(str(error) or type(error).__name__)
+                problem = self._hidden(str(error) or type(error).__name__)[:_SHOWN]
             else:
                 budget.used(reply.tokens)
                 return reply
@@ -137,7 +153,7 @@ class ChatEndpoint:
         if key := self._key():
             # Unredirected: never part of what a redirect takes along.
             request.add_unredirected_header("Authorization", f"Bearer {key}")
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as response:
+        with opener(place).open(request, timeout=self.timeout) as response:
             text: bytes = response.read(_MOST_BYTES)
             return text
 
@@ -147,12 +163,24 @@ class ChatEndpoint:
             text = values["choices"][0]["message"]["content"]
             tokens = (values.get("usage") or {}).get("total_tokens") or 0
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise ValueError("the reply is no chat completion") from None
+            # Some answer with an error under code 200.
+            raise ValueError(
+                f"the reply is no chat completion: {_one_line(body[:_MOST_SAID].decode('utf-8', 'replace'))}"
+            ) from None
         # A reply cut off before its first word has no content.
         return Reply(self._hidden(str(text or "")), int(tokens))
 
     def _hidden(self, text: str) -> str:
         return without_key(text, self._key())
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        """What the server says of its refusal, on one line, without the key."""
+        try:
+            text = error.read(_MOST_SAID).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException):
+            text = ""
+        # Before it is shortened: a key cut in two would not be found.
+        return _one_line(self._hidden(text or str(error.reason)))
 
     def _refusal(self, code: int, problem: str) -> str:
         if 300 <= code < 400:
@@ -162,14 +190,8 @@ class ChatEndpoint:
         return f"{self.url} refused the request ({problem}); check --url and --model, and set other keys with --body"
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """What the server says of its refusal, shortened, on one line."""
-    try:
-        text = error.read(2000).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        text = ""
-    shown = "".join(c if c.isprintable() else " " for c in text or str(error.reason))
-    return " ".join(shown.split())[:300]
+def _one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _asked_wait(error: urllib.error.HTTPError) -> float:

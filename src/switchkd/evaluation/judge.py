@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from switchkd.errors import Stopped, UserError
-from switchkd.evaluation.endpoint import Budget, ChatEndpoint, Reply
+from switchkd.evaluation.endpoint import Budget, ChatEndpoint, RefusedRequestError, Reply
 from switchkd.evaluation.intervals import Interval, over_rows
 from switchkd.files import write_atomically
 
@@ -61,7 +61,7 @@ class Judgment:
     """A pair's outcome for ours. `ours_first` and `theirs_first` are the verdicts in the two orders, None if unreadable.
 
     A win or a loss is counted only where both orders say so; orders that disagree make a tie, and so do equal texts, which
-    nobody is asked about.
+    nobody is asked about. A pair is unreadable too where the endpoint refuses it and takes others.
     """
 
     prompt_id: int
@@ -110,7 +110,7 @@ class Judge:
         if parallel < 1:
             raise UserError(f"parallel is {parallel}; it has to be at least 1")
         self.endpoint, self.cache, self.budget, self.parallel = endpoint, cache, budget, parallel
-        self._cached, self._lock = 0, threading.Lock()
+        self._cached, self._heard, self._lock = 0, False, threading.Lock()
 
     def estimate(self, pairs: Sequence[JudgedPair]) -> Estimate:
         """What judging the pairs would cost, without a retry or a repair; nothing is sent."""
@@ -176,12 +176,18 @@ class Judge:
         return Judgment(pair.prompt_id, pair.seed, _outcome(ours_first, theirs_first), ours_first, theirs_first)
 
     def _verdict(self, messages: Messages) -> Verdict | None:
-        """The verdict of a reply, or of the one attempt to repair it; None where neither has one."""
-        reply = self._reply(messages)
-        found = verdict_in(reply.text)
-        if found is None:
-            said = {"role": "assistant", "content": reply.text or "(nothing)"}
-            found = verdict_in(self._reply([*messages, said, {"role": "user", "content": _REPAIR}]).text)
+        """The verdict of a reply, or of the one attempt to repair it; None where neither has one, or the pair is refused."""
+        try:
+            reply = self._reply(messages)
+            found = verdict_in(reply.text)
+            if found is None:
+                said = {"role": "assistant", "content": reply.text or "(nothing)"}
+                found = verdict_in(self._reply([*messages, said, {"role": "user", "content": _REPAIR}]).text)
+        except RefusedRequestError:
+            # A text too long, or one that a filter keeps out: of one pair. Before any reply, address or model is at fault.
+            if not self._heard:
+                raise
+            return None
         return found
 
     def _reply(self, messages: Messages) -> Reply:
@@ -189,8 +195,10 @@ class Judge:
         if kept is not None:
             with self._lock:
                 self._cached += 1
+                self._heard = True
             return kept
         reply = self.endpoint.ask(messages, self.budget)
+        self._heard = True
         write_atomically(self._place(messages), json.dumps(asdict(reply)) + "\n")
         return reply
 

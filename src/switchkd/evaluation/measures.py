@@ -18,29 +18,53 @@ Match = Literal["text", "numeric", "lines"]
 _NUMBER = re.compile(r"((?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?)", re.ASCII)
 
 
+# Scripts without spaces between words: kana, Han, and Han's compatibility forms.
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_ANY_WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
+
+
+class _AnyWords:
+    """A tokenizer for rouge_score: words of any script, and each character of a script that has no spaces."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words in their order, in lower case."""
+        return _ANY_WORD.findall(text.lower())
+
+
 @cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer(*, any_script: bool) -> Any:
     # It brings in nltk, which is slow to import.
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_AnyWords()) if any_script else RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
     """The ROUGE-L F-measure, 0 to 100, against the reference that suits the answer best.
 
-    Source: Lin 2004, computed by the package rouge_score with its stemmer, as in the scripts of MiniLLM and DistiLLM.
+    Source: Lin 2004, computed by the package rouge_score with its stemmer, as in the scripts of MiniLLM and DistiLLM. That reads
+    a to z and digits alone. Where most letters of a reference are others, words of any script count, without a stemmer, and
+    characters where the script has no spaces.
     """
-    return 100 * max(float(_rouge_scorer().score(reference, answer)["rougeL"].fmeasure) for reference in references)
+    scores = (_rouge_scorer(any_script=_is_foreign(each)).score(each, answer) for each in references)
+    return 100 * max(float(score["rougeL"].fmeasure) for score in scores)
+
+
+def _is_foreign(text: str) -> bool:
+    letters = [c for c in text if c.isalpha()]
+    return 2 * sum(not c.isascii() for c in letters) > len(letters)
 
 
 def exact_match(answer: str, references: Sequence[str], match: Match = "text") -> bool:
     """Whether the answer is one of the references but for case, punctuation and spaces.
 
     With `match` "numeric", numbers count by their value: -5 is not 5, 3.5 is not 35, and 1,000.0 is 1000. With "lines", lines
-    may come in any order.
+    may come in any order. Texts of punctuation alone, of which nothing would be left, are compared as they are.
     """
-    read = _READ_AS[match]
+
+    def read(text: str) -> Any:
+        return _READ_AS[match](text) or text.strip()
+
     return read(answer) in [read(reference) for reference in references]
 
 
@@ -98,7 +122,11 @@ SCORES = {
 
 def scores_named(names: str | Sequence[str] | None) -> tuple[AnswerScore, ...]:
     """The scores of these names: ours, from 0 to 100, or module:FUNCTION. Raises UserError for one that is not there."""
-    return tuple(_score_named(name) for name in ([names] if isinstance(names, str) else names or ()))
+    scores = tuple(_score_named(name) for name in ([names] if isinstance(names, str) else names or ()))
+    called = [score.name for score in scores]
+    if twice := next((name for name in called if called.count(name) > 1), None):
+        raise UserError(f"two scores are called {twice!r}; leave one out, or rename its function")
+    return scores
 
 
 def _score_named(name: str) -> AnswerScore:

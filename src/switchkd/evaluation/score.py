@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from rich import box
 from rich.table import Table
@@ -21,7 +20,7 @@ from switchkd.data.shapes import has_answers, is_readable, row_text
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import Answer, generate_answers
 from switchkd.evaluation.measures import AnswerScore, Match, exact_match, rouge_l
-from switchkd.files import now, write_atomically
+from switchkd.files import json_text, now, write_atomically
 from switchkd.progress import progress_bar
 from switchkd.records import FinishReason, Sampling
 from switchkd.rollout.engine import Engine
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
 # Those of MiniLLM's evaluation scripts.
 SEEDS = (10, 20, 30, 40, 50)
 RESULT_FILE = "eval.json"
+_COLUMNS = ("rouge_l", "exact_match", "response_tokens", "ended_share")
+# The temporary name of a file is longer than its own, and a file system takes 255 bytes.
+_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class EvaluationSettings:
             raise UserError(f"match is {self.match!r}; choose one of {', '.join(get_args(Match))}")
         if not self.seeds:
             raise UserError("seeds is empty; give at least one seed")
+        if taken := next((score.name for score in self.scores if score.name in _COLUMNS), None):
+            raise UserError(
+                f"the score {taken!r} has the name of a column that every table has; leave it out, or rename it"
+            )
 
     @property
     def used_seeds(self) -> tuple[int, ...]:
@@ -142,7 +148,7 @@ class Evaluation:
     def save(self, folder: Path) -> Path:
         """Write eval.json into the folder, whole or not at all, and return its path."""
         path = folder / RESULT_FILE
-        write_atomically(path, json.dumps(_null_for_nan(asdict(self)), indent=2) + "\n")
+        write_atomically(path, json_text(asdict(self), indent=2) + "\n")
         return path
 
     def table(self) -> Table:
@@ -184,6 +190,8 @@ def evaluate(
     UserError, before anything is generated, for a set without a row to use. Source: the evaluation of MiniLLM and DistiLLM,
     whose settings are the defaults.
     """
+    if out_folder is not None:
+        _check_files(sets, Path(out_folder))
     # All sets are read before the first is answered, so that a bad one does not cost hours.
     loaded = {
         name: to_examples(
@@ -205,7 +213,13 @@ def evaluate(
             for seed in seeds:
                 count = progress.counter(task)
                 answers += generate_answers(engine, tokenizer, each.examples, settings.sampling, seed, count)
-            scored = _score(answers, sets[name], tokenizer, settings)
+            # A prompt's id is its row's index.
+            rows = {row.index: row for row in sets[name]}
+            texts = [_unscored(answer, rows[answer.prompt_id], tokenizer, settings) for answer in answers]
+            if out_folder is not None:
+                # A score of one's own that fails must not cost the answers.
+                _write_answers(texts, name, Path(out_folder))
+            scored = [_scored(text, rows[text.prompt_id], settings) for text in texts]
             results[name] = _set_result(scored, each)
             if out_folder is not None:
                 _write_answers(scored, name, Path(out_folder))
@@ -231,36 +245,34 @@ def _needs_answers(name: str, rows: Sequence[SourceRow], settings: EvaluationSet
     return not without
 
 
-def _score(
-    answers: Sequence[Answer],
-    rows: Sequence[SourceRow],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: EvaluationSettings,
-) -> list[ScoredAnswer]:
-    by_index = {row.index: row for row in rows}
-    scored = []
-    for answer in answers:
-        # A prompt's id is its row's index.
-        row = by_index[answer.prompt_id]
-        text = row_text(row)
-        prompt, references = prompt_text(text, tokenizer, settings.rendering), text.references
-        scored.append(
-            ScoredAnswer(
-                where=row.where,
-                prompt_id=answer.prompt_id,
-                seed=answer.seed,
-                bucket=row.columns.get("bucket"),
-                prompt=prompt,
-                answer=answer.text,
-                references=references,
-                rouge_l=rouge_l(answer.text, references) if references else None,
-                exact_match=exact_match(answer.text, references, _match_of(row, settings)) if references else None,
-                tokens=answer.tokens,
-                finish_reason=answer.finish_reason,
-                scores={score.name: score(prompt, answer.text, references) for score in settings.scores},
-            )
-        )
-    return scored
+def _unscored(
+    answer: Answer, row: SourceRow, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings
+) -> ScoredAnswer:
+    text, bucket = row_text(row), row.columns.get("bucket")
+    return ScoredAnswer(
+        where=row.where,
+        prompt_id=answer.prompt_id,
+        seed=answer.seed,
+        # Sets of others may have a column of that name, about something else; and "all" is every table's name for all rows.
+        bucket=bucket if isinstance(bucket, str) and bucket != "all" else None,
+        prompt=prompt_text(text, tokenizer, settings.rendering),
+        answer=answer.text,
+        references=text.references,
+        rouge_l=None,
+        exact_match=None,
+        tokens=answer.tokens,
+        finish_reason=answer.finish_reason,
+    )
+
+
+def _scored(text: ScoredAnswer, row: SourceRow, settings: EvaluationSettings) -> ScoredAnswer:
+    answer, references = text.answer, text.references
+    return replace(
+        text,
+        rouge_l=rouge_l(answer, references) if references else None,
+        exact_match=exact_match(answer, references, _match_of(row, settings)) if references else None,
+        scores={score.name: score(text.prompt, answer, references) for score in settings.scores},
+    )
 
 
 def _match_of(row: SourceRow, settings: EvaluationSettings) -> Match:
@@ -301,23 +313,34 @@ def _mean_scores(answers: Sequence[ScoredAnswer]) -> Scores:
         exact_match=100 * fmean(bool(answer.exact_match) for answer in compared) if compared else math.nan,
         response_tokens=fmean(answer.tokens for answer in answers),
         ended_share=fmean(answer.finish_reason is FinishReason.END_OF_TEXT for answer in answers),
-        own={name: fmean(answer.scores[name] for answer in answers) for name in answers[0].scores},
+        own={name: _mean([answer.scores[name] for answer in answers]) for name in answers[0].scores},
     )
 
 
-def _null_for_nan(value: Any) -> Any:
-    """A value for JSON, which has no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _null_for_nan(each) for key, each in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _mean(values: Sequence[float]) -> float:
+    """The mean of those that are numbers: a score of one's own may have nothing to say of an answer."""
+    said = [value for value in values if math.isfinite(value)]
+    return fmean(said) if said else math.nan
 
 
 def answers_file(folder: Path, set_name: str) -> Path:
     """Where an evaluation into the folder keeps the answers to a set, a `ScoredAnswer` a line."""
     # A set's name can be a path, or hold a colon.
-    return folder / f"answers_{re.sub(r'[^A-Za-z0-9.-]+', '_', set_name)}.jsonl"
+    name = re.sub(r"[^\w.-]+", "_", set_name)[-_LONGEST_NAME:]
+    return folder / f"answers_{name}.jsonl"
+
+
+def _check_files(names: Iterable[str], folder: Path) -> None:
+    """Raise UserError where the answers to two sets would share a file."""
+    by_file: dict[Path, str] = {}
+    for name in names:
+        other = by_file.setdefault(answers_file(folder, name), name)
+        if other != name:
+            raise UserError(
+                f"the answers to {other} and {name} would share a file; rename one, or evaluate them in two calls"
+            )
 
 
 def _write_answers(scored: Sequence[ScoredAnswer], set_name: str, folder: Path) -> None:
-    lines = "".join(json.dumps(_null_for_nan(asdict(answer))) + "\n" for answer in scored)
+    lines = "".join(json_text(asdict(answer)) + "\n" for answer in scored)
     write_atomically(answers_file(folder, set_name), lines)

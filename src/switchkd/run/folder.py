@@ -37,6 +37,8 @@ _CHANGEABLE = [
     "max_generated_tokens",
     "rollout_rows",
     "show_rollouts_every",
+    "measure_every",
+    "teacher_text",
     "data_dir",
     "report_to",
     "run_name",
@@ -105,8 +107,8 @@ def _check_same_run(saved: RunConfig, run: RunConfig) -> None:
             # Left open, it follows the student, which has not changed.
             if key == "learning_rate" and new.get(key) is None:
                 continue
-            # Another way to write the same place, such as from another working folder.
-            if key == "output_dir" and Path(old[key]).resolve() == Path(new[key]).resolve():
+            # It was found here: its folder was moved, or is named from another working folder.
+            if key == "output_dir":
                 continue
             raise UserError(
                 f"{key}{place} is {new.get(key)!r}, but the run in {run.output_dir} was started with {old.get(key)!r}; set it "

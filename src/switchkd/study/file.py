@@ -164,6 +164,10 @@ def _check(study: StudyConfig, origin: str) -> None:
         raise UserError(f"seeds is {list(study.seeds)} ({origin}); give each once")
     if study.workers is not None and study.workers < 1:
         raise UserError(f"workers is {study.workers} ({origin}); it has to be at least 1")
+    if not study.evaluation.sets:
+        raise UserError(f"evaluation.sets is empty ({origin}); give at least one set")
+    if study.evaluation.limit is not None and study.evaluation.limit < 1:
+        raise UserError(f"evaluation.limit is {study.evaluation.limit} ({origin}); it has to be at least 1")
     if taken := {START, TEACHER} & study.methods.keys():
         raise UserError(f"a method is named {taken.pop()!r} ({origin}), as a row of every table is; give another name")
     if study.baseline is not None and study.baseline not in (START, *study.methods):
@@ -180,8 +184,3 @@ def _check(study: StudyConfig, origin: str) -> None:
             if key in _DECIDED:
                 raise UserError(f"{key} is set in {name or 'settings'} ({origin}), but {_DECIDED[key]}; leave it out")
             typed_setting(key, value, f"{name} {origin}")
-    warmup = study.run.get("warmup_steps", 0)
-    if study.budget.steps is None and isinstance(warmup, (int, float)) and warmup >= 1:
-        raise UserError(
-            f"warmup_steps is {warmup} ({origin}), but the budget is no number of steps; give a part below 1, such as 0.025"
-        )

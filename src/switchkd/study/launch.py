@@ -30,12 +30,13 @@ def run_study(study: StudyConfig, console: Console, *, dry_run: bool = False) ->
     """
     folder = Path(study.output_dir)
     planned = plan_of(study)
-    missing = [row for row in planned if row.identity not in finished_rows(folder)]
+    finished = finished_rows(folder)
+    missing = [row for row in planned if row.identity not in finished]
     _print(console, _plan_line(study, planned, missing))
     if dry_run:
         for row in planned:
             _print(console, f"  {'to do' if row in missing else 'done'}  {row.name}")
-        return planned_rows(finished_rows(folder), planned)
+        return planned_rows(finished, planned)
     failures: list[Failure] = []
     try:
         if missing:

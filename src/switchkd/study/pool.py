@@ -41,7 +41,7 @@ class _Worker:
         self.folder = folder
         self.output = folder / OUTPUT_FILE
         write_atomically(folder / SPEC_FILE, json.dumps({"row": asdict(row), "keep_model": keep_model}) + "\n")
-        with self.output.open("w", encoding="utf-8") as output:
+        with self.output.open("a", encoding="utf-8") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "switchkd.study.worker", str(folder / SPEC_FILE)],
                 env=os.environ | _ONE_THREAD,
@@ -49,6 +49,8 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                # What ends this process's session, such as a terminal that is closed, leaves it the time to save.
+                start_new_session=True,
             )
 
     def has_ended(self) -> bool:
@@ -86,7 +88,7 @@ def run_all(
         while waiting or at_work:
             while waiting and len(at_work) < workers:
                 row = waiting.pop(0)
-                place = folder / RUNS / row.folder_name
+                place = _place_of(row, folder / RUNS)
                 place.mkdir(parents=True, exist_ok=True)
                 at_work.append(_Worker(row, place, keep_model=keep_models))
                 progress.started(row, place)
@@ -98,12 +100,18 @@ def run_all(
                 progress.ended(worker.row, failure.reason if failure else None)
             progress.look()
     except KeyboardInterrupt:
+        progress.say("Stopping: each run finishes its step and saves. Press Ctrl-C to stop at once.")
         _stop(at_work)
         left = len(waiting) + len(at_work)
         raise Stopped(f"stopped with {left} of {len(rows)} runs left; the same command goes on with them") from None
     finally:
         signal.signal(signal.SIGTERM, before)
     return failures
+
+
+def _place_of(row: StudyRun, runs: Path) -> Path:
+    """The run's folder; one that was begun under an earlier name goes on there."""
+    return next(iter(sorted(runs.glob(f"*{row.identity[:8]}"))), runs / row.folder_name)
 
 
 def _stop(at_work: Sequence[_Worker]) -> None:

@@ -59,7 +59,7 @@ class StudyProgress:
         outcome = f"failed: {reason}" if reason else _scores(folder / ROW_FILE)
         left = self.left()
         more = f"; about {duration(left)} left" if left and self.done < self.total else ""
-        self._print(f"{self.done} of {self.total}  {row.name}: {outcome} ({duration(took)}){more}")
+        self.say(f"{self.done} of {self.total}  {row.name}: {outcome} ({duration(took)}){more}")
 
     def left(self) -> float | None:
         """Seconds that the study will still take; None while nothing tells."""
@@ -94,7 +94,8 @@ class StudyProgress:
         ]
         return fmean(wholes) if wholes else None
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

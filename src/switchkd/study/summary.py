@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from switchkd.errors import UserError
 from switchkd.evaluation.intervals import Interval, Values, over_rows, over_rows_and_seeds, over_seeds
 from switchkd.study.rows import COSTS, Row
 
@@ -48,10 +49,11 @@ class Line:
 def summarize_study(rows: Sequence[Row], set_name: str, measure: Measure, baseline: str) -> list[Line]:
     """The lines of a table: starts, methods in the order of the rows, teachers; of rows that have the measure.
 
-    Exact match and ROUGE-L are 0 to 100.
+    Exact match and ROUGE-L are 0 to 100. Of the set, the rows count that all of them answered. Raises UserError where there are
+    none.
     """
     groups: dict[Key, list[Row]] = {}
-    for row in measured(rows, set_name, measure):
+    for row in _on_common_rows(measured(rows, set_name, measure), set_name):
         groups.setdefault((row["method"], row["setting"]), []).append(row)
     order = sorted(groups.items(), key=lambda item: ("start", "run", "teacher").index(item[1][0]["kind"]))
     return [_line(group, _baseline_of(groups, key, baseline), set_name, measure) for key, group in order]
@@ -60,6 +62,37 @@ def summarize_study(rows: Sequence[Row], set_name: str, measure: Measure, baseli
 def measured(rows: Sequence[Row], set_name: str, measure: Measure) -> list[Row]:
     """The finished rows that have a measure of a set."""
     return [row for row in rows if measure in row["sets"][set_name]]
+
+
+def left_out(rows: Sequence[Row], set_name: str) -> int:
+    """How many rows of a set one of these answered and another did not."""
+    answered = [set(row["sets"][set_name]["rows"]) for row in rows]
+    return len(set().union(*answered)) - len(answered[0].intersection(*answered))
+
+
+def _on_common_rows(rows: Sequence[Row], set_name: str) -> list[Row]:
+    """The finished rows with what they answered to the rows of a set that all of them answered, in one order."""
+    answered = [row["sets"][set_name]["rows"] for row in rows]
+    if all(each == answered[0] for each in answered):
+        return [*rows]
+    common = sorted(set(answered[0]).intersection(*answered))
+    if not common:
+        raise UserError(
+            f"{set_name}: the finished runs have no answered row in common; compare them in studies of their own"
+        )
+    return [row | {"sets": {set_name: _picked(row["sets"][set_name], common)}} for row in rows]
+
+
+def _picked(kept: Mapping[str, Any], common: Sequence[int]) -> dict[str, Any]:
+    place = {number: at for at, number in enumerate(kept["rows"])}
+    at = [place[number] for number in common]
+    of_seeds = {key: kept[key] for key in MEASURES if key in kept}
+    return {
+        "rows": [*common],
+        "buckets": kept["buckets"],
+        "bucket_of": [kept["bucket_of"][each] for each in at],
+        **{key: [[seed[each] for each in at] for seed in seeds] for key, seeds in of_seeds.items()},
+    }
 
 
 def _baseline_of(groups: Mapping[Key, list[Row]], key: Key, baseline: str) -> list[Row]:

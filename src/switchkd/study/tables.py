@@ -13,7 +13,7 @@ from switchkd.evaluation.intervals import Interval
 from switchkd.report.terminal import duration
 from switchkd.study.file import StudyConfig
 from switchkd.study.rows import Row
-from switchkd.study.summary import MEASURES, Line, measured, summarize_study
+from switchkd.study.summary import MEASURES, Line, left_out, measured, summarize_study
 
 _MEANING = """How to read it. A score is the mean over the seeds of training. What stands behind ± is half of its 95 % interval:
 over seeds (Student's t) where there are two or more, and over rows (bootstrap) for a single one, for start and for teacher.
@@ -32,15 +32,16 @@ class Grid:
 
     def markdown(self) -> str:
         """As Markdown, under a heading."""
-        rule = ["---", *["---:"] * (len(self.headings) - 1)]
-        rows = [self.headings, tuple(rule), *[tuple(cell.replace("|", "\\|") for cell in line) for line in self.lines]]
+        rule = ("---", *["---:"] * (len(self.headings) - 1))
+        headings, *lines = [[cell.replace("|", "\\|") for cell in line] for line in (self.headings, *self.lines)]
+        rows = [headings, rule, *lines]
         return f"## {self.title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
     def table(self) -> Table:
         """For the terminal."""
-        table = Table(box=box.SIMPLE, title=self.title)
+        table = Table(box=box.SIMPLE, title=Text(self.title))
         for number, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+            table.add_column(Text(heading), justify="right" if number else "left", no_wrap=not number)
         for line in self.lines:
             table.add_row(*(Text(cell.replace("**", "")) for cell in line))
         return table
@@ -48,16 +49,20 @@ class Grid:
 
 def grids(study: StudyConfig, rows: Sequence[Row]) -> list[Grid]:
     """Scores and differences of each set and measure, then the costs."""
-    found, lines = list[Grid](), list[Line]()
+    found = list[Grid]()
     for name in study.evaluation.sets:
         for measure, title in MEASURES.items():
-            if not measured(rows, name, measure):
+            if not (kept := measured(rows, name, measure)):
                 continue
-            lines = summarize_study(rows, name, measure, study.compared_with)
-            found.append(scores_grid(lines, f"{name}: {title}"))
+            lines, less = summarize_study(rows, name, measure, study.compared_with), left_out(kept, name)
+            # Such as for a prompt that another tokenizer makes too long.
+            of_rows = f" (without {less} row(s) that not every model answered)" if less else ""
+            found.append(scores_grid(lines, f"{name}: {title}{of_rows}"))
             if any(line.difference for line in lines):
-                found.append(_differences_grid(lines, f"{name}: {title}, minus {study.compared_with}"))
-    return [*found, _costs_grid(lines)] if any(line.costs for line in lines) else found
+                found.append(_differences_grid(lines, f"{name}: {title}, minus {study.compared_with}{of_rows}"))
+    # All that were trained answered.
+    trained = summarize_study(rows, study.evaluation.sets[0], "exact_match", study.compared_with)
+    return [*found, _costs_grid(trained)] if any(line.costs for line in trained) else found
 
 
 def scores_grid(lines: Sequence[Line], title: str) -> Grid:

@@ -38,6 +38,8 @@ def carry_out(row: StudyRun, folder: Path, *, keep_model: bool) -> None:
     with FileLock(folder / ".lock"):
         # A worker that lost its study may have been finishing this very run.
         if (folder / ROW_FILE).is_file():
+            # It may have been killed before it was tidy.
+            _tidy(folder / TRAINING, keep_model=keep_model)
             return
         run = row.run(folder / TRAINING)
         if row.kind == "run":
@@ -60,7 +62,9 @@ def carry_out(row: StudyRun, folder: Path, *, keep_model: bool) -> None:
 
 
 def _train(run: RunConfig, folder: Path) -> None:
-    goes_on = (folder / FINISHED_FILE).is_file() or last_complete_checkpoint(folder) is not None
+    # Of a run whose row was deleted, the model is gone.
+    is_there = (folder / FINISHED_FILE).is_file() and any(folder.glob("*.safetensors"))
+    goes_on = is_there or last_complete_checkpoint(folder) is not None
     if folder.exists() and not goes_on:
         # What an attempt has left that ended before its first checkpoint.
         shutil.rmtree(folder)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -55,6 +56,26 @@ class Costs(TrainerCallback):
         """Count a forward of a model."""
         name = f"{role}_forwards"
         setattr(self.spent, name, getattr(self.spent, name) + 1)
+
+    @contextmanager
+    def before_training(self) -> Iterator[None]:
+        """Count the seconds of what a method does before its first step, such as the teacher's writing of all text."""
+        began = self.clock()
+        try:
+            yield
+        finally:
+            self.spent.training_seconds += self.clock() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing meanwhile: an evaluation is no training."""
+        began, before = self.clock(), asdict(self.spent)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self.spent, name, value)
+            self.read_at += self.clock() - began
 
     @property
     def has_budget(self) -> bool:

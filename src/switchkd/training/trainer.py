@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from switchkd.errors import Unreachable, UserError
 from switchkd.loss.measures import MEASURE_NAMES, rows_of, sums_by_teacher, sums_of, teacher_names
@@ -264,12 +264,17 @@ class SwitchTrainer(EvaluatingTrainer):
             self._text.replay.load(checkpoint, self.taught)
         teachers = {name: each.pair.teacher for name, each in self.taught.items() if each.pair.teacher is not None}
         if self.plan.teacher_text is not None and teachers:
-            with self.reading(), self.pair.computing():
+            with self.reading(), self.pair.computing(), self.costs.before_training():
                 engine = self.costs.counting(self.engine)
                 self.train_dataset = teacher_text(
                     self.plan.teacher_text, teachers, self.train_dataset, engine, self.args
                 )
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in `EvaluatingTrainer`; it is no part of what training costs."""
+        with self.costs.paused():
+            return super().evaluation_loop(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As in `transformers.Trainer`, over the budget of the run where there is one."""
