@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from switchkd.evaluation.score import Evaluation, Scores, SetResult, Summary
 from switchkd.models.pair import ModelPair
@@ -95,6 +95,15 @@ def test_scores_come_into_text_and_metadata_and_replace_older_ones(llama_pair: M
     (rouge, exact) = ModelCard(twice).data.eval_results
     assert (rouge.dataset_type, rouge.metric_type, rouge.metric_value) == ("MiniLLM/dolly", "rouge", 21.5)
     assert (exact.metric_type, exact.metric_value) == ("exact_match", 3.25)
+    # What was measured elsewhere stays, and a name is written as it is.
+    parsed = ModelCard(twice.replace("# run", "# my\\_run"))
+    other = EvalResult("text-generation", "mmlu", "MMLU", "acc", 0.5, metric_name="accuracy")
+    parsed.data.eval_results.append(other)
+    again = with_scores(str(parsed), evaluation(value=11.0))
+    assert again is not None
+    data = ModelCard(again).data
+    assert [each.metric_name for each in data.eval_results] == ["accuracy", "ROUGE-L", "exact match"]
+    assert data.model_name == "my_run"
     # Whoever has written a card of their own keeps it.
     assert with_scores("# Mine", evaluation()) is None
 

@@ -65,12 +65,25 @@ def test_buckets_and_rows_that_one_model_could_not_answer() -> None:
     assert "-66.67 [-100.00, +0.00]" in captured.get()
 
 
+def test_a_comparison_is_json_whatever_is_in_it(tmp_path: Path) -> None:
+    # An interval over one row has no bounds; and an earlier evaluation may have kept a bucket of this name.
+    base = [answer(row, 100.0, bucket=("all", "short")[row]) for row in range(2)]
+    comparison = compare_answers({"a": {"x": base}, "b": {"x": base}})
+    assert {name: lines[0].rows for name, lines in comparison.sets["x"].items()} == {"all": 2, "short": 1}
+    saved = json.loads(comparison.save(tmp_path).read_text(), parse_constant=pytest.fail)
+    assert saved["sets"]["x"]["short"][1]["differences"]["rouge_l"]["low"] is None
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     base, others = [answer(0, 1.0)], [answer(0, 1.0, seed=11)]
     with pytest.raises(UserError, match="no row and seed in common"):
         compare_answers({"a": {"x": base}, "b": {"x": others}})
     with pytest.raises(UserError, match="row 0 is not the same for all models"):
         compare_answers({"a": {"x": base}, "b": {"x": [replace(base[0], references=("other",))]}})
+    alone = replace(base[0], references=(), where="a/poems.jsonl:1")
+    compare_answers({"a": {"x": [alone]}, "b": {"x": [replace(alone, where="b/poems.jsonl:1")]}})
+    with pytest.raises(UserError, match="is not the same for all models"):
+        compare_answers({"a": {"x": [alone]}, "b": {"x": [replace(alone, where="b/sums.jsonl:1")]}})
     with pytest.raises(UserError, match="baseline 'start' is not among"):
         compare_answers({"a": {"x": base}}, "start")
 

@@ -15,7 +15,7 @@ from switchkd.data.examples import to_examples
 from switchkd.data.rows import read_rows
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import generate_answers
-from switchkd.evaluation.measures import SCORES, AnswerScore, exact_match, rouge_l
+from switchkd.evaluation.measures import SCORES, AnswerScore, exact_match, rouge_l, scores_named
 from switchkd.evaluation.score import SEEDS, EvaluationSettings, evaluate
 from switchkd.records import FinishReason, Rollout, Sampling
 from switchkd.rollout.law import Student
@@ -73,6 +73,24 @@ def test_rouge_l_by_hand():
 def test_the_best_reference_counts():
     assert rouge_l("one two", ["red", "one two", "blue"]) == 100
     assert exact_match("One, two.", ["red", "one  TWO"])
+
+
+def test_rouge_l_reads_any_script():
+    # Han counts by characters: 4 of 8 and of 5 in common.
+    assert rouge_l("北京是中国的首都。", ["北京是中国的首都。"]) == 100
+    assert rouge_l("北京是首都", ["北京是中国的首都"]) == pytest.approx(100 * 2 * 5 / (5 + 8), rel=1e-12)
+    assert rouge_l("Москва большая", ["москва, столица"]) == 50
+    # What English scores is published, and stays: rouge_score reads "caf" of "café", and nothing of a Greek letter.
+    assert rouge_l("a caf", ["a café"]) == 100
+    assert rouge_l("is wide", ["π is wide"]) == 100
+
+
+def test_texts_of_punctuation_alone_are_compared_as_they_are():
+    assert exact_match(" != ", ["!="])
+    for match in ("text", "numeric", "lines"):
+        assert not exact_match("!=", ["=="], match)
+        assert not exact_match("", ["?"], match)
+    assert exact_match("one.", ["one"])
 
 
 def test_an_empty_answer_scores_nothing():
@@ -312,6 +330,50 @@ def test_prompts_alone_are_scored_by_a_function_of_ones_own(tokenizer, tmp_path)
     assert line.split() == ["x", "2", "-", "-", "2.50", "100.00", "1.50"]
     with pytest.raises(UserError, match="no row of x has a response to compare answers with"):
         evaluated(engine, tokenizer, {"x": prompts}, scores=(words, SCORES["numeric_match"]))
+
+
+def test_a_score_that_fails_costs_no_answer(tokenizer, tmp_path):
+    def broken(prompt, answer, references):
+        return None if answer == "red" else 1.0
+
+    with pytest.raises(UserError, match="the score broken failed"):
+        evaluated(
+            Parrot(tokenizer),
+            tokenizer,
+            {"x": rows_of("one", "red")},
+            tmp_path,
+            scores=(AnswerScore("broken", broken),),
+        )
+    lines = [json.loads(line) for line in (tmp_path / "answers_x.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in lines[:2]] == ["one", "red"]
+
+
+def test_a_score_may_have_nothing_to_say_of_an_answer(tokenizer):
+    scores = (AnswerScore("length", lambda prompt, answer, references: math.nan if answer == "red" else 4.0),)
+    result = evaluated(Parrot(tokenizer), tokenizer, {"x": rows_of("one", "red")}, seeds=(1,), scores=scores)
+    assert result.sets["x"].overall.mean.own == {"length": 4.0}
+
+
+def test_no_score_takes_the_place_of_another():
+    with pytest.raises(UserError, match="'exact_match' has the name of a column"):
+        EvaluationSettings(scores=(SCORES["exact_match"],))
+    with pytest.raises(UserError, match="two scores are called 'sqrt'"):
+        scores_named(["math:sqrt", "cmath:sqrt"])
+
+
+def test_no_two_sets_share_a_file(tokenizer, tmp_path):
+    engine, rows = Parrot(tokenizer), rows_of("one")
+    evaluated(engine, tokenizer, {"一.jsonl": rows, "二.jsonl": rows, f"{'far/' * 80}x": rows}, tmp_path, seeds=(1,))
+    assert len([*tmp_path.glob("answers_*.jsonl")]) == 3
+    engine.calls.clear()
+    with pytest.raises(UserError, match=r"the answers to a/b\.jsonl and a_b\.jsonl would share a file"):
+        evaluated(engine, tokenizer, {"a/b.jsonl": rows, "a_b.jsonl": rows}, tmp_path)
+    assert not engine.calls
+
+
+def test_a_bucket_is_a_name_and_not_all_rows(tokenizer):
+    rows = read_rows([{"prompt": "say one", "completion": "one", "bucket": each} for each in (["a"], "all", "b")])
+    assert [*evaluated(Parrot(tokenizer), tokenizer, {"x": rows}, seeds=(1,)).sets["x"].by_bucket] == ["b"]
 
 
 def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer):

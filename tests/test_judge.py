@@ -41,6 +41,8 @@ class Stub:
         self.said: Callable[[dict[str, Any]], str | tuple[int, dict[str, str]]] = fair
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        # Long enough that a key behind it is cut where a message ends.
+        self.refusal = "x" * 260
         self.lock = threading.Lock()
         stub = self
 
@@ -53,7 +55,7 @@ class Stub:
                     said = stub.said(body)
                 status, headers = said if isinstance(said, tuple) else (200, {})
                 # Some servers repeat the key that they refuse.
-                values: Any = {"error": f"refused {self.headers['Authorization']}"}
+                values: Any = {"error": f"{stub.refusal} {self.headers['Authorization']}"}
                 if isinstance(said, str):
                     values = {"choices": [{"message": {"content": said}}], "usage": {"total_tokens": 7}}
                 self.send_response(status)
@@ -187,6 +189,33 @@ def test_garbage_is_repaired_once_and_then_counted(stub: Stub, tmp_path: Path) -
     assert stub.bodies[1]["messages"][2:3] == [{"role": "assistant", "content": "I prefer A."}]
 
 
+def test_a_pair_that_the_endpoint_refuses_costs_no_other(stub: Stub, tmp_path: Path) -> None:
+    stub.said = lambda body: (400, {}) if "bad 1" in str(body) else fair(body)
+    result = judge_at(stub, tmp_path).judge(PAIRS)
+    assert (result.wins, result.unreadable) == (2, 1)
+    # Before any reply, what is asked for is at fault as a whole.
+    stub.said = lambda body: (400, {})
+    with pytest.raises(UserError, match="check --url and --model"):
+        judge_at(stub, tmp_path / "other").judge(PAIRS)
+
+
+def test_a_quota_that_is_used_up_is_not_asked_again(stub: Stub, tmp_path: Path) -> None:
+    stub.said = lambda body: (429, {})
+    stub.refusal = "insufficient_quota"
+    with pytest.raises(UserError, match="insufficient_quota"):
+        judge_at(stub, tmp_path).judge(PAIRS[:1])
+    assert len(stub.bodies) == 1
+
+
+def test_no_proxy_stands_between_us_and_this_machine(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy")
+    # Nobody listens there.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert judge_at(stub, tmp_path, attempts=1).judge(PAIRS).wins == 3
+
+
 def test_ctrl_c_ends_the_request_in_flight_and_keeps_its_reply(stub: Stub, tmp_path: Path) -> None:
     def slow(body: dict[str, Any]) -> str:
         time.sleep(0.4)
@@ -242,6 +271,7 @@ def test_the_key_is_in_no_file_no_message_and_no_redirected_request(
         messages.append(str(error.value))
     assert "refused the key in $OPENAI_API_KEY" in messages[1]
     assert "Bearer [key]" in messages[1]
+    assert KEY[:12] not in "".join(messages)
     assert "on to another place (302)" in messages[4]
     written = [path.read_text() for path in tmp_path.rglob("*.json")]
     assert len(written) == 6
@@ -282,7 +312,9 @@ def test_the_command_estimates_judges_and_says_what_came_out(
     )
     call = ("judge", ours, theirs, "--url", stub.url, "--model", "stub", "--cache", tmp_path / "cache", "--references")
     assert switchkd(*call, "--estimate") == 0
-    assert "2 pairs in both orders: at least 2 requests" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 pairs in both orders: at least 2 requests" in said
+    assert "1 answers are left out" in said
     assert stub.bodies == []
     assert switchkd(*call) == 0
     out = capsys.readouterr().out

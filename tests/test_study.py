@@ -22,13 +22,16 @@ from switchkd.analysis.distance import distance_to_teacher
 from switchkd.errors import UserError
 from switchkd.models.load import load_pair
 from switchkd.run.callbacks import read_log
-from switchkd.study.file import StudyConfig, read_study, study_from_values
+from switchkd.run.launch import train_run
+from switchkd.study.file import StudyConfig, StudyEvaluation, read_study, study_from_values
 from switchkd.study.launch import run_study
 from switchkd.study.plan import StudyRun, plan_of
+from switchkd.study.pool import place_of
 from switchkd.study.rows import RUNS, Row, as_csv, finished_rows
 from switchkd.study.summary import summarize_study
-from switchkd.study.tables import grids
+from switchkd.study.tables import Grid, grids
 from switchkd.study.worker import carry_out
+from switchkd.training.trainer import SwitchTrainer
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +97,41 @@ def test_a_plan_names_the_method_that_does_not_fit(models: Path, tmp_path: Path)
     endless = study_of(models, tmp_path, methods={"sft": {"method": "sft"}}, budget={"tokens": 9})
     with pytest.raises(UserError, match="a step of such a run may write nothing"):
         plan_of(endless)
+    # Its text is written once, before the first step.
+    once = study_of(models, tmp_path, methods={"seqkd": {"method": "seqkd"}}, budget={"tokens": 9})
+    with pytest.raises(UserError, match="method 'seqkd': the budget is 9 tokens, but a step of such a run may write"):
+        plan_of(once)
     same = study_of(models, tmp_path, methods={"a": {"method": "kd"}, "b": {"method": "kd", "logging_steps": 2}})
     with pytest.raises(UserError, match="a, seed 1 and b, seed 1 are the same run"):
         plan_of(same)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"evaluation": {"seeds": []}}, "seeds is empty"),
+        ({"evaluation": {"temperature": -1.0}}, "temperature is -1"),
+        ({"evaluation": {"limit": 0}}, r"evaluation\.limit is 0"),
+        ({"evaluation": {"sets": []}}, r"evaluation\.sets is empty"),
+        ({"evaluation": {"sets": ["prompts.jsonl"]}}, "no row of .*prompts.jsonl has a response to compare"),
+        ({"methods": {"kd": {"method": "kd", "train_data": "nowhere.jsonl"}}}, "method 'kd': there is no file"),
+        ({"methods": {"kd": {"method": "kd", "student": "runs/pairs/nope"}}}, "method 'kd': .*runs/pairs/nope"),
+        ({"methods": {"a": {"warmup_steps": 5}}, "budget": {"seconds": 9}}, "method 'a': warmup_steps is 5"),
+        ({"methods": {"a": {"save_steps": 0.1}}, "budget": {"seconds": 9}}, "method 'a': save_steps is a part"),
+        ({"methods": {"a": {"method": "trd"}}, "budget": {"seconds": 9}}, None),
+    ],
+)
+def test_nothing_is_trained_that_could_not_be_measured(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
+    evaluation = {"sets": [str(models / "test.jsonl")], **changes.get("evaluation", {})}
+    if said is None:
+        plan_of(study_of(models, tmp_path, **changes))
+        return
+    with pytest.raises(UserError, match=said):
+        plan_of(study_of(models, tmp_path, **{**changes, "evaluation": evaluation}))
 
 
 def test_a_plan_has_seeds_in_turn_then_start_and_teacher(models: Path, tmp_path: Path) -> None:
@@ -117,6 +152,26 @@ def test_an_identity_holds_what_decides_and_nothing_else(models: Path, tmp_path:
     sampled = {"sets": [str(models / "test.jsonl")], "temperature": 1.0}
     assert not {*identities(evaluation=sampled)} & {*plain}
     assert identities(seeds=[2, 3])[:2] == plain[2:4]
+    # Where several steps are written at once, no text goes over a checkpoint.
+    saved = [identities(methods={"a": {"rollout_steps": 8, "save_steps": each}})[0] for each in (20, 500)]
+    assert saved[0] != saved[1]
+    assert identities(methods={"a": {"threshold": 0.3, "save_steps": 20}})[0] == plain[1]
+
+
+def test_a_start_is_measured_against_the_teacher_that_it_is_measured_against(models: Path, tmp_path: Path) -> None:
+    def start(*, distance: bool, teacher: str) -> StudyRun:
+        values = values_of(models, tmp_path, evaluation={"sets": [str(models / "test.jsonl")], "distance": distance})
+        values["run"]["teacher"] = str(models / teacher)
+        return next(row for row in plan_of(study_from_values(values, "of a test")) if row.kind == "start")
+
+    assert len({start(distance=True, teacher=each).identity for each in ("teacher", "student")}) == 2
+    assert len({start(distance=False, teacher=each).identity for each in ("teacher", "student")}) == 1
+
+
+def test_starts_of_one_name_say_under_which_setting_they_are_measured(models: Path, tmp_path: Path) -> None:
+    lengths = {"short": {"max_new_tokens": 4}, "long": {"max_new_tokens": 6}, "rates": {"learning_rate": 1e-3}}
+    names = [row.name for row in plan_of(study_of(models, tmp_path, settings=lengths, seeds=[1]))]
+    assert names[-4:] == ["start, short", "teacher, short", "start, long and rates", "teacher, long and rates"]
 
 
 def row_of(method: str, seed: int | None, exact: str, **more: Any) -> Row:
@@ -173,6 +228,34 @@ def test_tables_and_csv_hold_the_same_numbers(models: Path, tmp_path: Path) -> N
     lines = list(csv.DictReader(io.StringIO(as_csv(ROWS))))
     assert [line["set all exact_match"] for line in lines] == ["25.0", "75.0", "25.0", "100.0", "0.0", "50.0"]
     assert lines[5]["seed"] == lines[5]["training_seconds"] == ""
+
+
+def test_only_rows_that_all_answered_are_compared(models: Path, tmp_path: Path) -> None:
+    kept = {"rows": [3, 1, 2], "buckets": ["long", "short"], "bucket_of": [0, 1, 0]}
+    fewer = row_of("on-policy", 1, "", sets={"set": {**kept, "exact_match": ["101"], "rouge_l": [[1.0, 2.0, 3.0]]}})
+    base, switch = summarize_study([fewer, row_of("switch", 1, "1101")], "set", "exact_match", "on-policy")
+    # Rows 1, 2 and 3: 0, 1 and 1 against 1, 0 and 1.
+    assert (base.scores["all"].mean, switch.scores["all"].mean) == pytest.approx((200 / 3, 200 / 3))
+    assert (base.scores["short"].mean, switch.scores["short"].mean) == (0, 100)
+    assert switch.difference["long"].mean == -50
+    study = replace(study_of(models, tmp_path, baseline="on-policy"), evaluation=StudyEvaluation(["set"]))
+    assert (
+        "(without 1 row(s) that not every model answered)"
+        in grids(study, [fewer, row_of("switch", 1, "1101")])[0].title
+    )
+    other = row_of("switch", 1, "1", sets={"set": {**kept, "rows": [7, 8, 9], "exact_match": ["101"]}})
+    with pytest.raises(UserError, match="no answered row in common"):
+        summarize_study([fewer, other], "set", "exact_match", "on-policy")
+
+
+def test_costs_name_every_method_and_bars_break_no_table(models: Path, tmp_path: Path) -> None:
+    far = row_of("switch", 1, "1110")
+    far["sets"]["set"] |= {"reverse_kl": [[1.0] * 4]}
+    study = replace(study_of(models, tmp_path, baseline="switch"), evaluation=StudyEvaluation(["set"]))
+    *_, costs = grids(study, [far, row_of("sft", 1, "1000")])
+    assert [line[0] for line in costs.lines] == ["switch", "sft"]
+    table = Grid("t", ("method", "a|b"), (("c|d", "1"),))
+    assert [line.count(" | ") for line in table.markdown().splitlines()[2:]] == [1, 1, 1]
 
 
 def test_rows_of_other_machines_are_taken_as_done(
@@ -267,6 +350,35 @@ def test_a_killed_study_ends_as_one_that_was_not(killed_study: StudyConfig, tmp_
     assert (folder / "study.md").read_text().count("| switch | 1 |") == 2
 
 
+def test_a_run_whose_row_was_deleted_is_done_again(models: Path, tmp_path: Path) -> None:
+    row = plan_of(study_of(models, tmp_path))[0]
+    place = tmp_path / "place"
+    place.mkdir()
+    carry_out(row, place, keep_model=False)
+    # Killed before it was tidy.
+    (place / "run" / "model.safetensors").write_text("left")
+    carry_out(row, place, keep_model=False)
+    assert not (place / "run" / "model.safetensors").exists()
+    first = json.loads((place / "row.json").read_text())
+    (place / "row.json").unlink()
+    carry_out(row, place, keep_model=False)
+    assert json.loads((place / "row.json").read_text())["sets"] == first["sets"]
+
+
+def test_a_study_that_was_moved_or_renamed_goes_on(models: Path, tmp_path: Path) -> None:
+    row = plan_of(study_of(models, tmp_path))[0]
+    place = tmp_path / "study" / RUNS / row.folder_name
+    train_run(replace(row.run(place / "run"), training=row.run(place).training | {"max_steps": 2}), quiet())
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "study").rename(moved)
+    renamed = replace(row, method="another name")
+    found = place_of(renamed, moved / RUNS)
+    assert found.name == row.folder_name
+    assert place_of(replace(row, identity="f" * 16), moved / RUNS).name.startswith("on_policy-1-ffff")
+    train_run(renamed.run(found / "run"), quiet(), resume=True)
+    assert read_log(found / "run" / "log.jsonl")[-1]["step"] == 3
+
+
 def test_what_is_done_is_not_run_again(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = study_of(models, tmp_path, methods={"switch": {"threshold": 0.3}}, seeds=[1])
     (row, *_) = plan_of(study)
@@ -328,10 +440,52 @@ def test_a_budget_of_tokens_ends_a_run_and_the_rate_follows_it(models: Path, tmp
     assert len(steps) < 15
 
 
-def test_a_budget_of_seconds_ends_a_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A clock that is a second further at each look: one look at the start, one at each step's end.
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is a second further at each look."""
     clock = iter(range(1000))
     monkeypatch.setattr("switchkd.training.costs.time.process_time", lambda: float(next(clock)))
+
+
+@pytest.mark.usefixtures("ticking")
+def test_the_teachers_writing_is_part_of_the_budget(models: Path, tmp_path: Path) -> None:
+    # One second for all its text, looked at before and after, and one for each step.
+    events = events_of(models, tmp_path, method="seqkd", threshold=None, max_seconds=3)
+    assert [event["budget_used"] for event in events if "loss" in event] == pytest.approx([2 / 3, 1])
+    assert events[-1]["training_seconds"] == 3
+
+
+def test_an_evaluation_is_no_part_of_what_training_costs(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A second for each step of training, a hundred for each batch of an evaluation.
+    seconds = {"training_step": 1, "prediction_step": 100}
+    now = 0
+
+    def taking(name: str) -> Any:
+        step = getattr(SwitchTrainer, name)
+
+        def timed(*given: Any, **named: Any) -> Any:
+            nonlocal now
+            now += seconds[name]
+            return step(*given, **named)
+
+        return timed
+
+    for name in seconds:
+        monkeypatch.setattr(SwitchTrainer, name, taking(name))
+    monkeypatch.setattr("switchkd.training.costs.time.process_time", lambda: float(now))
+    evaluated = {"eval_data": str(models / "data.jsonl"), "eval_strategy": "steps", "eval_steps": 1}
+    run = write_run(models, tmp_path, method="kd", threshold=None, max_steps=3, **evaluated)
+    assert switchkd("train", run) == 0
+    ended = read_log(tmp_path / "out" / "log.jsonl")[-1]
+    assert now > 300
+    assert (ended["training_seconds"], ended["student_forwards"], ended["teacher_forwards"]) == (3, 3, 3)
+
+
+@pytest.mark.usefixtures("ticking")
+def test_a_budget_of_seconds_ends_a_run(models: Path, tmp_path: Path) -> None:
+    # One look at the start, one at each step's end.
     events = events_of(models, tmp_path, max_seconds=3)
     assert [event["budget_used"] for event in events if "loss" in event] == pytest.approx([1 / 3, 2 / 3, 1])
     assert events[-1]["training_seconds"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from switchkd.cli.options import (
 from switchkd.errors import UserError
 
 if TYPE_CHECKING:
+    from switchkd.data.examples import Rendering
     from switchkd.data.rows import SourceRow
     from switchkd.evaluation.score import Evaluation, EvaluationSettings
 
@@ -51,7 +53,8 @@ def evaluate(options: EvaluationOptions) -> None:
     folders = _folders(models, options)
     console = new_console()
     for label, model in models.items():
-        evaluation = _evaluated(model, rows, settings, options, folders[label], console)
+        rendering = _rendering_of(model if label == model else options.models[0], options)
+        evaluation = _evaluated(model, rows, replace(settings, rendering=rendering), options, folders[label], console)
         if len(models) == 1:
             console.print(evaluation.table())
     if len(models) > 1:
@@ -78,6 +81,18 @@ def _settings(options: EvaluationOptions) -> EvaluationSettings:
     match: Any = options.match
     scores = scores_named(_words(options.eval_scores))
     return EvaluationSettings(sampling, seeds, options.max_prompt_tokens, rendered(options), match, scores)
+
+
+def _rendering_of(model: str, options: EvaluationOptions) -> Rendering:
+    """How prompts are rendered for a model: as the options say, else as its run's file, so that it is asked as it was trained."""
+    from switchkd.data.examples import Rendering
+    from switchkd.run.file import read_mapping
+    from switchkd.run.folder import RUN_FILE
+
+    said, run = rendered(options), Path(model) / RUN_FILE
+    values = read_mapping(run) if run.is_file() else {}
+    kwargs = said.template_kwargs if options.chat_template_kwargs else values.get("chat_template_kwargs") or {}
+    return Rendering(kwargs, said.add_bos if options.add_bos else values.get("add_bos") or "auto")
 
 
 def _models(options: EvaluationOptions) -> dict[str, str]:
@@ -157,17 +172,21 @@ def _evaluated(
         out_folder=folder,
         show_progress=console.is_terminal,
     )
-    _onto_card(Path(model), evaluation)
+    _onto_card(Path(model), evaluation, console)
     return evaluation
 
 
-def _onto_card(model: Path, evaluation: Evaluation) -> None:
+def _onto_card(model: Path, evaluation: Evaluation, console: Console) -> None:
     """Put the scores into the card that training left in the model's folder, where it still has a place for them."""
     from switchkd.training.card import CARD_FILE, with_scores, write_card
 
     path = model / CARD_FILE
-    if path.is_file() and (card := with_scores(path.read_text(encoding="utf-8"), evaluation)) is not None:
-        write_card(model, card)
+    try:
+        if path.is_file() and (card := with_scores(path.read_text(encoding="utf-8"), evaluation)) is not None:
+            write_card(model, card)
+    except ValueError as error:
+        # The scores are in eval.json, and other models may wait for their turn.
+        console.print(Text(f"{path} stays as it is, since its head cannot be read: {error}"), soft_wrap=True)
 
 
 def file_name(name: str) -> str:

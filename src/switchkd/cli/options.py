@@ -187,8 +187,12 @@ class EvaluationOptions:
     eval_scores: Annotated[
         str, option(OUTPUT, "NAME,...", "Scores beside these: module:FUNCTION, which takes prompt, answer, references.")
     ] = ""
-    chat_template_kwargs: ChatTemplateKwargs = "{}"
-    add_bos: AddBos = "auto"
+    chat_template_kwargs: Annotated[
+        str | None, option(PROMPTS, "MAPPING", "As in the run file; of a run's folder by default the run's.")
+    ] = None
+    add_bos: Annotated[
+        str | None, option(PROMPTS, "WORD", "auto, always or never; of a run's folder by default the run's, else auto.")
+    ] = None
     rollout_rows: RolloutRows = 32
     compile: Compile = "auto"
     output: Annotated[
@@ -205,13 +209,13 @@ def rendered(options: PairAndPrompts | EvaluationOptions) -> Rendering:
     from switchkd.data.examples import Rendering
 
     try:
-        keywords = yaml.safe_load(options.chat_template_kwargs)
+        keywords = yaml.safe_load(options.chat_template_kwargs or "{}")
     except yaml.YAMLError:
         keywords = None
     if not isinstance(keywords, dict):
         given = options.chat_template_kwargs
         raise UserError(f"--chat-template-kwargs is {given!r}; give a mapping, such as '{{enable_thinking: false}}'")
-    add_bos: Any = options.add_bos
+    add_bos: Any = options.add_bos or "auto"
     return Rendering(keywords, add_bos)
 
 

@@ -144,6 +144,8 @@ class Evaluation:
     seeds: tuple[int, ...]
     max_prompt_tokens: int
     sets: dict[str, SetResult]
+    match: Match = "text"
+    rendering: Rendering = Rendering()
 
     def save(self, folder: Path) -> Path:
         """Write eval.json into the folder, whole or not at all, and return its path."""
@@ -223,7 +225,8 @@ def evaluate(
             results[name] = _set_result(scored, each)
             if out_folder is not None:
                 _write_answers(scored, name, Path(out_folder))
-    evaluation = Evaluation(model_name, now(), settings.sampling, seeds, settings.max_prompt_tokens, results)
+    how = settings.sampling, seeds, settings.max_prompt_tokens
+    evaluation = Evaluation(model_name, now(), *how, results, settings.match, settings.rendering)
     if out_folder is not None:
         evaluation.save(Path(out_folder))
     return evaluation

@@ -88,7 +88,7 @@ def run_all(
         while waiting or at_work:
             while waiting and len(at_work) < workers:
                 row = waiting.pop(0)
-                place = _place_of(row, folder / RUNS)
+                place = place_of(row, folder / RUNS)
                 place.mkdir(parents=True, exist_ok=True)
                 at_work.append(_Worker(row, place, keep_model=keep_models))
                 progress.started(row, place)
@@ -109,7 +109,7 @@ def run_all(
     return failures
 
 
-def _place_of(row: StudyRun, runs: Path) -> Path:
+def place_of(row: StudyRun, runs: Path) -> Path:
     """The run's folder; one that was begun under an earlier name goes on there."""
     return next(iter(sorted(runs.glob(f"*{row.identity[:8]}"))), runs / row.folder_name)
 

@@ -200,17 +200,20 @@ def _settings(args: SwitchConfig) -> str:
 
 
 def with_scores(card: str, evaluation: Evaluation) -> str | None:
-    """The card with an evaluation's scores in their place, in its text and in its metadata; None for a card without that place."""
+    """The card with an evaluation's scores in their place, in its text and in its metadata; None for a card without that place.
+
+    Raises ValueError for metadata that huggingface_hub cannot read.
+    """
     place = re.compile(re.escape(_SCORES) + ".*?" + re.escape(_END_OF_SCORES), re.DOTALL)
     if not place.search(card):
         return None
     parsed = ModelCard(card)
-    heading = parsed.text.strip().splitlines()[0].removeprefix("# ")
+    heading = html.unescape(re.sub(r"\\(.)", r"\1", parsed.text.strip().splitlines()[0].removeprefix("# ")))
     table = "\n".join([_SCORES, *_scores(evaluation), _END_OF_SCORES])
     parsed.text = place.sub(lambda _: table, parsed.text, count=1)
     data: Any = parsed.data
     data.model_name = heading
-    data.eval_results = [
+    ours = [
         EvalResult(
             task_type="text-generation",
             dataset_type=SETS[name].hub_name if name in SETS else _shown(name),
@@ -222,6 +225,9 @@ def with_scores(card: str, evaluation: Evaluation) -> str | None:
         for name, result in evaluation.sets.items()
         for metric, value in _named(result.overall.mean).items()
     ]
+    # What its owner measured elsewhere stays; what we wrote before does not.
+    names = {*_KINDS, *(each.metric_name for each in ours)}
+    data.eval_results = [each for each in data.eval_results or [] if each.metric_name not in names] + ours
     return str(parsed)
 
 
