@@ -92,6 +92,9 @@ def test_an_unknown_set_lists_the_choices():
 
 
 def test_the_world_by_split_and_bucket():
+    # Of several sources some of each.
+    of_both = [row.columns["bucket"] for row in resolve("[world:test:short, world:test:long]", limit=4)]
+    assert of_both == ["short", "short", "long", "long"]
     rows = resolve("world:test:short", limit=12)
     assert [row.columns for row in rows] == make_rows("test", 12, seed=0, bucket="short")
     low, high = BUCKETS["short"]

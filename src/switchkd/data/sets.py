@@ -20,7 +20,7 @@ from switchkd.data.rows import (
     read_rows,
     rows_of_objects,
 )
-from switchkd.data.sources import Source, mixed, sources_of, taught_by
+from switchkd.data.sources import Source, mixed, sources_of, spread, taught_by
 from switchkd.data.world import BUCKETS, Split, make_rows
 from switchkd.errors import UserError
 from switchkd.models.hub import UNREACHABLE
@@ -134,6 +134,8 @@ def resolve(
 ) -> Sequence[SourceRow]:
     """The rows that a data source in a run file or on the command line stands for; with `limit`, the first ones.
 
+    Of a list of sources these are as many, spread over all of it.
+
     `source` is a file, NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT where NAME is an instruction set, a local data set folder
     or a hub name, or WORLD, WORLD:SPLIT or WORLD:SPLIT:BUCKET where WORLD is world or world-free; a mapping with the keys of
     `Source`; or a list of these, mixed by weight and `seed`. `split` counts where the source says none. `columns` are those of
@@ -152,7 +154,8 @@ def resolve(
         rows = with_columns(rows, each.columns or (None if named else columns))
         parts.append((taught_by(rows, each.teacher), each.weight))
     if len(parts) > 1 or sources[0].weight != 1:
-        return mixed(parts, seed) if limit is None else mixed(parts, seed)[:limit]
+        rows = mixed(parts, seed)
+        return rows if limit is None else spread(rows, limit)
     only = parts[0][0]
     return only if limit is None else only[:limit]
 

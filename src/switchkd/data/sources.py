@@ -122,6 +122,12 @@ def mixed(parts: Sequence[tuple[Rows | list[SourceRow], float]], seed: int) -> R
     return Rows(read, sum(len(rows) for rows, _ in parts))
 
 
+def spread(rows: Rows, count: int) -> list[SourceRow]:
+    """At most `count` of the rows, in their order, as far apart as they can be: some of each source."""
+    wanted = {at * len(rows) // count for at in range(count)}
+    return [row for at, row in enumerate(rows) if at in wanted]
+
+
 def _drawn(rows: int, share: float, seed: str) -> list[int]:
     # Text seeds the same generator on every machine.
     return random.Random(seed).sample(range(rows), round(share * rows)) if share else []
