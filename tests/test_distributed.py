@@ -309,8 +309,10 @@ def test_rows_that_fill_up_a_step_are_kept_once(runs: Path) -> None:
 
 
 def test_the_teacher_writes_the_same_file_in_two_processes(runs: Path) -> None:
-    for name in ("teacher_text.jsonl", "teacher_text.manifest.json"):
-        assert (runs / "one" / "seqkd" / name).read_bytes() == (runs / "two" / "seqkd" / name).read_bytes()
+    one, two = (runs / name / "seqkd" for name in ("one", "two"))
+    assert (one / "teacher_text.jsonl").read_bytes() == (two / "teacher_text.jsonl").read_bytes()
+    ours, theirs = (json.loads((each / "teacher_text.manifest.json").read_text()) for each in (one, two))
+    assert ours | {"seconds": 0} == theirs | {"seconds": 0}
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(runs: Path) -> None:

@@ -58,6 +58,44 @@ def test_the_teacher_writes_once_and_a_resumed_run_reads_it(tmp_path: Path) -> N
     assert_same_weights(weights(whole), weights(resumed))
 
 
+def test_a_writing_that_was_cut_off_goes_on_and_costs_what_both_attempts_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rounds of one prompt each; a clock that is a second further at each call of the engine.
+    now = 0
+    monkeypatch.setattr("switchkd.training.teacher_text._FILLINGS", 1)
+    monkeypatch.setattr("switchkd.training.costs.time.process_time", lambda: float(now))
+    pair = tiny_pair("llama", layers=1)
+
+    def attempt(last: int, folder: Path = tmp_path, **more: Any) -> Any:
+        trainer = make_trainer(folder, pair, PROMPTS_ONLY[:4], method="seqkd", max_steps=2, rollout_rows=1, **more)
+        write, calls = trainer.engine.generate, 0
+
+        def generate(*given: Any, **named: Any) -> Any:
+            nonlocal now, calls
+            now, calls = now + 1, calls + 1
+            if calls > last:
+                raise KeyboardInterrupt
+            return write(*given, **named)
+
+        monkeypatch.setattr(trainer.engine, "generate", generate)
+        return trainer
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(3).train()
+    second = attempt(9)
+    second.train()
+    # Three rounds were kept, and the fourth is done again.
+    assert now == 5
+    assert second.costs.spent.training_seconds == 4
+    third = attempt(0)
+    third.train()
+    assert third.costs.spent.training_seconds == 4
+    elsewhere = attempt(0, tmp_path / "other", teacher_text=str(tmp_path / "teacher_text.jsonl"))
+    elsewhere.train()
+    assert elsewhere.costs.spent.training_seconds == 0
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"seed": 1}, "seed"), ({"temperature": 0.5}, "sampling"), ({"train_dataset": PROMPTS_ONLY[:4]}, "prompts")],

@@ -20,7 +20,7 @@ from switchkd.errors import Stopped, UserError
 from switchkd.files import now, write_atomically
 from switchkd.run.callbacks import read_log
 from switchkd.run.file import RunConfig
-from switchkd.run.folder import FINISHED_FILE, LOG_FILE, git_commit
+from switchkd.run.folder import FINISHED_FILE, LOG_FILE, RUN_FILE, git_commit
 from switchkd.run.launch import train_run
 from switchkd.study.measure import measure
 from switchkd.study.plan import StudyRun
@@ -63,8 +63,12 @@ def carry_out(row: StudyRun, folder: Path, *, keep_model: bool) -> None:
 
 def _train(run: RunConfig, folder: Path) -> None:
     # Of a run whose row was deleted, the model is gone.
-    is_there = (folder / FINISHED_FILE).is_file() and any(folder.glob("*.safetensors"))
-    goes_on = is_there or last_complete_checkpoint(folder) is not None
+    if (folder / FINISHED_FILE).is_file():
+        goes_on = any(folder.glob("*.safetensors"))
+    else:
+        # The teacher's text is kept as it is written.
+        has_text = (folder / RUN_FILE).is_file() and any(folder.glob("teacher_text*.jsonl"))
+        goes_on = has_text or last_complete_checkpoint(folder) is not None
     if folder.exists() and not goes_on:
         # What an attempt has left that ended before its first checkpoint.
         shutil.rmtree(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,8 +45,11 @@ def teacher_text(
     examples: Sequence[Example],
     engine: Engine,
     args: SwitchConfig,
-) -> list[Example]:
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[Example], float]:
     """The examples with the responses of the teacher, or of the one that each names: read from `path`, or written there first.
+
+    And the seconds, by the clock, that earlier attempts of this run have spent on them.
 
     The file has one JSON line a prompt with `prompt_id`, `prompt_ids` and `response_ids`. The manifest beside it, written last,
     says what the text depends on. All processes write, in rounds, each its share of the prompts. After each round the main one,
@@ -55,16 +59,21 @@ def teacher_text(
     partial = path.with_name(f"{path.stem}.partial.jsonl")
     manifest = _manifest_of(teachers, examples, args)
     lines = _in_main(_lines_there, path, partial, manifest)
+    # Text that was written for another run cost this one nothing.
+    is_own = path.parent.resolve() == Path(str(args.output_dir)).resolve()
+    earlier = sum(line.get("seconds", 0.0) for line in lines) if is_own else 0.0
     written = {line["prompt_id"] for line in lines}
     if left := [example.prompt for example in examples if example.prompt.prompt_id not in written]:
-        lines += _write(partial, left, engine, args)
+        lines += _write(partial, left, engine, args, clock)
+    seconds = sum(line.pop("seconds", 0.0) for line in lines)
     by_id = {line["prompt_id"]: line for line in lines}
     ordered = [by_id[example.prompt.prompt_id] for example in examples]
-    _in_main(_finish, path, partial, manifest, ordered)
-    return [
+    _in_main(_finish, path, partial, manifest | {"seconds": seconds}, ordered)
+    texts = [
         replace(example, response_ids=tuple(line["response_ids"]))
         for example, line in zip(examples, ordered, strict=True)
     ]
+    return texts, earlier
 
 
 def _in_all(make: Callable[..., list[Line]], *given: Any) -> list[Line]:
@@ -93,8 +102,13 @@ def _in_main(make: Callable[..., list[Line]], *given: Any) -> list[Line]:
     return _in_all(make if PartialState().is_main_process else lambda *_: [], *given)
 
 
-def _write(partial: Path, prompts: Sequence[Prompt], engine: Engine, args: SwitchConfig) -> list[Line]:
-    """The teacher's responses to the prompts, which the main process adds to the partial file as they come."""
+def _write(
+    partial: Path, prompts: Sequence[Prompt], engine: Engine, args: SwitchConfig, clock: Callable[[], float]
+) -> list[Line]:
+    """The teacher's responses to the prompts, which the main process adds to the partial file as they come.
+
+    The last line of a round has the seconds that it took.
+    """
     process, processes = PartialState().process_index, PartialState().num_processes
     size = _FILLINGS * args.rollout_rows * processes
     lines: list[Line] = []
@@ -104,7 +118,9 @@ def _write(partial: Path, prompts: Sequence[Prompt], engine: Engine, args: Switc
         for start in range(0, len(prompts), size):
             share = prompts[start : start + size][process::processes]
             # One round a collective: these give up on a process that is silent for longer than a timeout.
+            began = clock()
             made = _in_all(_responses, share, engine, args, progress.counter(task))
+            made[-1] |= {"seconds": clock() - began}
             _in_main(_append, partial, made)
             lines += made
     return lines
@@ -148,8 +164,9 @@ def _manifest_path(path: Path) -> Path:
 
 def _lines_there(path: Path, partial: Path, manifest: dict[str, Any]) -> list[Line]:
     """The lines of the finished file, or of the partial one, whose first line is the manifest; without either it is begun."""
-    if _is_there(path, manifest):
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if (found := _manifest_there(path, manifest)) is not None:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [{"seconds": found.get("seconds", 0.0), **lines[0]}, *lines[1:]]
     if not partial.is_file():
         write_atomically(partial, json.dumps(manifest) + "\n")
         return []
@@ -183,18 +200,19 @@ def _finish(path: Path, partial: Path, manifest: dict[str, Any], lines: Sequence
     return []
 
 
-def _is_there(path: Path, manifest: dict[str, Any]) -> bool:
+def _manifest_there(path: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """That of the finished text; None where there is none."""
     try:
         found = json.loads(_manifest_path(path).read_text(encoding="utf-8"))
         text = path.read_bytes()
     except FileNotFoundError:
-        return False
+        return None
     except (OSError, ValueError) as error:
         raise UserError(f"the teacher's text in {path} cannot be read ({error}); {_REMEDY}") from error
     _check_same(path, found, manifest)
     if found["sha256"] != hashlib.sha256(text).hexdigest():
         raise UserError(f"the teacher's text in {path} was changed after it was written; {_REMEDY}")
-    return True
+    return dict(found)
 
 
 def _check_same(path: Path, found: dict[str, Any], manifest: dict[str, Any]) -> None:

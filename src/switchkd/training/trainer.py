@@ -266,9 +266,10 @@ class SwitchTrainer(EvaluatingTrainer):
         if self.plan.teacher_text is not None and teachers:
             with self.reading(), self.pair.computing(), self.costs.before_training():
                 engine = self.costs.counting(self.engine)
-                self.train_dataset = teacher_text(
-                    self.plan.teacher_text, teachers, self.train_dataset, engine, self.args
+                self.train_dataset, earlier = teacher_text(
+                    self.plan.teacher_text, teachers, self.train_dataset, engine, self.args, self.costs.clock
                 )
+            self.costs.spent.training_seconds += earlier
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
