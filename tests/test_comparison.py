@@ -11,8 +11,8 @@ from rich.console import Console
 
 from runs import switchkd, write_run
 from switchkd.errors import UserError
+from switchkd.evaluation.answers import ScoredAnswer
 from switchkd.evaluation.comparison import Comparison, compare_answers
-from switchkd.evaluation.score import ScoredAnswer
 from switchkd.records import FinishReason
 
 

@@ -33,9 +33,8 @@ START, TEACHER = "start", "teacher"
 def evaluate(options: EvaluationOptions) -> None:
     """Score answers: ROUGE-L and exact match over seeds, of one model or of several on the same rows."""
     from switchkd.data.sets import resolve
-    from switchkd.evaluation.answers import read_answers
+    from switchkd.evaluation.answers import answers_file, read_answers
     from switchkd.evaluation.comparison import compare_answers
-    from switchkd.evaluation.score import answers_file
     from switchkd.models.sources import find_source
 
     quiet_transformers()

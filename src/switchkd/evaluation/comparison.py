@@ -13,9 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from switchkd.errors import UserError, did_you_mean
-from switchkd.evaluation.answers import same_row
+from switchkd.evaluation.answers import ScoredAnswer, same_row
 from switchkd.evaluation.intervals import Interval, over_rows
-from switchkd.evaluation.score import ScoredAnswer
 from switchkd.files import json_text, write_atomically
 
 RESULT_FILE = "comparison.json"

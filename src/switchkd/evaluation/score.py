@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,6 +17,7 @@ from switchkd.data.faults import BadRow
 from switchkd.data.rows import SourceRow
 from switchkd.data.shapes import has_answers, is_readable, row_text
 from switchkd.errors import UserError
+from switchkd.evaluation.answers import ScoredAnswer, answers_file, check_files, write_answers
 from switchkd.evaluation.generate import Answer, generate_answers
 from switchkd.evaluation.measures import AnswerScore, Match, exact_match, rouge_l
 from switchkd.files import json_text, now, write_atomically
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 SEEDS = (10, 20, 30, 40, 50)
 RESULT_FILE = "eval.json"
 _COLUMNS = ("rouge_l", "exact_match", "response_tokens", "ended_share")
-# The temporary name of a file is longer than its own, and a file system takes 255 bytes.
-_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -65,27 +63,6 @@ class EvaluationSettings:
     def used_seeds(self) -> tuple[int, ...]:
         """The seeds without repeats; the first alone for greedy decoding, which is the same under every seed."""
         return self.seeds[:1] if self.sampling.greedy else tuple(dict.fromkeys(self.seeds))
-
-
-@dataclass(frozen=True)
-class ScoredAnswer:
-    """One line of the answers file. `rouge_l` is 0 to 100; `tokens` counts the end-of-text token.
-
-    Of a row without references, `rouge_l` and `exact_match` are None. `scores` holds those that were asked for beside them.
-    """
-
-    where: str
-    prompt_id: int
-    seed: int
-    bucket: str | None
-    prompt: str
-    answer: str
-    references: tuple[str, ...]
-    rouge_l: float | None
-    exact_match: bool | None
-    tokens: int
-    finish_reason: FinishReason
-    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,7 +170,7 @@ def evaluate(
     whose settings are the defaults.
     """
     if out_folder is not None:
-        _check_files(sets, Path(out_folder))
+        check_files(sets, Path(out_folder))
     # All sets are read before the first is answered, so that a bad one does not cost hours.
     loaded = {
         name: to_examples(
@@ -215,16 +192,8 @@ def evaluate(
             for seed in seeds:
                 count = progress.counter(task)
                 answers += generate_answers(engine, tokenizer, each.examples, settings.sampling, seed, count)
-            # A prompt's id is its row's index.
-            rows = {row.index: row for row in sets[name]}
-            texts = [_unscored(answer, rows[answer.prompt_id], tokenizer, settings) for answer in answers]
-            if out_folder is not None:
-                # A score of one's own that fails must not cost the answers.
-                _write_answers(texts, name, Path(out_folder))
-            scored = [_scored(text, rows[text.prompt_id], settings) for text in texts]
-            results[name] = _set_result(scored, each)
-            if out_folder is not None:
-                _write_answers(scored, name, Path(out_folder))
+            path = None if out_folder is None else answers_file(Path(out_folder), name)
+            results[name] = _set_result(_kept_and_scored(answers, sets[name], tokenizer, settings, path), each)
     how = settings.sampling, seeds, settings.max_prompt_tokens
     evaluation = Evaluation(model_name, now(), *how, results, settings.match, settings.rendering)
     if out_folder is not None:
@@ -246,6 +215,23 @@ def _needs_answers(name: str, rows: Sequence[SourceRow], settings: EvaluationSet
             f"of your own (--eval-scores module:FUNCTION)"
         )
     return not without
+
+
+def _kept_and_scored(
+    answers: Sequence[Answer],
+    rows: Sequence[SourceRow],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationSettings,
+    path: Path | None,
+) -> list[ScoredAnswer]:
+    # A prompt's id is its row's index.
+    by_index = {row.index: row for row in rows}
+    texts = [_unscored(answer, by_index[answer.prompt_id], tokenizer, settings) for answer in answers]
+    # Written before too: a score of one's own that fails must not cost the answers.
+    write_answers(texts, path)
+    scored = [_scored(text, by_index[text.prompt_id], settings) for text in texts]
+    write_answers(scored, path)
+    return scored
 
 
 def _unscored(
@@ -324,26 +310,3 @@ def _mean(values: Sequence[float]) -> float:
     """The mean of those that are numbers: a score of one's own may have nothing to say of an answer."""
     said = [value for value in values if math.isfinite(value)]
     return fmean(said) if said else math.nan
-
-
-def answers_file(folder: Path, set_name: str) -> Path:
-    """Where an evaluation into the folder keeps the answers to a set, a `ScoredAnswer` a line."""
-    # A set's name can be a path, or hold a colon.
-    name = re.sub(r"[^\w.-]+", "_", set_name)[-_LONGEST_NAME:]
-    return folder / f"answers_{name}.jsonl"
-
-
-def _check_files(names: Iterable[str], folder: Path) -> None:
-    """Raise UserError where the answers to two sets would share a file."""
-    by_file: dict[Path, str] = {}
-    for name in names:
-        other = by_file.setdefault(answers_file(folder, name), name)
-        if other != name:
-            raise UserError(
-                f"the answers to {other} and {name} would share a file; rename one, or evaluate them in two calls"
-            )
-
-
-def _write_answers(scored: Sequence[ScoredAnswer], set_name: str, folder: Path) -> None:
-    lines = "".join(json_text(asdict(answer)) + "\n" for answer in scored)
-    write_atomically(answers_file(folder, set_name), lines)

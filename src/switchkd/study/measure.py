@@ -13,7 +13,8 @@ from switchkd.data.examples import to_examples
 from switchkd.data.rows import SourceRow
 from switchkd.data.sets import resolve
 from switchkd.errors import UserError
-from switchkd.evaluation.score import EvaluationSettings, answers_file, evaluate
+from switchkd.evaluation.answers import answers_file
+from switchkd.evaluation.score import EvaluationSettings, evaluate
 from switchkd.models.chat import set_template
 from switchkd.models.load import load_pair, load_tokenizer
 from switchkd.models.pair import ModelPair
