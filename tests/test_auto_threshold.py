@@ -66,6 +66,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(saved_at: int, tmp_path: Path)
     assert history(whole)[:-1] == history(resumed)[:-1]
 
 
+def test_it_is_calibrated_on_texts_as_long_as_the_step_s(tmp_path: Path) -> None:
+    growth = {"length_growth": {"start": 4, "steps_per_token": 100.0}}
+    trainer = make_trainer(tmp_path, tiny_pair("llama"), **auto(), **growth, max_steps=1)
+    engine = RecordingEngine(trainer)
+    trainer.train()
+    assert {max(len(rollout.token_ids) for rollout in call) for call in engine.calls} == {4}
+
+
 def test_a_student_that_is_its_teacher_is_refused_before_the_first_step(tmp_path: Path) -> None:
     student = tiny_pair("llama").student
     with pytest.raises(UserError, match="20% cannot be reached"):

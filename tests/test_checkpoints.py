@@ -59,6 +59,28 @@ def test_resumed_equals_uninterrupted_bit_for_bit(method: dict[str, Any], saved_
     assert history(whole)[:-1] == history(resumed)[:-1]
 
 
+def test_a_resumed_run_logs_and_saves_as_it_is_told_now(tmp_path: Path) -> None:
+    options = {"method": "sft", "max_steps": 2, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+    make_trainer(tmp_path, tiny_pair("llama"), **options).train()
+    resumed = make_trainer(
+        tmp_path, tiny_pair("llama"), **{**options, "max_steps": 8, "save_steps": 3, "logging_steps": 2}
+    )
+    resumed.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 3, 6, 8)]
+    assert [line["step"] for line in resumed.state.log_history if "loss" in line] == [1, 2, 4, 6, 8]
+
+
+def test_a_run_whose_budget_ended_goes_on_with_a_larger_one(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "imitkd", "max_steps": 50, "save_strategy": "steps", "save_steps": 100}
+    first = make_trainer(tmp_path, tiny_pair("llama"), **options, max_generated_tokens=60)
+    first.train()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / f"checkpoint-{first.state.global_step}"
+    second = make_trainer(tmp_path, tiny_pair("llama"), **options, max_generated_tokens=120)
+    engine = RecordingEngine(second)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == first.state.global_step + len(engine.calls)
+
+
 def test_resuming_takes_the_last_whole_checkpoint(tmp_path: Path) -> None:
     options = {"method": "sft", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(tmp_path, tiny_pair("llama"), **options)

@@ -169,7 +169,8 @@ def test_the_teachers_text_has_a_divergence_of_its_own() -> None:
 
 
 def test_settings_of_the_loss_are_in_force() -> None:
-    objective = plan(method="switch", cross_entropy_weight=0.25, loss_temperature=2.0).objective
+    options = {"student_share": 0.5, "cross_entropy_weight": 0.25, "loss_temperature": 2.0}
+    objective = plan(method="switch", **options).objective
     assert (objective.cross_entropy_weight, objective.loss_temperature) == (0.25, 2.0)
     assert plan(method="kd", cross_entropy_weight=0.0).objective.cross_entropy_weight == 0
 
@@ -335,6 +336,8 @@ def test_everything_of_one_part_has_left_the_flat_list() -> None:
         ({"loss_temperature": 0.0}, "loss_temperature is 0.0; it has to be positive"),
         ({"loss_temperature": -1.0}, "loss_temperature is -1.0"),
         ({"cross_entropy_weight": -0.5}, "cross_entropy_weight is -0.5"),
+        ({"method": "switch", "cross_entropy_weight": 0.5}, r"cross_entropy_weight is 0\.5.*it would do nothing"),
+        ({"method": "minillm", "rollout_steps": 4}, "long_term_weight is 1.0, which needs .* set rollout_steps to 1"),
         ({"cross_entropy_on": "teacher"}, "cross_entropy_on is 'teacher'; choose one of data, data\\+teacher, all"),
         (
             {"method": Method("x", cross_entropy_weight=1.0, student_share=1.0)},

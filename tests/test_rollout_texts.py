@@ -32,6 +32,7 @@ from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.rollout.write import teacher_margin
 from switchkd.training.meters import Meters
 from switchkd.training.replay import ReplayBuffer
+from switchkd.training.rewriting import rewritten
 from switchkd.training.step_text import TEXT_MEASURES, StepText
 from tiny import EOS_ID, tiny_pair, tiny_tokenizer
 from trainers import EXAMPLES, NEW_TOKENS, RecordingEngine, assert_same_weights, make_examples, make_trainer, weights
@@ -491,11 +492,11 @@ def test_the_teachers_text_is_trained_on_under_the_original_prompt(tmp_path: Pat
 
 def test_the_teacher_is_asked_in_its_chat_template(tmp_path: Path) -> None:
     template = (
-        "red {{ messages[0]['role'] }} {{ messages[0]['content'] }}{% if add_generation_prompt %} blue{% endif %}"
+        "red {{ messages[0]['role'] }} {{ messages[0]['content'] }}{% if add_generation_prompt %} {{ ends }}{% endif %}"
     )
     tokenizer = tiny_tokenizer(["user", "says", "and", "red", "blue"], chat_template=template)
     pair = tiny_pair("llama", layers=1, tokenizer=tokenizer)
-    trainer = rewriting_trainer(tmp_path, pair)
+    trainer = rewriting_trainer(tmp_path, pair, chat_template_kwargs={"ends": "blue"})
     engine = RecordingEngine(trainer)
     trainer.train()
     red, user, says, conjunction, blue, colon = (
@@ -504,6 +505,33 @@ def test_the_teacher_is_asked_in_its_chat_template(tmp_path: Path) -> None:
     for attempt, text in zip(*engine.calls, strict=True):
         middle = [says, *attempt.prompt.token_ids, conjunction, *as_text(attempt.token_ids, tokenizer), colon]
         assert list(text.prompt.token_ids) == [red, user, *middle, blue]
+
+
+def test_the_teacher_is_asked_in_its_own_template_or_as_plain_prompts_begin(tmp_path: Path) -> None:
+    made = tiny_pair("llama", layers=1, tokenizer=TOKENIZER)
+    args = make_trainer(tmp_path, made, method="trd", rewrite={"template": TEMPLATE}).args
+    attempts = ReferenceEngine(made).generate([each.prompt for each in WORDS], Student(), Sampling(5))
+
+    def asked(tokenizer: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast | None) -> list[int]:
+        pair = ModelPair(made.student, made.teacher, tokenizer, theirs)
+        seen: list[Prompt] = []
+
+        class Engine:
+            def generate(self, prompts: Sequence[Prompt], **named: Any) -> list[Rollout]:
+                seen.extend(prompts)
+                return attempts
+
+        rewritten(Rewrite(TEMPLATE), attempts, {"": pair}, Engine(), args, 5)
+        return [prompt.token_ids[0] for prompt in seen]
+
+    template = "red {{ messages[0]['content'] }}"
+    speaking = tiny_tokenizer(chat_template=template)
+    assert set(asked(TOKENIZER, speaking)) == {TOKENIZER.get_vocab()["red"]}
+    assert set(asked(TOKENIZER, None)) == {SAYS}
+    args.add_bos = "always"
+    beginning = tiny_tokenizer()
+    beginning.bos_token = "blue"
+    assert set(asked(beginning, None)) == {TOKENIZER.get_vocab()["blue"]}
 
 
 def test_an_attempt_without_room_loses_its_end(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerControl, TrainerState, TrainingArguments
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
@@ -18,7 +19,7 @@ from switchkd.methods.parts import HEADLINE
 from switchkd.report.terminal import duration
 from switchkd.rollout.blends import Interleave
 from switchkd.rollout.policies import AdaSwitch, Switch
-from switchkd.run.callbacks import read_log
+from switchkd.run.callbacks import LogFile, read_log
 from switchkd.run.file import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed_setting
 from switchkd.run.folder import check_output_dir, record_run
 
@@ -203,6 +204,9 @@ def test_what_is_saved_makes_the_same_plan(tmp_path: Path, given_values: dict[st
         ({"threshold": 0.2}, r"threshold is 0.2.*started with .*auto"),
         ({"weight_decay": 0.5}, r"weight_decay is 0.5.*started with 0.0"),
         ({"stages": [{"method": "kd"}]}, r"0 stages, this run file 1"),
+        # On half of the processes, or twice as many.
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, None),
+        ({"gradient_accumulation_steps": 2}, r"a step of this run had 8 rows when it began, and has 16 now"),
     ],
 )
 def test_a_resumed_run_may_change_its_length_but_not_its_nature(
@@ -217,6 +221,26 @@ def test_a_resumed_run_may_change_its_length_but_not_its_nature(
         return
     with pytest.raises(UserError, match=refused):
         check_output_dir(run(**changes), resume=True)
+
+
+def test_of_a_run_that_kept_no_rows_a_step_the_batch_stays(tmp_path: Path) -> None:
+    run = run_from_values({**BASE, "output_dir": str(tmp_path / "x")}, "in a test")
+    record_run(run)
+    (tmp_path / "x" / "environment.json").write_text("{}")
+    check_output_dir(run, resume=True)
+    other = run_from_values({**BASE, "output_dir": str(tmp_path / "x"), "per_device_train_batch_size": 4}, "in a test")
+    with pytest.raises(UserError, match="per_device_train_batch_size is 4, but the run"):
+        check_output_dir(other, resume=True)
+
+
+def test_the_clock_of_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"stage": "a", "step": 2, "seconds": 500.0}\n{"stage": "b", "step": 1, "seconds": 9000.0}\n')
+    log, state = LogFile(path, "a"), TrainerState(global_step=2, is_world_process_zero=True)
+    log.on_train_begin(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), state, TrainerControl())
+    log.on_log(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), state, TrainerControl(), logs={"loss": 1.0})
+    # Whatever this test takes comes on top.
+    assert 500 <= json.loads(path.read_text().splitlines()[-1])["seconds"] < 600
 
 
 def test_of_a_step_logged_twice_the_last_counts_and_a_cut_line_is_left_out(tmp_path: Path) -> None:

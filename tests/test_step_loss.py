@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from switchkd.distributions.shaping import top_logp
 from switchkd.loss.weights import ByWriter
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
-from switchkd.records import Example, Prompt, Sampling
+from switchkd.records import Example, Prompt, Sampling, TopLogp
 from switchkd.rollout.blends import Mix
 from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine
@@ -51,6 +52,27 @@ def test_editing_a_counted_token_changes_the_loss_and_editing_padding_does_not(
         assert before != after
     else:
         assert before == after
+
+
+def test_the_teachers_likeliest_ids_are_found_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = tiny_pair("llama", dtype=torch.float64)
+    loss = loss_of("kd", pair, teacher_signal={"top_k": 3})
+    whole = loss.scored(make_examples(3))
+    read: list[int] = []
+    found = top_logp
+
+    def noted(logits: Tensor, top_k: int) -> TopLogp:
+        read.append(len(logits))
+        return found(logits, top_k)
+
+    monkeypatch.setattr("switchkd.training.step_loss.top_logp", noted)
+    monkeypatch.setattr("switchkd.training.step_loss.numbers_at_once", lambda device: 2 * VOCABULARY)
+    pieces = loss.scored(make_examples(3))
+    assert set(read) <= {1, 2}
+    for one, other in zip(whole, pieces, strict=True):
+        assert torch.equal(one.teacher_top.ids, other.teacher_top.ids)
+        # Products of another number of rows, in float64, kept in float32.
+        torch.testing.assert_close(one.teacher_top.logp, other.teacher_top.logp, rtol=1e-6, atol=1e-6)
 
 
 def test_only_response_tokens_are_targets(sft: StepLoss) -> None:

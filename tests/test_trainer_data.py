@@ -114,6 +114,9 @@ def test_answers_are_scored_by_our_measures_and_by_a_function_of_ones_own(
     # The loss is that on the data set's responses, as without scores.
     alone = make_trainer(tmp_path, pair, eval_dataset=rows, method="gkd").evaluate()
     assert metrics["eval_loss"] == alone["eval_loss"]
+    # Rows that are given later are read in the same way.
+    later = make_trainer(tmp_path, pair, method="gkd", eval_scores=scores)
+    assert later.evaluate(rows)["eval_words"] == metrics["eval_words"]
     with pytest.raises(UserError, match="the score words failed with ZeroDivisionError: division by zero"):
         AnswerScore("words", lambda prompt, answer, references: 1 / 0)("one", "sun", ())
 

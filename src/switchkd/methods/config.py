@@ -32,7 +32,7 @@ from switchkd.methods.parts import (
     described,
     weights_of,
 )
-from switchkd.methods.plan import AutoThreshold, Plan, TopK, check_signal
+from switchkd.methods.plan import AutoThreshold, Plan, TopK, check_writing
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
 from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
 from switchkd.models.placement import Placement
@@ -346,5 +346,5 @@ class SwitchConfig(TransformersSettings):
             raise UserError(
                 f"{reader} needs text drawn from the models' own distributions; set temperature and top_p to 1 and top_k to 0"
             )
-        check_signal(self.plan, in_vllm=self.vllm is not None)
+        check_writing(self.plan, in_vllm=self.vllm is not None, steps_at_once=self.rollout_steps)
         check_inherited(self)

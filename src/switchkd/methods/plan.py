@@ -118,10 +118,18 @@ class Plan:
 
     def _check_cross_entropy(self) -> None:
         objective = self.objective
-        if objective.divergence is None and objective.cross_entropy_on == "data" and self.rollout_share == 1:
+        if objective.cross_entropy_on != "data" or self.rollout_share < 1:
+            return
+        if objective.divergence is None:
             raise UserError(
                 "the loss is cross-entropy alone, on text of the data set, but all text here is rolled out; set "
                 "cross_entropy_on to data+teacher, or take a divergence"
+            )
+        begun = self.replayed_prefix is not None and self.replayed_prefix.weight > 0
+        if objective.cross_entropy_weight > 0 and not (self.rewrite or begun):
+            raise UserError(
+                f"cross_entropy_weight is {objective.cross_entropy_weight}, on text of the data set, but all text here is rolled "
+                f"out, so it would do nothing; lower student_share, set cross_entropy_on to data+teacher or all, or leave it out"
             )
 
     def _check_long_term(self) -> None:
@@ -167,9 +175,14 @@ class Plan:
                 )
 
 
-def check_signal(plan: Plan, *, in_vllm: bool) -> None:
-    """Raise UserError where the loss needs more of the teacher than is kept, or than vLLM hands over."""
+def check_writing(plan: Plan, *, in_vllm: bool, steps_at_once: int) -> None:
+    """Raise UserError where the loss needs fresher text than is written, or more of the teacher than is kept or vLLM hands over."""
     objective, signal = plan.objective, plan.teacher_signal
+    if objective.long_term_weight and steps_at_once > 1:
+        raise UserError(
+            f"long_term_weight is {objective.long_term_weight}, which needs text of the student as it is now; set rollout_steps "
+            f"to 1"
+        )
     if in_vllm and plan.trains_data_alone:
         raise UserError("vllm is set, but no model writes text here; leave it out")
     if in_vllm and plan.rolls_out and signal is None and objective.divergence is not None:

@@ -78,13 +78,14 @@ class ConsoleProgress(TrainerCallback):
         self.bar.update(self.task, completed=state.global_step)
         # A resumed run starts at another step than 0.
         budgets = (getattr(args, "max_seconds", None), getattr(args, "max_generated_tokens", None))
-        if state.global_step != self.first_step + 1 or not state.is_world_process_zero or any(budgets):
-            return
-        step_seconds = time.perf_counter() - self.started_at
         steps = state.max_steps - self.first_step
-        self._print(
-            f"The first step took {duration(step_seconds)}: about {duration(step_seconds * steps)} for {counted(steps, 'step')}."
-        )
+        # Their text is written at once, before the first of them.
+        first = min(getattr(args, "rollout_steps", 1), steps)
+        if state.global_step != self.first_step + first or not state.is_world_process_zero or any(budgets):
+            return
+        seconds = time.perf_counter() - self.started_at
+        took = f"The first {counted(first, 'step') if first > 1 else 'step'} took {duration(seconds)}"
+        self._print(f"{took}: about {duration(seconds / first * steps)} for {counted(steps, 'step')}.")
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,6 +154,14 @@ class LogFile(TrainerCallback):
         self.path = path
         self.stage = stage
         self.started_at = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the clock of a resumed run go on from its last line."""
+        if state.global_step:
+            lines = [event for event in read_log(self.path) if event.get("stage") == self.stage]
+            self.started_at -= lines[-1]["seconds"] if lines else 0.0
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write one line."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,8 @@ _CHANGEABLE = [
     "run_name",
     "dataloader_num_workers",
 ]
+# Their product with the number of processes stays.
+_ROWS_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _CHANGEABLE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_")
 
 
@@ -61,7 +63,8 @@ def check_output_dir(run: RunConfig, resume: bool) -> None:
     if resume:
         if not saved.is_file():
             raise UserError(f"there is no run in {folder} to resume (no {RUN_FILE}); leave --resume out")
-        _check_same_run(run_from_values(read_mapping(saved), f"in {saved}"), run)
+        begun = run_from_values(read_mapping(saved), f"in {saved}")
+        _check_same_run(begun, run, _check_same_steps(folder, run))
         return
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if saved.is_file():
@@ -85,8 +88,38 @@ def _state_of(folder: Path) -> str:
     return f"unfinished, last checkpoint {kept}" if kept else "unfinished, without a checkpoint"
 
 
-def _check_same_run(saved: RunConfig, run: RunConfig) -> None:
-    """Raise UserError for a setting that a run must not change on its way."""
+def _rows_a_step(run: RunConfig) -> list[int]:
+    """Of each stage, the rows of an optimizer step over all processes."""
+    configs = [stage.config for stage in run.in_stages()]
+    return [each.train_batch_size * each.gradient_accumulation_steps * each.world_size for each in configs]
+
+
+def _check_same_steps(folder: Path, run: RunConfig) -> bool:
+    """Whether the run is known to have the rows a step that it began with, on however many processes.
+
+    Raises UserError where it has others: each step would get other rows.
+    """
+    try:
+        begun = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("rows_a_step")
+    except (OSError, ValueError):
+        begun = None
+    now_there = _rows_a_step(run)
+    if begun not in (None, now_there):
+        raise UserError(
+            f"a step of this run had {_listed(begun)} rows when it began, and has {_listed(now_there)} now "
+            f"(per_device_train_batch_size x gradient_accumulation_steps x processes); set these so that there are as many, or "
+            f"give another output_dir"
+        )
+    return begun is not None
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, dict.fromkeys(numbers)))
+
+
+def _check_same_run(saved: RunConfig, run: RunConfig, same_rows: bool) -> None:
+    """Raise UserError for a setting that a run must not change on its way; `same_rows` as `_check_same_steps` found."""
+    changeable = [*_CHANGEABLE, *(_ROWS_A_STEP if same_rows else ())]
     parts = [("", saved.effective_settings(), run.effective_settings())]
     if len(saved.stages) != len(run.stages):
         raise UserError(
@@ -102,7 +135,7 @@ def _check_same_run(saved: RunConfig, run: RunConfig) -> None:
                     f"max_steps{place} is {new.get(key)}, but was {old.get(key)}, and a stream is read as far as max_steps asks: "
                     f"other steps would get other rows; set it back to resume, or give another output_dir"
                 )
-            if key in _CHANGEABLE or key.startswith(_CHANGEABLE_PREFIXES) or old.get(key) == new.get(key):
+            if key in changeable or key.startswith(_CHANGEABLE_PREFIXES) or old.get(key) == new.get(key):
                 continue
             # Left open, it follows the student, which has not changed.
             if key == "learning_rate" and new.get(key) is None:
@@ -133,7 +166,8 @@ def record_run(run: RunConfig) -> None:
     if values:
         text += f"\n{DEFAULTS_MARK}\n{_as_yaml(values)}"
     write_atomically(folder / RUN_FILE, text)
-    write_atomically(folder / ENVIRONMENT_FILE, json.dumps(_environment(), indent=2) + "\n")
+    environment = {**_environment(), "rows_a_step": _rows_a_step(run)}
+    write_atomically(folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
 
 
 def _as_yaml(values: Mapping[str, Any]) -> str:

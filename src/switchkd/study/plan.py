@@ -151,7 +151,7 @@ def _check_endless(run: RunConfig, config: SwitchConfig, budget: Budget) -> None
     for key in ("save_steps", "eval_steps", "logging_steps"):
         if 0 < (getattr(config, key) or 0) < 1:
             raise UserError(f"{key} is a part of the steps, but the budget is {budget}; give a number of steps")
-    if plan.replayed_prefix is not None:
+    if plan.replayed_prefix is not None and plan.replayed_prefix.until:
         raise UserError(f"replayed_prefix shrinks over a number of steps, but the budget is {budget}; give steps")
     if any(source.streaming for source in sources_of(run.train_data)):
         raise UserError(f"a stream is read as far as the steps need it, but the budget is {budget}; give steps")

@@ -42,8 +42,13 @@ class CalibratedPolicy:
         self.args = args
         self.prompts = prompts
 
-    def policy_at(self, state: TrainerState, engine: Engine, log: Callable[[dict[str, float]], None]) -> Switch:
-        """The policy for the step that `state` is at, calibrated now where that is due; `log` gets what was found."""
+    def policy_at(
+        self, state: TrainerState, engine: Engine, log: Callable[[dict[str, float]], None], longest: int
+    ) -> Switch:
+        """The policy for the step that `state` is at, calibrated now where that is due; `log` gets what was found.
+
+        `longest` is that of the step's rollouts, in tokens: the threshold falls over it.
+        """
         kept, step = kept_state(state, "auto_threshold"), state.global_step
         policy = replace(self.shape, threshold=kept["threshold"]) if kept else self.shape
         # Not each step comes up here: `rollout_steps` of them are written at once.
@@ -53,7 +58,7 @@ class CalibratedPolicy:
             engine,
             # Samples of their own: no training step draws with these addresses.
             [replace(prompt, sample_id=-1 - step) for prompt in self.prompts],
-            self.args.sampling,
+            replace(self.args.sampling, max_new_tokens=longest),
             teacher_share=self.auto.teacher_share,
             policy=policy,
             seed=self.args.seed,

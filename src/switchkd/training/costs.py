@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
@@ -116,6 +117,8 @@ class Costs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take up what was spent before a checkpoint, and start the clock."""
+        # A checkpoint's state brings the steps between logs, saves and evaluations that its run began with.
+        state.compute_steps(args, state.max_steps)
         for name, value in kept_state(state, "costs").items():
             setattr(self.spent, name, value)
         self.read_at = self.clock()
@@ -128,6 +131,8 @@ class Costs(TrainerCallback):
         kept_state(state, "costs").update(asdict(self.spent))
         if self.has_budget and self.used >= 1:
             control.should_training_stop = True
+            # As transformers does at the last of max_steps: with a larger budget the run goes on from here.
+            control.should_save = control.should_save or args.save_strategy == SaveStrategy.STEPS
 
 
 class _CountingEngine:

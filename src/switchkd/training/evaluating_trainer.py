@@ -101,8 +101,12 @@ class EvaluatingTrainer(ShardedTrainer):
         return rollouts if prompts_alone else examples
 
     def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # transformers moves tensors alone.
-        return {**self._prepare_inputs(inputs), "batch": inputs["batch"].to(self.args.device)}
+        # transformers moves tensors alone. Under DeepSpeed it also rounds those of a float to the type of the weights, which ours
+        # must not be: the denominator was counted before.
+        device = self.args.device
+        weights = tuple(None if each is None else each.to(device) for each in inputs["weights"])
+        prepared = self._prepare_inputs({key: value for key, value in inputs.items() if key != "weights"})
+        return {**prepared, "weights": weights, "batch": inputs["batch"].to(device)}
 
     def _gathered(self, values: Tensor) -> Tensor:
         """Values of all processes, along the first axis, on the CPU."""

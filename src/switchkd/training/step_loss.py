@@ -22,8 +22,9 @@ from switchkd.loss.states import response_states
 from switchkd.loss.weight import product_of
 from switchkd.methods.plan import Plan
 from switchkd.models.heads import Head, last_hidden, put_tap
+from switchkd.models.memory import numbers_at_once, pieces
 from switchkd.models.pair import ModelPair
-from switchkd.records import Batch, Example, Rollout
+from switchkd.records import Batch, Example, Rollout, TopLogp
 from switchkd.rollout.by_teacher import indices_by
 from switchkd.serving.teacher import RemoteTeacher
 from switchkd.training.start_model import StartModel
@@ -112,8 +113,12 @@ class StepLoss:
         if not self.top_k:
             return replace(sequence, teacher_hidden=hidden_TH)
         assert head is not None
+        # Never the logits of a whole text.
+        device = hidden_TH.device
+        at_once = pieces(len(hidden_TH), self.pair.vocabulary_size, numbers_at_once(device))
         with torch.no_grad():
-            return replace(sequence, teacher_top=top_logp(head(hidden_TH), self.top_k))
+            parts = [top_logp(head(hidden_TH[piece]), self.top_k) for piece in at_once]
+        return replace(sequence, teacher_top=TopLogp.joined(parts))
 
     def micro_batches(self, sequences: Sequence[Example | Rollout], size: int) -> list[dict[str, Any]]:
         """The inputs of a step's forwards, each on at most `size` sequences of similar length, the longest first."""

@@ -115,9 +115,9 @@ class StepText:
         All of it is written as at the first of them; each row has the address of its own step.
         """
         engine = _ToldEngine(engine, self.on_progress) if self.on_progress else engine
-        policy = self.calibrated.policy_at(state, engine, log) if self.calibrated else self.plan.policy
-        policy = policy.at_step(state.global_step)
         limit = self.plan.longest_rollout(state.global_step, self.args.max_new_tokens)
+        policy = self.calibrated.policy_at(state, engine, log, limit) if self.calibrated else self.plan.policy
+        policy = policy.at_step(state.global_step)
         share = self.share.share_at(state) if self.share else self.plan.rollout_share
         examples = [example for step in steps for example in step]
         number = [state.global_step + after for after, step in enumerate(steps) for _ in step]

@@ -147,7 +147,12 @@ class SwitchTrainer(EvaluatingTrainer):
 
     def tell_written(self, told: Callable[[WrittenStep], None]) -> None:
         """Once a step's rollouts are there, call `told` with them, before anything is trained on them."""
-        self._text.on_written = told
+
+        def told_in_a_pause(written: WrittenStep) -> None:
+            with self.costs.paused():
+                told(written)
+
+        self._text.on_written = told_in_a_pause
 
     def tell_rollouts(self, told: Callable[[int, int], None]) -> None:
         """While text is rolled out, call `told` with the number of finished rollouts and the number there will be."""
@@ -247,7 +252,11 @@ class SwitchTrainer(EvaluatingTrainer):
         """As in `transformers.Trainer`, with the means of our own measures in training's lines."""
         if "loss" in logs:
             self._measure_speed()
-            logs = {**logs, **self._meters.drain(self._gathered)}
+            measured = self._meters.drain(self._gathered)
+            # Summed over processes like the tokens, but their seconds pass together.
+            together = self.accelerator.num_processes
+            measured |= {key: mean * together for key, mean in measured.items() if key.endswith("_per_second")}
+            logs = {**logs, **measured}
             logs |= {"budget_used": self.costs.used} if self.costs.has_budget else {}
         if "train_runtime" in logs:
             logs = {**logs, **self.costs.totals(self._gathered)}
@@ -271,6 +280,13 @@ class SwitchTrainer(EvaluatingTrainer):
                 )
             self.costs.spent.training_seconds += earlier
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `transformers.Trainer`; rows are read as those that the trainer was made with."""
+        # A name stands for one of several sets.
+        if not isinstance(eval_dataset, str):
+            eval_dataset = evaluation_examples(eval_dataset, self.taught, self.args)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `EvaluatingTrainer`; it is no part of what training costs."""
