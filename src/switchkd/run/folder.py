@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -90,8 +91,10 @@ def _state_of(folder: Path) -> str:
 
 def _rows_a_step(run: RunConfig) -> list[int]:
     """Of each stage, the rows of an optimizer step over all processes."""
-    configs = [stage.config for stage in run.in_stages()]
-    return [each.train_batch_size * each.gradient_accumulation_steps * each.world_size for each in configs]
+    # From the values, not from a config: another of these would reset accelerate's state under a trainer.
+    settings, processes = run.effective_settings(), int(os.environ.get("WORLD_SIZE", "1"))
+    stages = [{**settings, **stage} for stage in run.stages or [{}]]
+    return [math.prod(int(values[key]) for key in _ROWS_A_STEP) * processes for values in stages]
 
 
 def _check_same_steps(folder: Path, run: RunConfig) -> bool:
