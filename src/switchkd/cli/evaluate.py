@@ -154,10 +154,15 @@ def _evaluated(
     console: Console,
 ) -> Evaluation:
     from switchkd.evaluation.score import evaluate as score
-    from switchkd.models.load import load_pair
+    from switchkd.models.load import load_pair, load_tokenizer
 
     pair = load_pair(model, None, placement=placed(options), trust_remote_code=options.trust_remote_code)
     assert pair.tokenizer is not None
+    if model not in options.models and not pair.tokenizer.chat_template:
+        # A start is asked in the template that its run trained with.
+        pair.tokenizer.chat_template = load_tokenizer(
+            options.models[0], trust_remote_code=options.trust_remote_code
+        ).chat_template
     # Refused now, not after the first sets have been answered.
     pair.check_room(options.max_prompt_tokens + options.max_new_tokens)
     if len(options.models) > 1 or options.with_start or options.with_teacher:

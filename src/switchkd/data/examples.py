@@ -12,7 +12,7 @@ from rich.console import Console
 from switchkd.data.faults import BadRow, Faults
 from switchkd.data.packed import PackedExamples
 from switchkd.data.rows import SourceRow
-from switchkd.data.shapes import BadRowError, RowText, missing, parse
+from switchkd.data.shapes import BadRowError, RowText, called_tools, missing, parse
 from switchkd.errors import UserError
 from switchkd.models.chat import (
     TEMPLATE_ERRORS,
@@ -203,7 +203,10 @@ def _rendered(
     for turn in turns:
         try:
             yield _turn(row, messages[: turn + 1], turn, _Template(text, tokenizer, rendering))
-        except TEMPLATE_ERRORS as error:
+        except UserError:
+            # A ValueError too, and not the row's.
+            raise
+        except (*TEMPLATE_ERRORS, ValueError) as error:
             raise BadRowError(f"the chat template cannot write it: {error}") from error
 
 
@@ -242,8 +245,15 @@ def _check_written(message: Message, written: str) -> str:
     """The words of a message; raises BadRowError where a template leaves out what a user or the assistant says."""
     # Templates may set thoughts apart, or leave them out.
     said: str = message["content"].rpartition("</think>")[2].strip()
-    if message["role"] in ("user", "assistant") and said not in written:
+    # What a tool says and what a developer asks for are words to answer too. A system's may be joined to the user's.
+    if message["role"] != "system" and said not in written:
         raise BadRowError(f"the chat template leaves out the words of the {message['role']}, {said[:40]!r}")
+    # Else an answer that only calls a tool would be an empty one.
+    for name in called_tools(message):
+        if name not in written:
+            raise BadRowError(
+                f"the chat template leaves out the call of {name!r}; leave tool_calls out, or set template_from"
+            )
     return said
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -115,12 +116,14 @@ def load_hub_set(path: str, name: str | None, *, split: str, **options: Any) -> 
     given = {key: value for key, value in options.items() if value is not None}
     try:
         return datasets.load_dataset(path, *([] if name is None else [name]), split=split, **given)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if offline:
             raise HubOutOfReachError(f"{path!r} is no file or folder here, {UNREACHABLE}; check the name") from error
         not_a_file = f"{path!r} is not a file of a known format ({', '.join(FILE_FORMATS)})"
         which = f"its split {split!r}" + (f" of the configuration {name!r}" if name else "")
-        raise UserError(f"{not_a_file}, and {which} cannot be loaded as a data set: {error}") from error
+        raise UserError(
+            f"{not_a_file}, and {which} cannot be loaded as a data set: {error.__cause__ or error}"
+        ) from error
 
 
 def rows_of_objects(objects: Any, origin: str) -> Rows:
@@ -162,7 +165,7 @@ def _reread(path: Path, read: Callable[[Path], Iterator[SourceRow]], count: int)
     def read_again() -> Iterator[SourceRow]:
         try:
             yield from read(path)
-        except (OSError, EOFError, ValueError, csv.Error) as error:
+        except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
             raise _unreadable(path, error) from error
 
     return Rows(read_again, count)
@@ -193,7 +196,8 @@ def _line_rows(path: Path) -> Iterator[SourceRow]:
 def _cell_rows(path: Path) -> Iterator[SourceRow]:
     # Spreadsheets put a byte-order mark before the first name.
     with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        # Strict: a quote that nothing closes would otherwise swallow the rest of the file.
+        lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         header = next(lines, [])
         if len(set(header)) < len(header):
             raise ValueError(f"two columns have one name: {', '.join(header)}")

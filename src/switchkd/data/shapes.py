@@ -99,6 +99,7 @@ def _of_chat(prompt: list[Message], answer: Message | None, columns: Mapping[str
         raise _wrong("tools", tools, "a list of tools")
     if not isinstance(template_kwargs, Mapping):
         raise _wrong("chat_template_kwargs", template_kwargs, "a mapping")
+    tools, template_kwargs = _without_nulls(tools), _without_nulls(template_kwargs)
     said = "" if answer is None else answer["content"] or json.dumps(answer.get("tool_calls") or "").strip('"')
     return RowText(prompt, (said,), answer if said.strip() else None, tools or None, template_kwargs)
 
@@ -195,6 +196,10 @@ def row_text(row: SourceRow) -> RowText:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise _wrong(name, value, "text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRowError(f"{name} holds half of a character (a lone surrogate), which no tokenizer takes") from None
     return value
 
 
@@ -212,8 +217,7 @@ def _chat(value: Any, name: str) -> list[Message]:
 
 
 def _message(value: Any, name: str) -> Message:
-    # Arrow gives every message all keys that any has.
-    message = {key: each for key, each in value.items() if each is not None} if isinstance(value, Mapping) else {}
+    message = _without_nulls(value) if isinstance(value, Mapping) else {}
     if "from" in message and "value" in message:
         message = {"role": _role(message.pop("from"), name), "content": message.pop("value"), **message}
     # A call of tools needs no words.
@@ -224,6 +228,19 @@ def _message(value: Any, name: str) -> Message:
         raise BadRowError(f"{name} holds {kind_of(value)} {reason}", f"{name} holds something {reason}")
     _text(message["content"], f"the content of a message in {name}")
     return message
+
+
+def called_tools(message: Message) -> list[str]:
+    """The names of the functions that a message calls."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+    return [str(call["name"]) for call in calls if isinstance(call, Mapping) and call.get("name")]
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without what is null in its mappings: Arrow gives each of them the keys that any has."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _role(speaker: Any, name: str) -> str:

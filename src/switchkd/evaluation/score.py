@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from switchkd.data.examples import Loaded, Rendering, prompt_text, to_examples
 from switchkd.data.faults import BadRow
@@ -133,7 +134,7 @@ class Evaluation:
     def table(self) -> Table:
         """The mean ± deviation over seeds, a line for each set and each of its buckets."""
         title = f"{self.model}: {len(self.seeds)} seed(s), temperature {self.sampling.temperature:g}"
-        table = Table(title=title, box=box.SIMPLE)
+        table = Table(title=Text(title), box=box.SIMPLE)
         table.add_column("set", overflow="fold")
         own = dict.fromkeys(name for result in self.sets.values() for name in result.overall.mean.own)
         for heading in ("rows", "ROUGE-L", "exact match", "tokens", "ended (%)", *own):
@@ -148,7 +149,7 @@ class Evaluation:
                     unit = percent.get(key, 1.0)
                     spread = f" ± {unit * deviations[key]:.2f}" if deviations else ""
                     cells.append("-" if math.isnan(mean) else f"{unit * mean:.2f}{spread}")
-                table.add_row(label, str(summary.rows), *cells)
+                table.add_row(Text(label), str(summary.rows), *cells)
         return table
 
 

@@ -231,7 +231,11 @@ def _explained(what: str, name: str, source: Source) -> Iterator[None]:
         if offline and isinstance(error, OSError):
             reason = f"there is no such local folder, {UNREACHABLE}; check the name and the connection"
         elif source.on_hub and isinstance(error, OSError) and not Path(name).exists():
-            reason = "it is neither a local folder nor reachable on the hub; check the name and the connection"
+            cause = shorten(str(error), 200, placeholder=" ...")
+            reason = (
+                f"it is neither a local folder nor could it be read from the hub ({cause}); check the name and the connection, "
+                f"and sign in with `hf auth login` where a model is gated"
+            )
         else:
             # transformers adds many lines of advice; the cause comes first.
             reason = shorten(str(error), 500, placeholder=" ...") or type(error).__name__

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
-from transformers import PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from switchkd.data.sets import resolve
 from switchkd.errors import Stopped, Unreachable, UserError
@@ -115,7 +115,7 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
             tokenizer if stage.run.teachers else None,
             trust_remote_code=stage.run.trust_remote_code,
         )
-        set_template(tokenizer, theirs.get(""), stage.config.template_from)
+        set_template(tokenizer, theirs.get("") or _for_its_template(stage), stage.config.template_from)
         for each in theirs.values():
             warn_of_templates(train, tokenizer, each, stage.config)
         needs_response, names = stage.config.plan.needs_response, tuple(stage.run.teachers or ()) if asked else ()
@@ -123,6 +123,13 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
         eval_examples = evaluated(held_out, tokenizer, stage.config, names) if held_out else None
         prepared.append(PreparedStage(stage, peft_config, train_examples, eval_examples))
     return prepared
+
+
+def _for_its_template(stage: Stage) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a teacher that brings its chat template, where the method asks nothing else of it."""
+    if stage.config.template_from != "teacher" or not stage.run.is_teacher_named:
+        return None
+    return load_tokenizer(str(stage.run.teacher), trust_remote_code=stage.run.trust_remote_code)
 
 
 def _rows_needed(stage: Stage) -> int | None:
@@ -196,6 +203,8 @@ def _trainer(
         model_init_kwargs=stage.config.model_init_kwargs,
         teacher_model_init_kwargs=loading_options(stage.config),
     )
+    if pair.teacher_tokenizer is None and (speaker := _for_its_template(stage)) is not None:
+        pair = replace(pair, teacher_tokenizer=speaker, tokenizers_agree=False)
     stopper, progress = StopCleanly(console), ConsoleProgress(console)
     trainer = SwitchTrainer(
         pair,

@@ -114,10 +114,17 @@ def size_of(name: str) -> ModelSize:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     else:
         config = _configuration(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.name_or_path = known.get(name, name)
-    return ModelSize.of(model)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.name_or_path = known.get(name, name)
+        return ModelSize.of(model)
+    except UserError:
+        raise
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{name} is no causal language model that can be planned ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _configuration(name: str) -> PreTrainedConfig:

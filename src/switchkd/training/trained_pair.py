@@ -60,6 +60,11 @@ def trained_pair(
         set_template(tokenizer, teacher_tokenizer, args.template_from)
     if peft_config is not None:
         student = _adapted(student, peft_config, args)
+    if not any(each.requires_grad for each in student.parameters()):
+        raise UserError(
+            "nothing of the student can be trained: its weights are frozen, as those of an adapter's folder are; merge the adapter "
+            "into its model first (adapter: merge does so at a run's end)"
+        )
     teacher = self_teacher(student) if teacher_model == SELF else teacher_model
     if isinstance(teacher, str):
         place, kwargs = args.placement, args.placement.init_kwargs(loading_options(args))
@@ -70,6 +75,12 @@ def trained_pair(
 def _adapted(student: PreTrainedModel, peft_config: PeftConfig, args: SwitchConfig) -> PreTrainedModel:
     from peft import get_peft_model, prepare_model_for_kbit_training
 
+    if getattr(student, "_hf_peft_config_loaded", False):
+        # PEFT would begin the adapter that is there at random again, and train from the bare model.
+        raise UserError(
+            "the student is an adapter's folder, and peft would replace that adapter; merge it into its model first, or leave "
+            "peft out of the run that made it"
+        )
     if getattr(student, "is_quantized", False):
         student = prepare_model_for_kbit_training(student, use_gradient_checkpointing=args.activation_checkpointing)
     # An adapter begins at random, and equal runs begin equally.
