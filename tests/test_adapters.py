@@ -43,6 +43,16 @@ def test_a_kept_adapter_is_the_merged_model_in_two_parts(models: Path, tmp_path:
     assert switchkd("eval", kept, "--sets", data, "--limit", "2", "--seeds", "1", "--max-new-tokens", "4") == 0
 
 
+def test_an_adapters_folder_is_no_student(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = {"method": "kd", "max_steps": 1, "save_strategy": "no"}
+    assert switchkd("train", write_run(models, tmp_path, peft=LORA, adapter="keep", **run)) == 0
+    kept = str((tmp_path / "out").rename(tmp_path / "kept"))
+    for peft, said in ((LORA, "peft would replace that adapter"), (None, "nothing of the student can be trained")):
+        capsys.readouterr()
+        assert switchkd("train", write_run(models, tmp_path, student=kept, peft=peft, **run)) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_earlier_stages_of_a_run_merge(models: Path, tmp_path: Path) -> None:
     stages = [{"method": "kd"}, {"method": "gkd"}]
     path = write_run(models, tmp_path, method=None, peft=LORA, adapter="keep", max_steps=1, stages=stages)

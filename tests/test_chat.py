@@ -181,6 +181,32 @@ def test_a_template_that_leaves_the_words_out_makes_a_bad_row(name: str) -> None
         examples_of({"messages": ONE}, byte_tokenizer(PUBLISHED[name]))
 
 
+def test_what_a_template_drops_makes_a_bad_row() -> None:
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "rain", "arguments": {}}}]}
+    plain = byte_tokenizer()
+    with pytest.raises(UserError, match="the chat template leaves out the call of 'rain'"):
+        examples_of({"messages": [user("Rain?"), call]}, plain)
+    without_tools = byte_tokenizer(
+        "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="the chat template leaves out the words of the tool, '21 C'"):
+        examples_of({"messages": [user("Rain?"), {"role": "tool", "content": "21 C"}, assistant("No.")]}, without_tools)
+    with pytest.raises(UserError, match="the chat template cannot write it: substring not found"):
+        examples_of({"messages": ONE}, byte_tokenizer("{{ messages[0].content.index('no such tool') }}"))
+
+
+def test_what_arrow_fills_in_is_taken_out_of_calls_and_keywords() -> None:
+    template = (
+        "{{ keep | default('-') }} {% for m in messages %}{{ (m.tool_calls or m.content) | tojson }}<|end|>{% endfor %}"
+    )
+    called = {"function": {"name": "rain", "arguments": {"city": "Rome", "day": None}}}
+    message = {"role": "assistant", "content": "", "tool_calls": [called]}
+    row = {"messages": [user("Rain?"), message], "chat_template_kwargs": {"keep": None}}
+    (example,) = examples_of(row, tokenizer := byte_tokenizer(template))
+    assert '{"city": "Rome"}' in tokenizer.decode(example.response_ids)
+    assert tokenizer.decode(example.prompt.token_ids).startswith("- ")
+
+
 TOOL = {"type": "function", "function": {"name": "rain", "description": "Rain here?", "parameters": {"type": "object"}}}
 
 

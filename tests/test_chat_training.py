@@ -88,6 +88,17 @@ def test_a_base_student_learns_to_stop(
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TURN
 
 
+def test_a_teacher_lends_its_template_where_the_method_asks_nothing_else_of_it(models: Path, tmp_path: Path) -> None:
+    run = {"template_from": "teacher", "max_steps": 1, "max_new_tokens": 8, "save_strategy": "no"}
+    stages = [{"method": "sft"}, {"method": "kd"}]
+    assert switchkd("train", write_run(models, tmp_path, method=None, threshold=None, stages=stages, **run)) == 0
+    for folder in (tmp_path / "out" / "1-sft", tmp_path / "out"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == TURN
+    # So does the start, when it is asked beside the run.
+    answers = ("--sets", models / "data.jsonl", "--limit", "1", "--seeds", "1", "--max-new-tokens", "4")
+    assert switchkd("eval", tmp_path / "out", "--with-start", *answers) == 0
+
+
 def test_a_student_without_a_template_is_told_where_to_take_one(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -418,6 +418,15 @@ def test_the_table_shows_sets_buckets_and_deviations(tokenizer):
     assert "  short" in text
 
 
+def test_names_in_a_table_are_no_markup(tokenizer):
+    rows = read_rows([{"prompt": "say one", "completion": "one", "bucket": "hard [/b]"}])
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(evaluated(Parrot(tokenizer), tokenizer, {"[a.jsonl, b.jsonl]": rows}, seeds=(1,)).table())
+    assert "hard [/b]" in captured.get()
+    assert "[a.jsonl, b.jsonl]" in captured.get()
+
+
 def test_the_progress_bar_counts_all_answers(tokenizer, capsys):
     sets = {"x": rows_of("one", "two"), "y": rows_of("red")}
     evaluated(Parrot(tokenizer), tokenizer, sets, seeds=(1, 2), show_progress=True)

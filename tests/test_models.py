@@ -423,7 +423,10 @@ def test_an_unknown_dtype_lists_the_choices(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("nobody/nothing", "neither a local folder nor reachable on the hub|no such local folder, the hub cannot"),
+        (
+            "nobody/nothing",
+            "neither a local folder nor could it be read from the hub|no such local folder, the hub cannot",
+        ),
         ("./nowhere", "no such folder"),
         ("runs/x/model", "no such folder"),
         ("nowhere.gguf", "no such file"),

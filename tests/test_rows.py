@@ -100,6 +100,8 @@ def test_a_line_that_is_not_json_is_a_bad_row_with_its_line(tmp_path):
         ("d.json", b'{"prompt": "a"}', "not a list of objects"),
         ("d.json", b"[", "cannot be read as .json"),
         ("d.parquet", b"PAR", "cannot be read as .parquet"),
+        # Else the open quote would swallow the rows after it.
+        ("d.csv", b'prompt,completion\nq1,a1\nq2,"a2\nq3,a3\n', "cannot be read as .csv: unexpected end of data"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_so(tmp_path, name, content, expected):
@@ -201,6 +203,7 @@ def test_a_row_with_an_answer_in_another_shape_than_its_prompt_column():
         ({"messages": []}, "messages is an empty list"),
         ({"instruction": "", "output": "b"}, "empty instruction"),
         ({"prompt": 3, "completion": "b"}, "prompt is int '3', not text"),
+        ({"prompt": "hi \ud83d", "completion": "b"}, "prompt holds half of a character"),
         ({"instruction": "a", "output": ["b", 3]}, "output is int '3', not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text"),
         ({"messages": [{"from": "user"}]}, "not a message with role and content"),

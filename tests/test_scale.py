@@ -71,6 +71,9 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"configuration of .* cannot be read .*; give a hub id, a folder"):
         size_of(str(tmp_path / "config.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match="is no causal language model that can be planned"):
+        size_of(str(tmp_path / "config.json"))
 
 
 # ----------------------------------------------------------------------------------------------------------------- memory

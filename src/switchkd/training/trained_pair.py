@@ -41,6 +41,7 @@ def trained_pair(
         kept = autocast_dtype == model.autocast_dtype and args.template_from == "student"
         if peft_config is None and teacher_model is None and kept:
             # Its heads may have been proven already.
+            _check_trainable(model.student)
             return model
         teacher_model, tokenizer = teacher_model or model.teacher, model.tokenizer
         student, teacher_tokenizer = model.student, model.teacher_tokenizer
@@ -60,16 +61,20 @@ def trained_pair(
         set_template(tokenizer, teacher_tokenizer, args.template_from)
     if peft_config is not None:
         student = _adapted(student, peft_config, args)
-    if not any(each.requires_grad for each in student.parameters()):
-        raise UserError(
-            "nothing of the student can be trained: its weights are frozen, as those of an adapter's folder are; merge the adapter "
-            "into its model first (adapter: merge does so at a run's end)"
-        )
+    _check_trainable(student)
     teacher = self_teacher(student) if teacher_model == SELF else teacher_model
     if isinstance(teacher, str):
         place, kwargs = args.placement, args.placement.init_kwargs(loading_options(args))
         teacher = load_model(teacher, dtype=place.teacher_dtype, device=place.device, init_kwargs=kwargs)
     return ModelPair(student, teacher, tokenizer, teacher_tokenizer, autocast_dtype)
+
+
+def _check_trainable(student: PreTrainedModel) -> None:
+    if not any(each.requires_grad for each in student.parameters()):
+        raise UserError(
+            "nothing of the student can be trained: its weights are frozen, as those of an adapter's folder are; merge the adapter "
+            "into its model first (adapter: merge does so at a run's end)"
+        )
 
 
 def _adapted(student: PreTrainedModel, peft_config: PeftConfig, args: SwitchConfig) -> PreTrainedModel:
