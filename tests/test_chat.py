@@ -316,6 +316,15 @@ def test_another_template_of_the_teacher_is_shown(caplog: pytest.LogCaptureFixtu
 # ------ the token that begins a text
 
 
+def test_marks_that_the_student_does_not_have_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_other_template(byte_tokenizer(), byte_tokenizer(), {})
+    assert not caplog.text
+    theirs, without_marks = byte_tokenizer("<|mine|>{{ messages[0].content }}"), byte_tokenizer()
+    without_marks.chat_template = theirs.chat_template
+    warn_of_other_template(without_marks, theirs, {})
+    assert "takes the marks of the chat template apart" in caplog.text
+
+
 def test_a_plain_prompt_begins_as_the_tokenizer_begins_one() -> None:
     row = {"prompt": "ab", "completion": "c"}
     adds, plain = byte_tokenizer(bos=True), byte_tokenizer()

@@ -140,16 +140,34 @@ def set_template(
 def warn_of_other_template(
     tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
 ) -> None:
-    """Warn where student and teacher would render one conversation differently, and show it."""
+    """Warn where student and teacher would render one conversation differently, or read it as other ids, and show it."""
     if not tokenizer.chat_template or not teacher_tokenizer.chat_template:
         return
     if (difference := template_difference(tokenizer, teacher_tokenizer, template_kwargs)) is None:
+        _warn_of_other_ids(tokenizer, teacher_tokenizer, template_kwargs)
         return
     ours, theirs = difference
     logging.getLogger(__name__).warning(
         f"the chat templates of student and teacher differ: where the one in use writes {ours!r}, the teacher's writes "
         f"{theirs!r}. The teacher is asked about text that it does not know; template_from: teacher takes its template"
     )
+
+
+def _warn_of_other_ids(
+    tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> None:
+    """Warn where the student's tokenizer does not have the marks of the template that both use."""
+    try:
+        text = render([_QUESTION, _ANSWER], tokenizer, opens_answer=False, template_kwargs=template_kwargs)
+    except TEMPLATE_ERRORS:
+        return
+    ours, theirs = (plain_ids(each, [text])[0] for each in (tokenizer, teacher_tokenizer))
+    if ours != theirs:
+        logging.getLogger(__name__).warning(
+            f"the student's tokenizer takes the marks of the chat template apart: a short conversation has {len(ours)} tokens, and "
+            f"{len(theirs)} with the teacher's tokenizer. The teacher reads ids that it was not trained on; take a student whose "
+            f"tokenizer has these marks, or a template file without them"
+        )
 
 
 def template_difference(
