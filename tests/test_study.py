@@ -31,6 +31,7 @@ from switchkd.study.rows import RUNS, Row, as_csv, finished_rows
 from switchkd.study.summary import summarize_study
 from switchkd.study.tables import Grid, grids
 from switchkd.study.worker import carry_out
+from switchkd.training import trainer as trainer_module
 from switchkd.training.trainer import SwitchTrainer
 
 
@@ -440,52 +441,52 @@ def test_a_budget_of_tokens_ends_a_run_and_the_rate_follows_it(models: Path, tmp
     assert len(steps) < 15
 
 
+class Clock:
+    """A clock that stands still but for what it is told takes seconds."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.patch = patch
+        patch.setattr("switchkd.training.costs.time.process_time", lambda: self.now)
+
+    def takes(self, owner: Any, name: str, seconds: float) -> None:
+        """From now on each call of a function takes these seconds."""
+        function = getattr(owner, name)
+
+        def timed(*given: Any, **named: Any) -> Any:
+            self.now += seconds
+            return function(*given, **named)
+
+        self.patch.setattr(owner, name, timed)
+
+
 @pytest.fixture
-def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that is a second further at each look."""
-    clock = iter(range(1000))
-    monkeypatch.setattr("switchkd.training.costs.time.process_time", lambda: float(next(clock)))
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Each batch of training takes a second."""
+    made = Clock(monkeypatch)
+    made.takes(SwitchTrainer, "training_step", 1)
+    return made
 
 
-@pytest.mark.usefixtures("ticking")
-def test_the_teachers_writing_is_part_of_the_budget(models: Path, tmp_path: Path) -> None:
-    # One second for all its text, looked at before and after, and one for each step.
+def test_the_teachers_writing_is_part_of_the_budget(models: Path, tmp_path: Path, clock: Clock) -> None:
+    clock.takes(trainer_module, "teacher_text", 1)
     events = events_of(models, tmp_path, method="seqkd", threshold=None, max_seconds=3)
     assert [event["budget_used"] for event in events if "loss" in event] == pytest.approx([2 / 3, 1])
     assert events[-1]["training_seconds"] == 3
 
 
-def test_an_evaluation_is_no_part_of_what_training_costs(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A second for each step of training, a hundred for each batch of an evaluation.
-    seconds = {"training_step": 1, "prediction_step": 100}
-    now = 0
-
-    def taking(name: str) -> Any:
-        step = getattr(SwitchTrainer, name)
-
-        def timed(*given: Any, **named: Any) -> Any:
-            nonlocal now
-            now += seconds[name]
-            return step(*given, **named)
-
-        return timed
-
-    for name in seconds:
-        monkeypatch.setattr(SwitchTrainer, name, taking(name))
-    monkeypatch.setattr("switchkd.training.costs.time.process_time", lambda: float(now))
+def test_an_evaluation_is_no_part_of_what_training_costs(models: Path, tmp_path: Path, clock: Clock) -> None:
+    clock.takes(SwitchTrainer, "prediction_step", 100)
     evaluated = {"eval_data": str(models / "data.jsonl"), "eval_strategy": "steps", "eval_steps": 1}
     run = write_run(models, tmp_path, method="kd", threshold=None, max_steps=3, **evaluated)
     assert switchkd("train", run) == 0
     ended = read_log(tmp_path / "out" / "log.jsonl")[-1]
-    assert now > 300
+    assert clock.now > 300
     assert (ended["training_seconds"], ended["student_forwards"], ended["teacher_forwards"]) == (3, 3, 3)
 
 
-@pytest.mark.usefixtures("ticking")
+@pytest.mark.usefixtures("clock")
 def test_a_budget_of_seconds_ends_a_run(models: Path, tmp_path: Path) -> None:
-    # One look at the start, one at each step's end.
     events = events_of(models, tmp_path, max_seconds=3)
     assert [event["budget_used"] for event in events if "loss" in event] == pytest.approx([1 / 3, 2 / 3, 1])
     assert events[-1]["training_seconds"] == 3

@@ -301,7 +301,10 @@ def test_on_a_mac_too() -> None:
     ("settings", "words"),
     [
         ({"method": "sft", "learning_rate": 1e-5}, "learning rate 1e-05, cross-entropy"),
-        ({"method": "gkd", "cross_entropy_weight": 0.5}, " + 0.5 x cross-entropy on data text, policy student"),
+        (
+            {"method": "gkd", "student_share": 0.5, "cross_entropy_weight": 0.5},
+            " + 0.5 x cross-entropy on data text, policy student",
+        ),
         ({"method": "kd", "cross_entropy_weight": 0.5}, "forward_kl + 0.5 x cross-entropy"),
         (
             {"method": "gkd", "learning_rate": 2e-4},
