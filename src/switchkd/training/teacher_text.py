@@ -201,7 +201,7 @@ def _finish(path: Path, partial: Path, manifest: dict[str, Any], lines: Sequence
 
 
 def _manifest_there(path: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
-    """That of the finished text; None where there is none."""
+    """The manifest of a finished text, or None if no text is finished. Raises UserError for a text that does not fit."""
     try:
         found = json.loads(_manifest_path(path).read_text(encoding="utf-8"))
         text = path.read_bytes()
