@@ -23,6 +23,7 @@ from switchkd.errors import UserError
 from switchkd.models.load import load_pair
 from switchkd.run.callbacks import read_log
 from switchkd.run.launch import train_run
+from switchkd.study import plan as plan_module
 from switchkd.study.file import StudyConfig, StudyEvaluation, read_study, study_from_values
 from switchkd.study.launch import run_study
 from switchkd.study.plan import StudyRun, plan_of
@@ -105,6 +106,16 @@ def test_a_plan_names_the_method_that_does_not_fit(models: Path, tmp_path: Path)
     same = study_of(models, tmp_path, methods={"a": {"method": "kd"}, "b": {"method": "kd", "logging_steps": 2}})
     with pytest.raises(UserError, match="a, seed 1 and b, seed 1 are the same run"):
         plan_of(same)
+
+
+def test_a_plan_reads_the_same_data_once(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    resolve = plan_module.resolve
+    monkeypatch.setattr(plan_module, "resolve", lambda *args, **how: (read.append(args[:2]), resolve(*args, **how))[1])
+    shorter = {"method": "kd", "train_data": str(models / "test.jsonl")}
+    plan_of(study_of(models, tmp_path, methods={"on-policy": {"method": "imitkd"}, "switch": {}, "kd": shorter}))
+    test, data = (str(models / name) for name in ("test.jsonl", "data.jsonl"))
+    assert read == [(test, "eval"), (data, "train"), (test, "train")]
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,9 @@ def plan_of(study: StudyConfig) -> list[StudyRun]:
     """
     # First: they are part of what each run is, so that one corrected later would have all trained again.
     _check_sets(study)
+    looked_up: set[str] = set()
     runs = [
-        _training(study, method, setting, seed)
+        _training(study, method, setting, seed, looked_up)
         for seed in study.seeds
         for setting in study.settings
         for method in study.methods
@@ -109,7 +110,7 @@ def _check_sets(study: StudyConfig) -> None:
             raise UserError(f"evaluation.sets: no row of {name} has a response to compare answers with; leave it out")
 
 
-def _training(study: StudyConfig, method: str, setting: str, seed: int) -> StudyRun:
+def _training(study: StudyConfig, method: str, setting: str, seed: int, looked_up: set[str]) -> StudyRun:
     values = {**study.run, **study.settings[setting], **study.methods[method], **study.budget.of_run, "seed": seed}
     evaluation = asdict(study.evaluation)
     name = ", ".join(filter(None, (f"method {method!r}", setting)))
@@ -117,7 +118,7 @@ def _training(study: StudyConfig, method: str, setting: str, seed: int) -> Study
         run = run_from_values({"output_dir": study.output_dir, **values}, f"in {name}")
         config = run.config()
         study.evaluation.settings(config)
-        _check_sources(run)
+        _check_sources(run, looked_up)
         if study.budget.steps is None:
             _check_endless(run, config, study.budget)
     except UserError as error:
@@ -131,8 +132,16 @@ def _training(study: StudyConfig, method: str, setting: str, seed: int) -> Study
     return StudyRun("run", method, setting, seed, str(study.budget), values, evaluation, identity)
 
 
-def _check_sources(run: RunConfig) -> None:
-    """Raise UserError for a model or a file that is not there; hub names are looked up when they are loaded."""
+def _check_sources(run: RunConfig, looked_up: set[str]) -> None:
+    """Raise UserError for a model or a file that is not there; hub names are looked up when they are loaded.
+
+    What the runs before have looked up is passed over: a study's runs share their data, and reading it takes a while.
+    """
+    sources = ("student", "teachers_here", "train_data", "data_dir", "columns")
+    key = _hash({name: getattr(run, name) for name in sources})
+    if key in looked_up:
+        return
+    looked_up.add(key)
     for model in filter(None, (run.student, *run.teachers_here.values())):
         find_source(model)
     if not any(source.streaming for source in sources_of(run.train_data)):
