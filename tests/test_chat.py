@@ -289,8 +289,12 @@ def test_a_conversation_may_be_too_long_for_its_later_turns_alone() -> None:
 
 def test_a_template_comes_from_the_student_the_teacher_or_a_file(tmp_path: Path) -> None:
     theirs = byte_tokenizer("{{ messages[0].content }}")
-    (path := tmp_path / "t.jinja").write_text("file: {{ messages[0].content }}")
-    for source, expected in (("student", TURN), ("teacher", theirs.chat_template), (str(path), path.read_text())):
+    text = "file: {{ messages[0].content }}"
+    (path := tmp_path / "t.jinja").write_text(text)
+    # As some editors save it.
+    (marked := tmp_path / "marked.jinja").write_text(text, encoding="utf-8-sig")
+    files = [(str(path), text), (str(marked), text)]
+    for source, expected in (("student", TURN), ("teacher", theirs.chat_template), *files):
         tokenizer = byte_tokenizer()
         set_template(tokenizer, theirs, source)
         assert tokenizer.chat_template == expected

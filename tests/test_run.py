@@ -98,6 +98,17 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, text: str) -> None:
         read_run(path)
 
 
+def test_the_home_folder_may_be_written_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (path := tmp_path / "run.yaml").write_text(
+        "{student: ~/s, train_data: [~/a.jsonl, {path: ~/b.jsonl, weight: 2}], stages: [{method: kd, teacher: ~/t}]}"
+    )
+    run = read_run(path, ["output_dir=~/runs/a"])
+    assert (run.student, run.output_dir) == (f"{tmp_path}/s", f"{tmp_path}/runs/a")
+    assert run.train_data == [f"{tmp_path}/a.jsonl", {"path": f"{tmp_path}/b.jsonl", "weight": 2}]
+    assert run.stages[0]["teacher"] == f"{tmp_path}/t"
+
+
 def test_assignments_go_over_the_file_and_reach_stages(tmp_path: Path) -> None:
     path = write(tmp_path, yaml.safe_dump({**BASE, "max_steps": 5, "stages": [{"method": "kd"}, {"method": "switch"}]}))
     run = read_run(path, ["max_steps=7", "stages.1.max_steps=9", "peft.r=4", "learning_rate=2e-5"])

@@ -233,4 +233,7 @@ def test_an_unknown_key_of_a_cluster_gets_the_nearest(tmp_path: Path, capsys: py
 
 
 def test_sizes_of_memory() -> None:
-    assert [size_in_bytes(text) for text in ("80GiB", "24 GB", "1.5tib", 7)] == [80 * GIB, 24 * 10**9, 3 * 2**39, 7]
+    given = ("80GiB", "24 GB", "1.5tib", 7 * GIB)
+    assert [size_in_bytes(text) for text in given] == [80 * GIB, 24 * 10**9, 3 * 2**39, 7 * GIB]
+    with pytest.raises(UserError, match="'80', which is 80 bytes; write a size with its unit"):
+        size_in_bytes("80")

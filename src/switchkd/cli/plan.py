@@ -124,7 +124,10 @@ def size_in_bytes(text: str | int) -> int:
     found = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", str(text).strip())
     if found is None or found[2].upper() not in _UNITS:
         raise UserError(f"memory is {text!r}; write a size such as 80GiB or 24GB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    size = int(float(found[1]) * _UNITS[found[2].upper()])
+    if size < _UNITS["MIB"]:
+        raise UserError(f"memory is {text!r}, which is {size:,} bytes; write a size with its unit, such as 80GiB")
+    return size
 
 
 def _link(text: str | float) -> float:

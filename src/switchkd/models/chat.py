@@ -129,7 +129,8 @@ def set_template(
         tokenizer.chat_template = template
         return
     try:
-        tokenizer.chat_template = Path(template_from).read_text(encoding="utf-8")
+        # Some editors begin a file with a byte-order mark, which would come before every prompt.
+        tokenizer.chat_template = Path(template_from).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"template_from is {template_from!r}, which cannot be read as a template file ({error}); give student, teacher "

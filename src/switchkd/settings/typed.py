@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +24,11 @@ _KINDS = {
 
 
 def typed(key: str, value: Any, hint: Any, origin: str = "") -> Any:
-    """The value in the type that `hint` names; raises UserError with key, value, origin and the types that would do."""
+    """The value in the type that `hint` names; raises UserError with key, value, origin and the types that would do.
+
+    Text that begins with ~/, in lists and mappings too, is a path in the home folder.
+    """
+    value = _at_home(value)
     # YAML 1.1 reads `no` as false, which some settings take as a word.
     for attempt in (value, "no") if value is False else (value,):
         for arm in _arms(hint):
@@ -33,6 +38,15 @@ def typed(key: str, value: Any, hint: Any, origin: str = "") -> Any:
                 continue
     place = f" ({origin})" if origin else ""
     raise UserError(f"{key} is {value!r}{place}; it has to be {_expected(hint)}")
+
+
+def _at_home(value: Any) -> Any:
+    # No shell expands what stands in a file, or behind the = of --set.
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~/") else value
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return {key: _at_home(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _arms(hint: Any) -> list[Any]:
