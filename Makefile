@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # it would compile 16,000 files, of which a fifth is ever imported (--no-compile).
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-browser test-vllm test-lowest slow lint types format docs figures release-check smollm world-pair benchmarks \
+.PHONY: demo test test-browser test-vllm test-lowest test-latest slow lint types format docs figures release-check smollm world-pair benchmarks \
 	gpu-check clean
 
 demo: $(READY)  ## SWITCH beside on-policy text on the embedded pair: under five minutes on two CPU cores
@@ -47,6 +47,12 @@ test-lowest: .venv-lowest/ready  ## the suite with the lowest releases that pypr
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints-lowest.txt -e ".[dev,peft,smollm,plot]"
 	touch $@
+
+# Not from constraints: what pip takes today, as where somebody installs without them.
+test-latest:  ## the suite with the latest releases that pip finds
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install --quiet --no-compile --disable-pip-version-check --upgrade --upgrade-strategy eager -e ".[dev,peft,smollm,plot]"
+	OMP_NUM_THREADS=1 .venv-latest/bin/pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -86,7 +92,7 @@ gpu-check: $(READY)  ## on a machine with a GPU, two minutes: equality, memory, 
 	$(BIN)/python scripts/gpu_check.py
 
 clean:
-	rm -rf .venv .venv-vllm .venv-lowest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-lowest .venv-latest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from switchkd.models.heads import Head, backbone
+from switchkd.models.heads import Head, backbone, cache_argument
 from switchkd.records import Prompt, Sampling
 from switchkd.rollout.cache import CachedModel, cache_mismatch, why_not_ragged
 from switchkd.rollout.law import Teacher
@@ -118,7 +118,7 @@ def test_keys_and_values_are_freed_with_their_engine_and_those_of_a_prefill_at_o
     engine, seen = SpeculativeEngine(pair, 4, max_rows=2), set()
 
     def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        for layer in kwargs["past_key_values"].layers:
+        for layer in kwargs[cache_argument(module)].layers:
             seen.update((weakref.ref(layer.keys), weakref.ref(layer.values)))
 
     hooks = [backbone(model).register_forward_hook(note, with_kwargs=True) for model in (pair.student, pair.teacher)]

@@ -636,11 +636,11 @@ def test_models_that_no_engine_can_run_are_refused(engine: type[SpeculativeEngin
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     )
-    # Mamba's forward ignores past_key_values, so it would see only the last token of a text.
+    # Mamba ignores such a cache, or does not go on from it, so it would see only the last token of a text.
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1))
     with pytest.raises(UserError, match="student, T5ForConditionalGeneration, is an encoder-decoder"):
         engine(ModelPair(t5))
-    with pytest.raises(UserError, match="teacher, MambaForCausalLM, takes no past_key_values"):
+    with pytest.raises(UserError, match="teacher, MambaForCausalLM, reads no cache of keys and values"):
         engine(ModelPair(tiny_model("llama"), mamba))
 
 

@@ -20,7 +20,7 @@ import switchkd.rollout.writer
 from checks.rollouts import assert_same_rollouts, tie_margin
 from machines.mps import NoFloat64
 from switchkd.data.collate import collate
-from switchkd.models.heads import Head, backbone, last_hidden
+from switchkd.models.heads import Head, backbone, cache_argument, last_hidden
 from switchkd.models.memory import numbers_at_once
 from switchkd.models.pair import ModelPair
 from switchkd.records import Example, Prompt, Rollout, Sampling
@@ -96,7 +96,7 @@ def keys_and_values_of(pair: ModelPair) -> Iterator[set[Any]]:
     seen: set[Any] = set()
 
     def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        for layer in kwargs["past_key_values"].layers:
+        for layer in kwargs[cache_argument(module)].layers:
             seen.update((weakref.ref(layer.keys), weakref.ref(layer.values)))
 
     hooks = [backbone(model).register_forward_hook(note, with_kwargs=True) for model in pair.models.values()]

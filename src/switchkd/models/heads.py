@@ -5,6 +5,8 @@ Shape letters: B rows, T positions, V vocabulary, H hidden, N any number of lead
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +42,21 @@ def backbone(model: nn.Module) -> nn.Module:
     """All of a causal LM but its head: the module whose `last_hidden_state` the head projects."""
     # A PEFT wrapper passes the call on; a teacher that is its student without the adapter answers it itself.
     return cast(nn.Module, cast(PreTrainedModel, model).get_decoder())
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a model, or its backbone, takes a cache of keys and values; empty if it takes none.
+
+    It is `cache` from transformers 5.24 on, and `past_key_values` before and in others' code.
+    """
+    base = base_of(model)
+    taken = inspect.signature(base.forward).parameters
+    # XLM and xLSTM have long called something else so.
+    if "cache" in taken and re.search(r"\bCache\b", str(taken["cache"].annotation)):
+        # Mamba takes a cache too, but where rows are padded it does not go on from one.
+        kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+        return "" if kinds == {"linear_attention"} else "cache"
+    return "past_key_values" if "past_key_values" in taken else ""
 
 
 def last_hidden(wrapped: nn.Module, model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:

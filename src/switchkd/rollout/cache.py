@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from switchkd.models.heads import Head, backbone, base_of, computing_dtype, evaluating
+from switchkd.models.heads import Head, backbone, base_of, cache_argument, computing_dtype, evaluating
 from switchkd.models.pair import position_limit
 
 # The tokens that one forward of a prefill reads, rows times positions. The widest activations of a 7B model then take about
@@ -139,6 +139,7 @@ class CachedModel:
         self.model = model
         self.head = head
         self.backbone = backbone(model)
+        self.cache_argument = cache_argument(self.backbone)
         enough = kept is not None and kept.shared.rows >= rows and kept.shared.slots >= slots
         self.cache = kept.restarted() if kept is not None and enough else RaggedCache(rows, slots)
         config = base_of(model).config.get_text_config()
@@ -166,7 +167,7 @@ class CachedModel:
             input_ids=ids_AT,
             attention_mask=self._mask(slot_AT, width),
             position_ids=positions,
-            past_key_values=self.cache,
+            **{self.cache_argument: self.cache},
             use_cache=True,
         )
         # What a graph leaves behind on an object stays alive with it.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from switchkd.errors import UserError
 from switchkd.models.chat import begun, leading_ids, plain_ids
-from switchkd.models.heads import base_of
+from switchkd.models.heads import base_of, cache_argument
 from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Sampling
 from switchkd.rollout.engine import KeepTeacher, PromptLike
@@ -22,9 +21,9 @@ def check_models(pair: ModelPair) -> None:
         inner = base_of(model)
         if getattr(inner.config, "is_encoder_decoder", False):
             reason = "is an encoder-decoder, and a rollout continues one text"
-        elif "past_key_values" not in inspect.signature(inner.forward).parameters:
-            # Mamba and RWKV have another name for it, and silently ignore a cache given under this one.
-            reason = "takes no past_key_values, so it would see only the last token of a text"
+        elif not cache_argument(inner):
+            # Such as Mamba and RWKV; some silently ignore one that they are given.
+            reason = "reads no cache of keys and values, so it would see only the last token of a text"
         else:
             continue
         raise UserError(f"the {role}, {type(inner).__name__}, {reason}; take a decoder-only model with attention")

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from switchkd.distributions.draw import Draft, student_proposal
 from switchkd.distributions.noise import Address, row_keys
 from switchkd.distributions.shaping import ban_repeated_ngrams, shaped_logp, top_logp
-from switchkd.models.heads import evaluating
+from switchkd.models.heads import cache_argument, evaluating
 from switchkd.models.pair import ModelPair, position_limit
 from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.checks import check_models, check_numbers, checked_prompts
@@ -41,6 +41,7 @@ class _Decoder:
         self.vocabulary_size = vocabulary_size
         self.keep_hidden = keep_hidden
         self.cache = DynamicCache(config=model.config)
+        self.cache_argument = cache_argument(model)
         self.hidden_BH = torch.empty(0)
 
     def step(self, ids_BT: Tensor, mask_BS: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class _Decoder:
             input_ids=ids_BT.to(device),
             attention_mask=mask_BS,
             position_ids=position_ids,
-            past_key_values=self.cache,
+            **{self.cache_argument: self.cache},
             use_cache=True,
             output_hidden_states=self.keep_hidden,
             logits_to_keep=1,
