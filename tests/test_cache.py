@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import Cache, LlamaConfig, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from switchkd.models.heads import Head, backbone, cache_argument
 from switchkd.records import Prompt, Sampling
@@ -45,6 +45,35 @@ def model_of(kind: str) -> PreTrainedModel:
 def cached(kind: str, rows: int = 3, slots: int = SLOTS) -> CachedModel:
     model = model_of(kind)
     return CachedModel(model, Head.of(model), rows, slots)
+
+
+class _Since524(torch.nn.Module):
+    """Takes its cache as models do from transformers 5.24 on."""
+
+    def __init__(self, *layer_types: str) -> None:
+        super().__init__()
+        self.config = LlamaConfig(num_hidden_layers=len(layer_types))
+        self.config.layer_types = [*layer_types]
+
+    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor: ...
+
+
+class _XLM(torch.nn.Module):
+    def forward(self, input_ids: Tensor, cache: dict[str, Tensor] | None = None) -> Tensor: ...
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (_Since524("full_attention"), "cache"),
+        (_Since524("linear_attention", "full_attention"), "cache"),
+        # As Mamba has them.
+        (_Since524("linear_attention"), ""),
+        (_XLM(), ""),
+    ],
+)
+def test_what_a_model_calls_its_cache(model: torch.nn.Module, name: str) -> None:
+    assert cache_argument(model) == name
 
 
 def fresh(reader: CachedModel, ids: list[int]) -> Tensor:

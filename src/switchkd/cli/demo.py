@@ -141,7 +141,7 @@ def _judged(gain: float, difference: Interval) -> str:
 
 
 def _where(lines: Mapping[str, Line]) -> str:
-    parts = [part for part in lines[SWITCH].difference if part != ALL]
+    parts = [part for part, each in lines[SWITCH].difference.items() if part != ALL and each.mean]
     if not parts:
         return ""
     most = max(parts, key=lambda part: abs(lines[SWITCH].difference[part].mean))
