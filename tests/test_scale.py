@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from switchkd.cli.main import main
 from switchkd.cli.plan import PAIRS, size_in_bytes
@@ -65,6 +66,15 @@ def test_sizes_are_those_of_the_model_itself(family: str, tmp_path: Path) -> Non
     for place in (str(tmp_path), str(tmp_path / "config.json")):
         assert replace(size_of(place), name="") == replace(ModelSize.of(model), name="")
     assert size_of(str(tmp_path)).parameters == sum(each.numel() for each in model.parameters())
+
+
+def test_a_token_is_multiplied_with_the_experts_that_it_visits_alone() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_local_experts=8, num_experts_per_tok=2)
+    size = ModelSize.of(MixtralForCausalLM(config))
+    # Six experts a layer, with three projections each.
+    assert size.multiplied - size.multiplied_a_token == size.idle == 3 * 6 * 3 * 16 * 24
+    assert ModelSize.of(tiny_model("llama")).idle == 0
 
 
 def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ class Clock:
         drafting = blocks * load.block * self._decoding(student, load, rows, rows, in_graph)
         checking = blocks * self._decoding(teacher, load, rows, rows * load.block, in_graph)
         seconds = {
-            "student writes": drafting + self._products(2 * student.multiplied * read),
-            "teacher reads": checking + self._products(2 * teacher.multiplied * read),
+            "student writes": drafting + self._products(2 * student.multiplied_a_token * read),
+            "teacher reads": checking + self._products(2 * teacher.multiplied_a_token * read),
             "training": self._training(student, load),
             # Weights and gradients once, both moments there and back.
             "optimizer": 28 * student.trained / (self.cluster.bandwidth * 1e9 * self.assumed.bandwidth_reached),
@@ -89,7 +89,7 @@ class Clock:
         read = (model.multiplied + cached) * self.numbers.computing
         reading = read / (self.cluster.bandwidth * 1e9 * self.assumed.bandwidth_reached)
         launched = model.layers * (self.assumed.launch_in_graph if in_graph else self.assumed.launch)
-        return max(reading, self._products(2 * model.multiplied * tokens), launched)
+        return max(reading, self._products(2 * model.multiplied_a_token * tokens), launched)
 
     def _products(self, operations: float) -> float:
         return operations / (self.cluster.tera_flops * 1e12 * self.assumed.compute_reached)
@@ -99,7 +99,7 @@ class Clock:
         forwards = 4 if load.checkpointing else 3
         length = load.prompt + load.response
         attention = 2 * length * length * student.heads * student.head_size * student.layers
-        operations = forwards * load.texts * (2 * student.multiplied * length + attention)
+        operations = forwards * load.texts * (2 * student.multiplied_a_token * length + attention)
         batches = -(-load.texts // load.rows)
         return max(self._products(operations), batches * forwards * student.layers * self.assumed.launch)
 

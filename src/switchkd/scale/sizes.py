@@ -25,7 +25,7 @@ class ModelSize:
 
     `parameters` counts tied weights once, `trained` those that get a gradient, and `linear` the
     weights of linear layers that are no embedding as well. `layer` is the largest decoder layer. `outside`
-    are the weights in no layer: embeddings, last norm and head. `heads` x `head_size` is as wide as the queries, `kv_heads` x
+    are the weights in no layer: embeddings, last norm and head; `idle` those of the experts that a token passes by. `heads` x `head_size` is as wide as the queries, `kv_heads` x
     `head_size` as the keys.
     """
 
@@ -36,6 +36,7 @@ class ModelSize:
     layers: int
     layer: int
     outside: int
+    idle: int
     hidden: int
     inner: int
     heads: int
@@ -64,6 +65,7 @@ class ModelSize:
             layers=len(layers),
             layer=max(in_layers),
             outside=_count(model) - sum(in_layers),
+            idle=_idle(model, config),
             hidden=config.hidden_size,
             # GPT-2 and its kin leave it open: four times the hidden size.
             inner=_first_of(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size,
@@ -81,8 +83,13 @@ class ModelSize:
 
     @property
     def multiplied(self) -> int:
-        """The weights that every token is multiplied with: all but an embedding that only is looked up in."""
+        """The weights that a batch of tokens is multiplied with: all but an embedding that only is looked up in."""
         return self.parameters if self.tied else self.parameters - self.head
+
+    @property
+    def multiplied_a_token(self) -> int:
+        """Those that one token is multiplied with."""
+        return self.multiplied - self.idle
 
     def cached(self, rows: int, slots: int) -> int:
         """The numbers in the keys and values of `rows` texts of `slots` positions."""
@@ -91,6 +98,15 @@ class ModelSize:
 
 def _count(module: nn.Module) -> int:
     return sum(each.numel() for each in module.parameters())
+
+
+def _idle(model: PreTrainedModel, config: PreTrainedConfig) -> int:
+    experts = _first_of(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    chosen = _first_of(config, "num_experts_per_tok", "moe_k", "moe_topk")
+    if experts is None or chosen is None:
+        return 0
+    weights = sum(_count(each) for name, each in model.named_modules() if name.endswith(".experts"))
+    return weights * (experts - chosen) // experts
 
 
 def _first_of(config: PreTrainedConfig, *names: str) -> int | None:
