@@ -25,8 +25,8 @@ class ModelSize:
 
     `parameters` counts tied weights once, `trained` those that get a gradient, and `linear` the
     weights of linear layers that are no embedding as well. `layer` is the largest decoder layer. `outside`
-    are the weights in no layer: embeddings, last norm and head; `idle` those of the experts that a token passes by. `heads` x `head_size` is as wide as the queries, `kv_heads` x
-    `head_size` as the keys.
+    are the weights in no layer: embeddings, last norm and head. `idle` are those of the experts that a token passes by. `heads` x
+    `head_size` is as wide as the queries, `kv_heads` x `head_size` as the keys.
     """
 
     name: str
