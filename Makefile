@@ -48,7 +48,7 @@ test-lowest: .venv-lowest/ready  ## the suite with the lowest releases that pypr
 	.venv-lowest/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints-lowest.txt -e ".[dev,peft,smollm,plot]"
 	touch $@
 
-# Not from constraints: what pip takes today, as where somebody installs without them.
+# No constraints: what pip installs for a user today.
 test-latest:  ## the suite with the latest releases that pip finds
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/pip install --quiet --no-compile --disable-pip-version-check --upgrade --upgrade-strategy eager -e ".[dev,peft,smollm,plot]"

@@ -14,12 +14,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Cache, LlamaConfig, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import (
+    Cache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 from switchkd.models.heads import Head, backbone, cache_argument
 from switchkd.records import Prompt, Sampling
 from switchkd.rollout.cache import CachedModel, cache_mismatch, why_not_ragged
 from switchkd.rollout.law import Teacher
+from switchkd.rollout.reference import ReferenceEngine
 from switchkd.rollout.speculative import SpeculativeEngine
 from tiny import VOCABULARY, tiny_model, tiny_pair
 
@@ -74,6 +83,27 @@ class _XLM(torch.nn.Module):
 )
 def test_what_a_model_calls_its_cache(model: torch.nn.Module, name: str) -> None:
     assert cache_argument(model) == name
+
+
+@pytest.mark.parametrize(
+    ("engine", "renamed"),
+    [(ReferenceEngine, LlamaForCausalLM), (SpeculativeEngine, LlamaModel)],
+    ids=["reference", "fast"],
+)
+def test_the_engines_hand_the_cache_over_under_its_name(
+    engine: type[ReferenceEngine | SpeculativeEngine], renamed: type[PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, prompts = tiny_pair("llama", dtype=torch.float64), [[5], [9, 8, 7]]
+    expected = engine(pair).generate(prompts, Teacher(), Sampling(6))
+    name, forward = cache_argument(pair.student), renamed.forward
+
+    def since_524(model: PreTrainedModel, *args: Any, cache: Cache | None = None, **kwargs: Any) -> Any:
+        assert name == "cache" or kwargs.pop(name, None) is None
+        return forward(model, *args, **{name: cache}, **kwargs)
+
+    monkeypatch.setattr(renamed, "forward", since_524)
+    rollouts = engine(pair).generate(prompts, Teacher(), Sampling(6))
+    assert [each.token_ids for each in rollouts] == [each.token_ids for each in expected]
 
 
 def fresh(reader: CachedModel, ids: list[int]) -> Tensor:

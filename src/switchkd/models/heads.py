@@ -51,7 +51,7 @@ def cache_argument(model: nn.Module) -> str:
     """
     base = base_of(model)
     taken = inspect.signature(base.forward).parameters
-    # XLM and xLSTM have long called something else so.
+    # In XLM and xLSTM this name means something else.
     if "cache" in taken and re.search(r"\bCache\b", str(taken["cache"].annotation)):
         # Mamba takes a cache too, but where rows are padded it does not go on from one.
         kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())

@@ -135,7 +135,7 @@ def _training(study: StudyConfig, method: str, setting: str, seed: int, looked_u
 def _check_sources(run: RunConfig, looked_up: set[str]) -> None:
     """Raise UserError for a model or a file that is not there; hub names are looked up when they are loaded.
 
-    What the runs before have looked up is passed over: a study's runs share their data, and reading it takes a while.
+    What an earlier run has looked up is skipped: the runs of a study share their data, and reading it takes a while.
     """
     sources = ("student", "teachers_here", "train_data", "data_dir", "columns")
     key = _hash({name: getattr(run, name) for name in sources})
