@@ -142,6 +142,18 @@ def test_a_server_that_is_gone_is_tried_again_and_then_named(stub: Stub, tmp_pat
         closed.ask([], Budget(9))
 
 
+def test_the_wait_that_a_server_asks_for_is_waited_before_the_next_attempt_alone(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.said = lambda body: (503, {"Retry-After": "30"}) if len(stub.bodies) == 1 else (503, {})
+    budget, waits = Budget(9), list[float]()
+    monkeypatch.setattr(budget.stop, "wait", waits.append)
+    with pytest.raises(UserError, match="no reply in 3 attempts"):
+        ChatEndpoint(stub.url, "stub", attempts=3, first_wait=1.0).ask([], budget)
+    # The second wait is our own, 2 seconds or down to the half of it.
+    assert waits == [30, pytest.approx(1.5, abs=0.5)]
+
+
 def test_nothing_is_sent_where_the_estimate_is_over_the_budget(stub: Stub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 6 requests, and --max-requests is 5"):
         judge_at(stub, tmp_path, Budget(5)).judge(PAIRS)
@@ -307,7 +319,7 @@ def test_the_command_estimates_judges_and_says_what_came_out(
     stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, theirs = (
-        answers(tmp_path / "a.jsonl", "good 1", "same", "bad 3"),
+        answers(tmp_path / "answers_dolly.jsonl", "good 1", "same", "bad 3"),
         answers(tmp_path / "b.jsonl", "bad 1", "same"),
     )
     call = ("judge", ours, theirs, "--url", stub.url, "--model", "stub", "--cache", tmp_path / "cache", "--references")
@@ -321,9 +333,9 @@ def test_the_command_estimates_judges_and_says_what_came_out(
     assert "A wins 1, ties 1, loses 0 of 2 pairs" in out
     assert "wins less losses: +50.0 % of the pairs, 95 % interval over rows +0.0 to +100.0" in out
     assert "2 requests were sent, 14 tokens counted" in out
-    saved = json.loads((tmp_path / "judge.json").read_text())
+    saved = json.loads((tmp_path / "judge_dolly.json").read_text())
     assert [each["outcome"] for each in saved["judgments"]] == ["win", "tie"]
-    assert KEY not in out + (tmp_path / "judge.json").read_text()
+    assert KEY not in out + (tmp_path / "judge_dolly.json").read_text()
     assert "The reference:" in stub.bodies[0]["messages"][1]["content"]
     (tmp_path / "b.jsonl").write_text('{"answer": 1}\n')
     assert switchkd(*call) == 2

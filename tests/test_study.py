@@ -405,6 +405,41 @@ def test_what_is_done_is_not_run_again(models: Path, tmp_path: Path, monkeypatch
     assert len(kept["sets"][str(models / "test.jsonl")]["exact_match"][0]) == 6
 
 
+def test_another_evaluation_measures_the_models_that_were_kept(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = {"switch": {"threshold": 0.3}, "kd": {"method": "kd"}}
+    study = study_of(models, tmp_path, methods=methods, seeds=[1])
+    runs = Path(study.output_dir) / RUNS
+    for row, keep_model in zip(plan_of(study)[:2], (True, False), strict=True):
+        (runs / row.folder_name).mkdir(parents=True)
+        carry_out(row, runs / row.folder_name, keep_model=keep_model)
+    first = list(finished_rows(Path(study.output_dir)).values())
+    again = replace(study, evaluation=replace(study.evaluation, distance=True))
+    said = io.StringIO()
+    run_study(again, Console(file=said, width=200), dry_run=True)
+    told = said.getvalue()
+    assert "1 trainings and 3 evaluations of start and teacher, and of models that are there, to do" in told
+    assert "to do  switch, seed 1, whose model is there: to be measured" in told
+    assert "to do  kd, seed 1\n" in told
+    switch = plan_of(again)[0]
+    place = runs / switch.folder_name
+    place.mkdir()
+    monkeypatch.setattr("switchkd.study.worker.train_run", lambda *_, **__: pytest.fail("trained again"))
+    carry_out(switch, place, keep_model=False)
+    found, before = (
+        json.loads((place / "row.json").read_text()),
+        next(row for row in first if row["method"] == "switch"),
+    )
+    (name,) = found["sets"]
+    assert found["sets"][name]["rouge_l"] == before["sets"][name]["rouge_l"]
+    assert found["sets"][name]["reverse_kl"]
+    assert found["costs"] == before["costs"]
+    # What was kept stays for the next evaluation, and so do other runs' own identities.
+    assert [*runs.glob("*/run/*.safetensors")] == [runs / plan_of(study)[0].folder_name / "run" / "model.safetensors"]
+    assert plan_of(replace(again, seeds=(2,)))[0].training != switch.training
+
+
 def test_the_distance_to_the_teacher_is_a_measure_like_the_others(models: Path, tmp_path: Path) -> None:
     name = str(models / "test.jsonl")
     methods, evaluation = {"on-policy": {"method": "imitkd"}}, {"sets": [name], "distance": True}

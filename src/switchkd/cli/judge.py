@@ -46,7 +46,9 @@ class JudgeOptions:
     cache: Annotated[Path, option(OUTPUT, "FOLDER", "Replies, so that nothing is paid for twice.")] = Path(
         "runs/judge-cache"
     )
-    output: Annotated[Path | None, option(OUTPUT, "FILE", "The result; by default judge.json beside ANSWERS_A.")] = None
+    output: Annotated[
+        Path | None, option(OUTPUT, "FILE", "The result; by default beside ANSWERS_A, such as judge_dolly.json.")
+    ] = None
 
 
 @with_options
@@ -80,7 +82,8 @@ def judge(options: JudgeOptions) -> None:
     with progress_bar(console) as progress:
         count = progress.counter(progress.add_task("judged", total=len(pairs)))
         result = judge.judge(pairs, count)
-    path = options.output or options.ours.parent / "judge.json"
+    # One for each set, as the answers are.
+    path = options.output or options.ours.with_name(f"judge_{options.ours.stem.removeprefix('answers_')}.json")
     said: dict[str, Any] = {
         "ours": str(options.ours),
         "theirs": str(options.theirs),

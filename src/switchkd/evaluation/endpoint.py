@@ -114,9 +114,9 @@ class ChatEndpoint:
 
         The error is a RefusedRequestError where another request might be taken.
         """
-        problem = ""
+        problem, asked = "", 0.0
         for attempt in range(self.attempts):
-            if attempt and budget.stop.wait(self._wait(attempt)):
+            if attempt and budget.stop.wait(max(asked, self._wait(attempt))):
                 raise NoMoreRequests("stopped")
             budget.take()
             try:
@@ -129,11 +129,10 @@ class ChatEndpoint:
                         raise RefusedRequestError(self._refusal(error.code, problem)) from None
                     if error.code not in _PASSING or _QUOTA in said:
                         raise UserError(self._refusal(error.code, problem)) from None
-                    if wait := _asked_wait(error):
-                        budget.stop.wait(wait)
+                    asked = _asked_wait(error)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 # Of URLError, a time-out, a connection that was cut, and a reply that is no JSON.
-                problem = self._hidden(str(error) or type(error).__name__)[:_SHOWN]
+                problem, asked = self._hidden(str(error) or type(error).__name__)[:_SHOWN], 0.0
             else:
                 budget.used(reply.tokens)
                 return reply
@@ -161,14 +160,14 @@ class ChatEndpoint:
         try:
             values = json.loads(body)
             text = values["choices"][0]["message"]["content"]
-            tokens = (values.get("usage") or {}).get("total_tokens") or 0
+            tokens = int((values.get("usage") or {}).get("total_tokens") or 0)
         except (KeyError, IndexError, TypeError, AttributeError):
             # Some answer with an error under code 200.
             raise ValueError(
                 f"the reply is no chat completion: {_one_line(body[:_MOST_SAID].decode('utf-8', 'replace'))}"
             ) from None
         # A reply cut off before its first word has no content.
-        return Reply(self._hidden(str(text or "")), int(tokens))
+        return Reply(self._hidden(str(text or "")), tokens)
 
     def _hidden(self, text: str) -> str:
         return without_key(text, self._key())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from switchkd.study.file import StudyConfig
 from switchkd.study.plan import StudyRun, plan_of
 from switchkd.study.pool import Failure, run_all
 from switchkd.study.progress import StudyProgress
-from switchkd.study.rows import CSV_FILE, Row, finished_rows, planned_rows, save_rows
+from switchkd.study.rows import CSV_FILE, RUNS, Row, finished_rows, kept_models, planned_rows, save_rows
 from switchkd.study.summary import MEASURES, summarize_study
 from switchkd.study.tables import grids, report
 
@@ -32,15 +32,17 @@ def run_study(study: StudyConfig, console: Console, *, dry_run: bool = False) ->
     planned = plan_of(study)
     finished = finished_rows(folder)
     missing = [row for row in planned if row.identity not in finished]
-    _print(console, _plan_line(study, planned, missing))
+    kept = kept_models(folder / RUNS)
+    to_train = {row.identity for row in missing if row.kind == "run" and row.training not in kept}
+    _print(console, _plan_line(study, planned, missing, len(to_train)))
     if dry_run:
         for row in planned:
-            _print(console, f"  {'to do' if row in missing else 'done'}  {row.name}")
+            _print(console, f"  {'to do' if row in missing else 'done'}  {row.name}{_how(row, missing, to_train)}")
         return planned_rows(finished, planned)
     failures: list[Failure] = []
     try:
         if missing:
-            failures = _carry_out(study, missing, console)
+            failures = _carry_out(study, missing, to_train, console)
     finally:
         rows = planned_rows(_write(study, planned), planned)
     if failures:
@@ -48,8 +50,9 @@ def run_study(study: StudyConfig, console: Console, *, dry_run: bool = False) ->
     return rows
 
 
-def _carry_out(study: StudyConfig, missing: Sequence[StudyRun], console: Console) -> list[Failure]:
-    to_train = sum(row.kind == "run" for row in missing)
+def _carry_out(
+    study: StudyConfig, missing: Sequence[StudyRun], to_train: Collection[str], console: Console
+) -> list[Failure]:
     with StudyProgress(console, len(missing), to_train, study.processes) as progress:
         return run_all(missing, Path(study.output_dir), study.processes, progress, keep_models=study.keep_models)
 
@@ -89,13 +92,18 @@ def show(study: StudyConfig, rows: Sequence[Row], console: Console) -> None:
         _print(console, NO_PLOT)
 
 
-def _plan_line(study: StudyConfig, planned: Sequence[StudyRun], missing: Sequence[StudyRun]) -> str:
-    trainings = sum(row.kind == "run" for row in missing)
+def _how(row: StudyRun, missing: Sequence[StudyRun], to_train: Collection[str]) -> str:
+    is_kept = row in missing and row.kind == "run" and row.identity not in to_train
+    return ", whose model is there: to be measured" if is_kept else ""
+
+
+def _plan_line(study: StudyConfig, planned: Sequence[StudyRun], missing: Sequence[StudyRun], trainings: int) -> str:
     there = len(planned) - len(missing)
+    kept = ", and of models that are there," if trainings < sum(row.kind == "run" for row in missing) else ""
     settings = f" x {len(study.settings)} settings" if len(study.settings) > 1 else ""
     return (
         f"{len(study.methods)} methods{settings} x {len(study.seeds)} seeds, {study.budget} each: {trainings} trainings and "
-        f"{len(missing) - trainings} evaluations of start and teacher to do, {there} rows are there; "
+        f"{len(missing) - trainings} evaluations of start and teacher{kept} to do, {there} rows are there; "
         f"{study.processes} at a time, into {study.output_dir}."
     )
 

@@ -49,7 +49,8 @@ class StudyRun:
     """One row of a study: a method trained with a seed, or the start or the teacher as they are.
 
     `values` are those of its run file but for its folder; `budget` is what the study says of its length. `identity` is a hash of
-    all that decides what comes out, whatever the machine, the number of workers and the folder.
+    all that decides what comes out, whatever the machine, the number of workers and the folder; `training` is one of what decides
+    the trained model alone, "" where none is trained.
     """
 
     kind: Kind
@@ -60,6 +61,7 @@ class StudyRun:
     values: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     identity: str
+    training: str = ""
 
     @property
     def name(self) -> str:
@@ -127,9 +129,9 @@ def _training(study: StudyConfig, method: str, setting: str, seed: int, looked_u
         raise UserError(
             f"{name}: evaluation.distance is the distance to the teacher, and there are several; set it to false"
         )
-    deciding = {**_deciding(run), "law": _law_of(config)}
-    identity = _hash({"run": deciding, "evaluation": _given(study.evaluation)})
-    return StudyRun("run", method, setting, seed, str(study.budget), values, evaluation, identity)
+    deciding = {"run": {**_deciding(run), "law": _law_of(config)}}
+    identity = _hash({**deciding, "evaluation": _given(study.evaluation)})
+    return StudyRun("run", method, setting, seed, str(study.budget), values, evaluation, identity, _hash(deciding))
 
 
 def _check_sources(run: RunConfig, looked_up: set[str]) -> None:

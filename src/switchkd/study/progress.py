@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,10 +25,11 @@ class StudyProgress:
     it goes by how far those in flight are.
     """
 
-    def __init__(self, console: Console, total: int, to_train: int, workers: int) -> None:
+    def __init__(self, console: Console, total: int, to_train: Collection[str], workers: int) -> None:
         self.console = console
         self.workers = workers
-        self.to_train = to_train
+        # By identity: the other runs are only measured.
+        self.to_train = set(to_train)
         self.done = 0
         self.total = total
         self.in_flight: dict[str, tuple[StudyRun, Path, float]] = {}
@@ -53,8 +55,8 @@ class StudyProgress:
         took = time.perf_counter() - started_at
         self.done += 1
         self.bar.update(self.task, completed=self.done)
-        if row.kind == "run":
-            self.to_train -= 1
+        if row.identity in self.to_train:
+            self.to_train.remove(row.identity)
             self.seconds += [] if reason else [took]
         outcome = f"failed: {reason}" if reason else _scores(folder / ROW_FILE)
         left = self.left()
@@ -67,8 +69,8 @@ class StudyProgress:
         whole = fmean(self.seconds) if self.seconds else self._whole_by_parts(parts)
         if whole is None:
             return None
-        runs_left = self.to_train - sum(parts.values())
-        return whole * max(0.0, runs_left) / max(1, min(self.workers, self.to_train))
+        runs_left = len(self.to_train) - sum(parts.values())
+        return whole * max(0.0, runs_left) / max(1, min(self.workers, len(self.to_train)))
 
     def look(self) -> None:
         """Note how far the runs in flight are, once a second."""
@@ -76,14 +78,14 @@ class StudyProgress:
             return
         self.looked_at = time.perf_counter()
         notes = [
-            f"{row.name} {_part_done(row, folder):.0%}" if row.kind == "run" else row.name
+            f"{row.name} {_part_done(row, folder):.0%}" if row.identity in self.to_train else row.name
             for row, folder, _ in self.in_flight.values()
         ]
         left = self.left()
         self.bar.note = "; ".join(notes) + (f"; about {duration(left)} left" if left else "")
 
     def _training(self) -> dict[str, tuple[StudyRun, Path, float]]:
-        return {key: each for key, each in self.in_flight.items() if each[0].kind == "run"}
+        return {key: each for key, each in self.in_flight.items() if key in self.to_train}
 
     def _whole_by_parts(self, parts: dict[str, float]) -> float | None:
         """The seconds of a whole run, from how far the ones in flight are."""

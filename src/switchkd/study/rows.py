@@ -42,6 +42,20 @@ def finished_rows(folder: Path) -> dict[str, Row]:
     return found
 
 
+def kept_models(runs: Path) -> dict[str, Path]:
+    """The folders of finished trainings whose models were kept, by the hash of what decided them (`StudyRun.training`).
+
+    Raises UserError for a row.json that is none.
+    """
+    found = {}
+    for path in sorted(runs.glob(f"*/{ROW_FILE}")):
+        row = _row(path.read_text(encoding="utf-8"), str(path))
+        # Rows of earlier versions do not say what was trained.
+        if row.get("training") and any((path.parent / TRAINING).glob("*.safetensors")):
+            found[row["training"]] = path.parent / TRAINING
+    return found
+
+
 def _row(text: str, place: str) -> Row:
     try:
         row: Row = json.loads(text)

@@ -24,7 +24,7 @@ from switchkd.run.folder import FINISHED_FILE, LOG_FILE, RUN_FILE, git_commit
 from switchkd.run.launch import train_run
 from switchkd.study.measure import measure
 from switchkd.study.plan import StudyRun
-from switchkd.study.rows import COSTS, ROW_FILE, TRAINING
+from switchkd.study.rows import COSTS, ROW_FILE, TRAINING, kept_models
 from switchkd.training.checkpoints import last_complete_checkpoint
 
 ANSWERS = "answers"
@@ -33,7 +33,8 @@ ANSWERS = "answers"
 def carry_out(row: StudyRun, folder: Path, *, keep_model: bool) -> None:
     """Train and evaluate one run in its folder, from where an earlier attempt ended, and write row.json last.
 
-    Raises UserError for what does not fit, and Stopped where a signal ended the training.
+    What another evaluation has trained, in a folder beside it, is measured as it is. Raises UserError for what does not fit, and
+    Stopped where a signal ended the training.
     """
     with FileLock(folder / ".lock"):
         # A worker that lost its study may have been finishing this very run.
@@ -41,8 +42,9 @@ def carry_out(row: StudyRun, folder: Path, *, keep_model: bool) -> None:
             # It may have been killed before it was tidy.
             _tidy(folder / TRAINING, keep_model=keep_model)
             return
-        run = row.run(folder / TRAINING)
-        if row.kind == "run":
+        kept = kept_models(folder.parent).get(row.training)
+        run = row.run(kept or folder / TRAINING)
+        if row.kind == "run" and kept is None:
             _train(run, Path(run.output_dir))
         model = {"run": run.output_dir, "start": run.student, "teacher": str(run.teacher)}[row.kind]
         sets, scores = measure(row, run, model, folder / ANSWERS)
@@ -57,7 +59,7 @@ def carry_out(row: StudyRun, folder: Path, *, keep_model: bool) -> None:
             "date": now(),
         }
         write_atomically(folder / ROW_FILE, json.dumps(found) + "\n")
-        if row.kind == "run":
+        if row.kind == "run" and kept is None:
             _tidy(Path(run.output_dir), keep_model=keep_model)
 
 
