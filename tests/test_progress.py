@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from switchkd.progress import progress_bar
+from switchkd.study.plan import StudyRun
+from switchkd.study.progress import StudyProgress
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -33,3 +37,31 @@ def test_a_part_is_counted_from_where_the_task_stands() -> None:
             for finished in sizes:
                 count(finished)
     assert progress.tasks[task].completed == 6
+
+
+def test_a_study_counts_on_each_method_to_take_as_long_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("switchkd.study.progress.time.perf_counter", lambda: now[0])
+    (tmp_path / "row.json").write_text(
+        json.dumps({"scores": {"dolly": {"all": {"exact_match": 0.0, "rouge_l": 12.34}}}})
+    )
+    runs = [
+        StudyRun("run", method, "", seed, "", {}, {}, f"{method}{seed}") for seed in (1, 2) for method in ("sft", "gkd")
+    ]
+    said = io.StringIO()
+    with StudyProgress(Console(file=said, width=200), len(runs), runs, workers=1) as progress:
+        assert progress.left() is None
+        for run, seconds in zip(runs[:3], (10, 100, 10), strict=True):
+            progress.started(run, tmp_path)
+            now[0] += seconds
+            progress.ended(run, None)
+        # The mean of all would say 40.
+        assert progress.left() == pytest.approx(100)
+        assert "3 of 4  sft, seed 2: dolly 12.3 ROUGE-L (10 s); about 1 min 40 s left" in said.getvalue()
+        progress.started(runs[3], tmp_path)
+        for more, told in ((300, 0), (301, 1), (10, 1)):
+            now[0] += more
+            progress.look()
+            assert said.getvalue().count("at work: gkd, seed 2 0%; about 1 min 40 s left") == told

@@ -193,7 +193,7 @@ def row_of(method: str, seed: int | None, exact: str, **more: Any) -> Row:
     scores = {"all": {"exact_match": 25.0 * exact.count("1"), "rouge_l": 50.0}}
     kind = method if method in ("start", "teacher") else "run"
     names = ("steps", "student_forwards", "teacher_forwards", "generated_tokens", "training_seconds")
-    costs = dict.fromkeys(names, 100 + (seed or 0)) if kind == "run" else {}
+    costs = dict.fromkeys(names, 100 + (seed or 0)) | {"teacher_generated_tokens": 20.4} if kind == "run" else {}
     whence = dict.fromkeys(("version", "commit", "machine", "date"), "-")
     who = {"kind": kind, "method": method, "setting": "", "seed": seed, "budget": "3 steps", **whence}
     return {
@@ -236,7 +236,12 @@ def test_tables_and_csv_hold_the_same_numbers(models: Path, tmp_path: Path) -> N
     assert tables["set: exact match, %"].lines[2][:2] == ("switch", "3")
     difference = tables["set: exact match, %, minus on-policy"].lines[1]
     assert difference[1].startswith("**+62.5 (")
-    assert "| switch | 102 | 102 | 102 | 102 | 1 min 42 s |" in tables["Costs of a run, means over seeds"].markdown()
+    costs = "Costs of a run, means over seeds"
+    assert "| switch | 102 | 102 | 102 | 102 | 20% | 1 min 42 s |" in tables[costs].markdown()
+    # One of an earlier version did not say who wrote how much.
+    old = row_of("switch", 4, "0000")
+    del old["costs"]["teacher_generated_tokens"]
+    assert grids(study, [*ROWS, old])[-1].lines[1][-2:] == ("", "1 min 42 s")
     lines = list(csv.DictReader(io.StringIO(as_csv(ROWS))))
     assert [line["set all exact_match"] for line in lines] == ["25.0", "75.0", "25.0", "100.0", "0.0", "50.0"]
     assert lines[5]["seed"] == lines[5]["training_seconds"] == ""
@@ -399,8 +404,14 @@ def test_what_is_done_is_not_run_again(models: Path, tmp_path: Path, monkeypatch
     carry_out(row, place, keep_model=False)
     asked: list[StudyRun] = []
     monkeypatch.setattr("switchkd.study.launch.run_all", lambda rows, *_, **__: asked.extend(rows) or [])
+    drawn: list[str] = []
+    monkeypatch.setattr("switchkd.study.launch.save_scores", lambda scores, label, path: drawn.append(label))
     (kept,) = run_study(study, quiet())
     assert [each.name for each in asked] == ["start", "teacher"]
+    kept["scores"][str(models / "test.jsonl")]["all"]["exact_match"] = 50.0
+    (place / "row.json").write_text(json.dumps(kept))
+    run_study(study, quiet())
+    assert drawn == ["ROUGE-L", "exact match, %"]
     assert kept["scores"][str(models / "test.jsonl")]["even"]["rows"] == 3
     assert len(kept["sets"][str(models / "test.jsonl")]["exact_match"][0]) == 6
 
@@ -463,7 +474,10 @@ def test_the_distance_to_the_teacher_is_a_measure_like_the_others(models: Path, 
     # Kept to five places.
     assert rows[0]["sets"][name]["reverse_kl"][0] == pytest.approx(expected.reverse.per_sequence, abs=1e-5)
     assert rows[0]["scores"][name]["odd"]["forward_kl"] == pytest.approx(expected.forward.by(list("oeoeoe"))["o"].mean)
-    assert f"{expected.reverse.mean:.3f}" in as_csv(rows)
+    (line, *_) = csv.DictReader(io.StringIO(as_csv(rows)))
+    assert float(line[f"{name} all reverse_kl"]) == pytest.approx(expected.reverse.mean, abs=5e-4)
+    assert float(line[f"{name} all forward_kl_per_token"]) == pytest.approx(expected.forward.per_token, abs=5e-4)
+    assert float(line[f"{name} odd ended_share"]) <= 1
 
 
 def events_of(models: Path, tmp_path: Path, **changes: Any) -> list[dict[str, Any]]:
@@ -476,6 +490,10 @@ def test_a_budget_of_tokens_ends_a_run_and_the_rate_follows_it(models: Path, tmp
     events = events_of(models, tmp_path, max_generated_tokens=60)
     steps = [event for event in events if "loss" in event]
     assert events[-1]["generated_tokens"] >= 60
+    # No text of these ended before its sixth token, so that each step's share is of twelve.
+    assert events[-1]["generated_tokens"] == 12 * len(steps)
+    of_steps = sum(12 * step["teacher_share"] for step in steps)
+    assert events[-1]["teacher_generated_tokens"] == pytest.approx(of_steps)
     # Each step writes at most 2 x 6 tokens, and the one that crosses the line is the last.
     assert events[-1]["generated_tokens"] < 72
     assert [step["budget_used"] for step in steps] == sorted(step["budget_used"] for step in steps)
@@ -519,6 +537,7 @@ def test_the_teachers_writing_is_part_of_the_budget(models: Path, tmp_path: Path
     events = events_of(models, tmp_path, method="seqkd", threshold=None, max_seconds=3)
     assert [event["budget_used"] for event in events if "loss" in event] == pytest.approx([2 / 3, 1])
     assert events[-1]["training_seconds"] == 3
+    assert events[-1]["teacher_generated_tokens"] == events[-1]["generated_tokens"] > 0
 
 
 def test_an_evaluation_is_no_part_of_what_training_costs(models: Path, tmp_path: Path, clock: Clock) -> None:

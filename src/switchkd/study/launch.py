@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +16,7 @@ from switchkd.study.plan import StudyRun, plan_of
 from switchkd.study.pool import Failure, run_all
 from switchkd.study.progress import StudyProgress
 from switchkd.study.rows import CSV_FILE, RUNS, Row, finished_rows, kept_models, planned_rows, save_rows
-from switchkd.study.summary import MEASURES, summarize_study
+from switchkd.study.summary import MEASURES, Measure, summarize_study
 from switchkd.study.tables import grids, report
 
 REPORT_FILE, PLOT_FILE = "study.md", "study.png"
@@ -33,7 +33,7 @@ def run_study(study: StudyConfig, console: Console, *, dry_run: bool = False) ->
     finished = finished_rows(folder)
     missing = [row for row in planned if row.identity not in finished]
     kept = kept_models(folder / RUNS)
-    to_train = {row.identity for row in missing if row.kind == "run" and row.training not in kept}
+    to_train = [row for row in missing if row.kind == "run" and row.training not in kept]
     _print(console, _plan_line(study, planned, missing, len(to_train)))
     if dry_run:
         for row in planned:
@@ -51,7 +51,7 @@ def run_study(study: StudyConfig, console: Console, *, dry_run: bool = False) ->
 
 
 def _carry_out(
-    study: StudyConfig, missing: Sequence[StudyRun], to_train: Collection[str], console: Console
+    study: StudyConfig, missing: Sequence[StudyRun], to_train: Sequence[StudyRun], console: Console
 ) -> list[Failure]:
     with StudyProgress(console, len(missing), to_train, study.processes) as progress:
         return run_all(missing, Path(study.output_dir), study.processes, progress, keep_models=study.keep_models)
@@ -65,16 +65,25 @@ def _write(study: StudyConfig, planned: Sequence[StudyRun]) -> Mapping[str, Row]
     if rows:
         save_rows(folder, found, planned)
         write_atomically(folder / REPORT_FILE, report(study, rows, len(planned) - len(rows)))
-        save_scores(_by_method(study, rows), MEASURES["exact_match"], folder / PLOT_FILE)
+        measure = _drawn(rows)
+        save_scores(_by_method(study, rows, measure), MEASURES[measure], folder / PLOT_FILE)
     return found
 
 
-def _by_method(study: StudyConfig, rows: Sequence[Row]) -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
-    """Mean and bounds of exact match by set, method and part, as the plot takes them."""
+def _drawn(rows: Sequence[Row]) -> Measure:
+    """Exact match, or ROUGE-L where no answer to free text matched."""
+    found = any(parts["all"]["exact_match"] for row in rows for parts in row["scores"].values())
+    return "exact_match" if found else "rouge_l"
+
+
+def _by_method(
+    study: StudyConfig, rows: Sequence[Row], measure: Measure
+) -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
+    """Mean and bounds of a measure by set, method and part, as the plot takes them."""
     return {
         name: {
             line.name: {part: (each.mean, each.low, each.high) for part, each in line.scores.items()}
-            for line in summarize_study(rows, name, "exact_match", study.compared_with)
+            for line in summarize_study(rows, name, measure, study.compared_with)
         }
         for name in study.evaluation.sets
     }
@@ -92,8 +101,8 @@ def show(study: StudyConfig, rows: Sequence[Row], console: Console) -> None:
         _print(console, NO_PLOT)
 
 
-def _how(row: StudyRun, missing: Sequence[StudyRun], to_train: Collection[str]) -> str:
-    is_kept = row in missing and row.kind == "run" and row.identity not in to_train
+def _how(row: StudyRun, missing: Sequence[StudyRun], to_train: Sequence[StudyRun]) -> str:
+    is_kept = row in missing and row.kind == "run" and row not in to_train
     return ", whose model is there: to be measured" if is_kept else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,26 +17,29 @@ from switchkd.run.folder import LOG_FILE
 from switchkd.study.plan import StudyRun
 from switchkd.study.rows import ROW_FILE, TRAINING
 
+# Where there is no bar, how far the runs in flight are is said this often.
+_SECONDS_BETWEEN_NOTES = 600.0
+
 
 class StudyProgress:
-    """A bar over all runs with a note of those in flight on a terminal, a line for each run that ends elsewhere and there.
+    """A bar over all runs with a note of those in flight on a terminal, and a line now and then elsewhere; a line for each end.
 
-    Use in `with`. The estimate counts on the runs that are left to take as long as those that ended; before the first has ended,
-    it goes by how far those in flight are.
+    Use in `with`. The estimate counts on a run that is left to take as long as those of its method, else as all that ended; before
+    the first has ended, it goes by how far those in flight are. `to_train` are the runs that are not measured alone.
     """
 
-    def __init__(self, console: Console, total: int, to_train: Collection[str], workers: int) -> None:
+    def __init__(self, console: Console, total: int, to_train: Sequence[StudyRun], workers: int) -> None:
         self.console = console
         self.workers = workers
-        # By identity: the other runs are only measured.
-        self.to_train = set(to_train)
+        self.to_train = {row.identity: row for row in to_train}
         self.done = 0
         self.total = total
         self.in_flight: dict[str, tuple[StudyRun, Path, float]] = {}
-        self.seconds: list[float] = []
+        self.seconds: dict[tuple[str, str], list[float]] = {}
         self.bar = progress_bar(console)
         self.task = self.bar.add_task("runs", total=total)
         self.looked_at = 0.0
+        self.noted_at = time.perf_counter()
 
     def __enter__(self) -> StudyProgress:
         self.bar.start()
@@ -56,8 +59,9 @@ class StudyProgress:
         self.done += 1
         self.bar.update(self.task, completed=self.done)
         if row.identity in self.to_train:
-            self.to_train.remove(row.identity)
-            self.seconds += [] if reason else [took]
+            del self.to_train[row.identity]
+            if not reason:
+                self.seconds.setdefault((row.method, row.setting), []).append(took)
         outcome = f"failed: {reason}" if reason else _scores(folder / ROW_FILE)
         left = self.left()
         more = f"; about {duration(left)} left" if left and self.done < self.total else ""
@@ -66,11 +70,16 @@ class StudyProgress:
     def left(self) -> float | None:
         """Seconds that the study will still take; None while nothing tells."""
         parts = {identity: _part_done(row, folder) for identity, (row, folder, _) in self._training().items()}
-        whole = fmean(self.seconds) if self.seconds else self._whole_by_parts(parts)
+        ended = [seconds for of_method in self.seconds.values() for seconds in of_method]
+        whole = fmean(ended) if ended else self._whole_by_parts(parts)
         if whole is None:
             return None
-        runs_left = len(self.to_train) - sum(parts.values())
-        return whole * max(0.0, runs_left) / max(1, min(self.workers, len(self.to_train)))
+        of_method = {key: fmean(seconds) for key, seconds in self.seconds.items()}
+        left = sum(
+            of_method.get((row.method, row.setting), whole) * (1 - parts.get(identity, 0.0))
+            for identity, row in self.to_train.items()
+        )
+        return left / max(1, min(self.workers, len(self.to_train)))
 
     def look(self) -> None:
         """Note how far the runs in flight are, once a second."""
@@ -83,6 +92,9 @@ class StudyProgress:
         ]
         left = self.left()
         self.bar.note = "; ".join(notes) + (f"; about {duration(left)} left" if left else "")
+        if not self.console.is_terminal and self.looked_at - self.noted_at >= _SECONDS_BETWEEN_NOTES:
+            self.noted_at = self.looked_at
+            self.say(f"at work: {self.bar.note}")
 
     def _training(self) -> dict[str, tuple[StudyRun, Path, float]]:
         return {key: each for key, each in self.in_flight.items() if key in self.to_train}
@@ -103,7 +115,13 @@ class StudyProgress:
 
 def _scores(path: Path) -> str:
     scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
-    return ", ".join(f"{name} {parts['all']['exact_match']:.1f} % exact" for name, parts in scores.items())
+    return ", ".join(f"{name} {_score(parts['all'])}" for name, parts in scores.items())
+
+
+def _score(scores: Mapping[str, float]) -> str:
+    """Exact match, or ROUGE-L where no answer matched."""
+    exact = scores["exact_match"]
+    return f"{exact:.1f} % exact" if exact else f"{scores['rouge_l']:.1f} ROUGE-L"
 
 
 def _part_done(row: StudyRun, folder: Path) -> float:

@@ -18,9 +18,18 @@ ROWS_FILE, CSV_FILE = "rows.jsonl", "study.csv"
 # In the study's folder: a folder for each run, and in that its training and, once it is done, its row.
 RUNS, TRAINING, ROW_FILE = "runs", "run", "row.json"
 # Of a whole run; see training/costs.py.
-COSTS = ("steps", "student_forwards", "teacher_forwards", "generated_tokens", "training_seconds")
+COSTS = (
+    *("steps", "student_forwards", "teacher_forwards"),
+    *("generated_tokens", "teacher_generated_tokens", "training_seconds"),
+)
 # Where a study asks for the distance to the teacher.
 DISTANCES = ("reverse_kl", "forward_kl")
+# What a CSV says of a set's part, as far as it was measured.
+_SCORES = (
+    *("exact_match", "rouge_l", *DISTANCES),
+    *(f"{measure}_per_token" for measure in DISTANCES),
+    *("response_tokens", "ended_share"),
+)
 _WHO = ("kind", "method", "setting", "seed", "budget")
 _WHENCE = ("version", "commit", "machine", "date", "identity")
 
@@ -80,7 +89,7 @@ def planned_rows(rows: Mapping[str, Row], planned: Sequence[StudyRun]) -> list[R
 
 
 def as_csv(rows: Iterable[Row]) -> str:
-    """A line for each run: who, exact match and ROUGE-L of each set and bucket (0 to 100), costs, and where it is from."""
+    """A line for each run: who, the scores of each set and bucket (exact match, ROUGE-L: 0 to 100), costs, and where it is from."""
     lines = [_flat(row) for row in rows]
     columns = list(dict.fromkeys(key for line in lines for key in line if key not in _WHENCE))
     text = io.StringIO()
@@ -94,7 +103,7 @@ def _flat(row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {key: row[key] for key in _WHO}
     for name, parts in row["scores"].items():
         for part, scores in parts.items():
-            for measure in ("exact_match", "rouge_l", *(name for name in DISTANCES if name in scores)):
+            for measure in (each for each in _SCORES if each in scores):
                 flat[f"{name} {part} {measure}"] = round(scores[measure], 3)
     flat |= {key: _rounded(row["costs"].get(key, "")) for key in COSTS}
     return flat | {key: row[key] for key in _WHENCE}

@@ -119,7 +119,11 @@ def _line(rows: list[Row], baseline: list[Row], set_name: str, measure: Measure)
             for part, at in parts.items()
         },
         {part: over_rows_and_seeds(differences[:, at]) for part, at in parts.items()} if len(differences) else {},
-        {cost: fmean(row["costs"][cost] for row in rows) for cost in COSTS if rows[0]["costs"]},
+        {
+            cost: fmean(row["costs"][cost] for row in rows)
+            for cost in COSTS
+            if all(cost in row["costs"] for row in rows)
+        },
     )
 
 

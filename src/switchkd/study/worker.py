@@ -80,7 +80,8 @@ def _train(run: RunConfig, folder: Path) -> None:
 def _costs(folder: Path) -> dict[str, float]:
     """What the run has spent, as its last log event says, and its steps."""
     ended = next(event for event in reversed(read_log(folder / LOG_FILE)) if "train_runtime" in event)
-    return {name: ended["step" if name == "steps" else name] for name in COSTS}
+    # A training of an earlier version counted less.
+    return {name: ended[key] for name in COSTS if (key := "step" if name == "steps" else name) in ended}
 
 
 def _tidy(folder: Path, *, keep_model: bool) -> None:

@@ -24,11 +24,12 @@ from switchkd.training.kept_state import kept_state
 
 @dataclass
 class Spent:
-    """Forwards of each model, of whatever size; tokens that either wrote; and seconds of training."""
+    """Forwards of each model, of whatever size; tokens that either wrote, and the teacher's among them; seconds of training."""
 
     student_forwards: int = 0
     teacher_forwards: int = 0
     generated_tokens: int = 0
+    teacher_generated_tokens: float = 0.0
     training_seconds: float = 0.0
 
 
@@ -160,6 +161,7 @@ class _CountingEngine:
             on_progress=on_progress,
         )
         self.spent.generated_tokens += sum(len(rollout.token_ids) for rollout in rollouts)
+        self.spent.teacher_generated_tokens += sum(rollout.teacher_tokens for rollout in rollouts)
         # Not every engine counts its forwards.
         if (metrics := getattr(self.engine, "metrics", None)) is not None:
             self.spent.student_forwards += metrics.student_forwards
