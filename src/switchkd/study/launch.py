@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.text import Text
@@ -11,6 +12,7 @@ from rich.text import Text
 from switchkd.errors import UserError
 from switchkd.files import write_atomically
 from switchkd.report.plots import NO_PLOT, save_scores
+from switchkd.report.terminal import duration
 from switchkd.study.file import StudyConfig
 from switchkd.study.plan import StudyRun, plan_of
 from switchkd.study.pool import Failure, run_all
@@ -34,7 +36,7 @@ def run_study(study: StudyConfig, console: Console, *, dry_run: bool = False) ->
     missing = [row for row in planned if row.identity not in finished]
     kept = kept_models(folder / RUNS)
     to_train = [row for row in missing if row.kind == "run" and row.training not in kept]
-    _print(console, _plan_line(study, planned, missing, len(to_train)))
+    _print(console, _plan_line(study, planned, missing, len(to_train)) + _cost_line(study, to_train, finished.values()))
     if dry_run:
         for row in planned:
             _print(console, f"  {'to do' if row in missing else 'done'}  {row.name}{_how(row, missing, to_train)}")
@@ -115,6 +117,21 @@ def _plan_line(study: StudyConfig, planned: Sequence[StudyRun], missing: Sequenc
         f"{len(missing) - trainings} evaluations of start and teacher{kept} to do, {there} rows are there; "
         f"{study.processes} at a time, into {study.output_dir}."
     )
+
+
+def _cost_line(study: StudyConfig, to_train: Sequence[StudyRun], finished: Collection[Row]) -> str:
+    """What the trainings will take, as far as the budget or finished rows tell; a method that has none counts as all on average."""
+    took: dict[str, list[float]] = {}
+    for row in finished:
+        if row["kind"] == "run":
+            took.setdefault(row["method"], []).append(row["costs"]["training_seconds"])
+    if not to_train or (study.budget.seconds is None and not took):
+        return ""
+    every = study.budget.seconds or fmean(seconds for of_method in took.values() for seconds in of_method)
+    of_method = {} if study.budget.seconds else {method: fmean(seconds) for method, seconds in took.items()}
+    total = sum(of_method.get(row.method, every) for row in to_train)
+    source = "" if study.budget.seconds else ", by the rows that are there"
+    return f" Training takes about {duration(total)} of one core{source}; loading and evaluating come on top."
 
 
 def _of_failures(failures: Sequence[Failure], planned: int) -> str:
