@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,18 @@ def test_a_run_whose_budget_ended_goes_on_with_a_larger_one(tmp_path: Path) -> N
     first = make_trainer(tmp_path, tiny_pair("llama"), **options, max_generated_tokens=60)
     first.train()
     assert last_complete_checkpoint(tmp_path) == tmp_path / f"checkpoint-{first.state.global_step}"
+    assert first.state.log_history[-1]["teacher_generated_tokens"] == 0
+    # As an earlier version wrote it.
+    path = tmp_path / f"checkpoint-{first.state.global_step}" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["switchkd"]["costs"]["teacher_generated_tokens"]
+    path.write_text(json.dumps(state))
     second = make_trainer(tmp_path, tiny_pair("llama"), **options, max_generated_tokens=120)
     engine = RecordingEngine(second)
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == first.state.global_step + len(engine.calls)
+    assert second.state.log_history[-1]["generated_tokens"] >= 120
+    assert "teacher_generated_tokens" not in second.state.log_history[-1]
 
 
 def test_resuming_takes_the_last_whole_checkpoint(tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ def test_a_study_counts_on_each_method_to_take_as_long_as_before(
         json.dumps({"scores": {"dolly": {"all": {"exact_match": 0.0, "rouge_l": 12.34}}}})
     )
     runs = [
-        StudyRun("run", method, "", seed, "", {}, {}, f"{method}{seed}") for seed in (1, 2) for method in ("sft", "gkd")
+        StudyRun("run", method, size, seed, "", {"max_steps": 4}, {}, f"{method}{size}{seed}")
+        for seed in (1, 2)
+        for method, size in (("sft", "small"), ("sft", "large"))
     ]
     said = io.StringIO()
     with StudyProgress(Console(file=said, width=200), len(runs), runs, workers=1) as progress:
@@ -59,9 +61,33 @@ def test_a_study_counts_on_each_method_to_take_as_long_as_before(
             progress.ended(run, None)
         # The mean of all would say 40.
         assert progress.left() == pytest.approx(100)
-        assert "3 of 4  sft, seed 2: dolly 12.3 ROUGE-L (10 s); about 1 min 40 s left" in said.getvalue()
+        told_now = "3 of 4  sft, small, seed 2: dolly 0.0 % exact, ROUGE-L 12.3 (10 s); about 1 min 40 s left"
+        assert told_now in said.getvalue()
+        now[0] += 700
+        progress.look()
+        # Nothing is at work.
+        assert "at work" not in said.getvalue()
         progress.started(runs[3], tmp_path)
-        for more, told in ((300, 0), (301, 1), (10, 1)):
+        for more, told in ((2, 1), (300, 1), (301, 2)):
             now[0] += more
             progress.look()
-            assert said.getvalue().count("at work: gkd, seed 2 0%; about 1 min 40 s left") == told
+            assert said.getvalue().count("at work: sft, large, seed 2 0%; about 1 min 40 s left") == told
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "log.jsonl").write_text('{"loss": 1.0, "step": 1}\n')
+        assert progress.left() == pytest.approx(75)
+
+
+def test_a_run_that_went_on_from_an_earlier_attempt_says_nothing_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("switchkd.study.progress.time.perf_counter", lambda: now[0])
+    (tmp_path / "row.json").write_text(json.dumps({"scores": {}}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text('{"loss": 1.0, "step": 3}\n')
+    runs = [StudyRun("run", "sft", "", seed, "", {"max_steps": 4}, {}, f"sft{seed}") for seed in (1, 2)]
+    with StudyProgress(Console(file=io.StringIO()), len(runs), runs, workers=1) as progress:
+        progress.started(runs[0], tmp_path)
+        now[0] += 10
+        progress.ended(runs[0], None)
+        assert progress.left() is None

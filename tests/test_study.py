@@ -21,6 +21,7 @@ from runs import save_pair, switchkd, write_rows, write_run
 from switchkd.analysis.distance import distance_to_teacher
 from switchkd.errors import UserError
 from switchkd.models.load import load_pair
+from switchkd.report.terminal import duration
 from switchkd.run.callbacks import read_log
 from switchkd.run.launch import train_run
 from switchkd.study import plan as plan_module
@@ -28,7 +29,7 @@ from switchkd.study.file import StudyConfig, StudyEvaluation, read_study, study_
 from switchkd.study.launch import run_study
 from switchkd.study.plan import StudyRun, plan_of
 from switchkd.study.pool import place_of
-from switchkd.study.rows import RUNS, Row, as_csv, finished_rows
+from switchkd.study.rows import RUNS, Row, as_csv, finished_rows, kept_models
 from switchkd.study.summary import summarize_study
 from switchkd.study.tables import Grid, grids
 from switchkd.study.worker import carry_out
@@ -64,6 +65,11 @@ def values_of(models: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "output_dir": str(folder / "study"),
         **changes,
     }
+
+
+def write_study(path: Path, values: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
 
 
 def study_of(models: Path, folder: Path, **changes: Any) -> StudyConfig:
@@ -282,14 +288,23 @@ def test_rows_of_other_machines_are_taken_as_done(
     folder = Path(study.output_dir)
     folder.mkdir()
     made_elsewhere = [row_of(row.method, row.seed, "1000", identity=row.identity) for row in plan_of(study)[:3]]
+    made_elsewhere[1]["costs"]["training_seconds"] = 500
+    # Of another budget.
+    made_elsewhere.append(row_of("switch", 2, "1000", identity="other", budget="9 steps"))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_elsewhere))
-    path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(values_of(models, tmp_path)))
+    path = write_study(tmp_path / "study.yaml", values_of(models, tmp_path))
     assert switchkd("compare", path, "--dry-run") == 0
     shown = capsys.readouterr().out
     assert "1 trainings and 2 evaluations of start and teacher to do, 3 rows are there" in shown
     # What switch took with seed 1.
-    assert "Training takes about 1 min 41 s of one core, by the rows that are there;" in shown
+    assert "Training will take about 8 min 20 s of one core, judging by finished rows;" in shown
+    timed = values_of(models, tmp_path, budget={"seconds": 60}, seeds=[5])
+    assert switchkd("compare", write_study(path, timed), "--dry-run") == 0
+    assert "Training will take about 2 min 0 s of one core; loading" in capsys.readouterr().out
+    with_kd = {"kd": {"method": "kd"}, **values_of(models, tmp_path)["methods"]}
+    assert switchkd("compare", write_study(path, values_of(models, tmp_path, methods=with_kd)), "--dry-run") == 0
+    # Switch as before, and twice the mean of all for kd, of which no row tells.
+    assert f"about {duration(500 + 2 * (101 + 500 + 102) / 3)} of one core" in capsys.readouterr().out
     assert [line.split("  ")[1] for line in shown.splitlines() if line.startswith("  ")] == ["done"] * 3 + ["to do"] * 3
     (folder / "rows.jsonl").write_text("no row\n")
     with pytest.raises(UserError, match=r"rows\.jsonl:1 is no finished row"):
@@ -433,12 +448,22 @@ def test_another_evaluation_measures_the_models_that_were_kept(
     run_study(again, Console(file=said, width=200), dry_run=True)
     told = said.getvalue()
     assert "1 trainings and 3 evaluations of start and teacher, and of models that are there, to do" in told
-    assert "to do  switch, seed 1, whose model is there: to be measured" in told
+    assert "to do  switch, seed 1 (its model is there: only to be measured)" in told
     assert "to do  kd, seed 1\n" in told
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        "switchkd.study.launch.run_all",
+        lambda rows, folder, workers, progress, **_: (
+            asked.append([each.method for each in progress.to_train.values()]) or []
+        ),
+    )
+    run_study(again, quiet())
+    assert asked == [["kd"]]
     switch = plan_of(again)[0]
     place = runs / switch.folder_name
     place.mkdir()
     monkeypatch.setattr("switchkd.study.worker.train_run", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("switchkd.study.worker.git_commit", lambda: "a later one")
     carry_out(switch, place, keep_model=False)
     found, before = (
         json.loads((place / "row.json").read_text()),
@@ -447,9 +472,12 @@ def test_another_evaluation_measures_the_models_that_were_kept(
     (name,) = found["sets"]
     assert found["sets"][name]["rouge_l"] == before["sets"][name]["rouge_l"]
     assert found["sets"][name]["reverse_kl"]
-    assert found["costs"] == before["costs"]
-    # What was kept stays for the next evaluation, and so do other runs' own identities.
+    # Of the training, not of what measured it.
+    assert all(found[key] == before[key] for key in ("costs", "commit", "date", "training"))
+    assert found["identity"] != before["identity"]
+    # What was kept stays for the next evaluation.
     assert [*runs.glob("*/run/*.safetensors")] == [runs / plan_of(study)[0].folder_name / "run" / "model.safetensors"]
+    assert [*kept_models(runs)] == [switch.training]
     assert plan_of(replace(again, seeds=(2,)))[0].training != switch.training
 
 
@@ -479,7 +507,9 @@ def test_the_distance_to_the_teacher_is_a_measure_like_the_others(models: Path, 
     (line, *_) = csv.DictReader(io.StringIO(as_csv(rows)))
     assert float(line[f"{name} all reverse_kl"]) == pytest.approx(expected.reverse.mean, abs=5e-4)
     assert float(line[f"{name} all forward_kl_per_token"]) == pytest.approx(expected.forward.per_token, abs=5e-4)
-    assert float(line[f"{name} odd ended_share"]) <= 1
+    answers = [json.loads(text) for text in next(tmp_path.glob("on_policy*/answers/*.jsonl")).read_text().splitlines()]
+    of_odd = [answer["finish_reason"] == "eos" for answer in answers if answer["bucket"] == "odd"]
+    assert float(line[f"{name} odd ended_share"]) == pytest.approx(sum(of_odd) / 3, abs=5e-4)
 
 
 def events_of(models: Path, tmp_path: Path, **changes: Any) -> list[dict[str, Any]]:
@@ -496,6 +526,7 @@ def test_a_budget_of_tokens_ends_a_run_and_the_rate_follows_it(models: Path, tmp
     assert events[-1]["generated_tokens"] == 12 * len(steps)
     of_steps = sum(12 * step["teacher_share"] for step in steps)
     assert events[-1]["teacher_generated_tokens"] == pytest.approx(of_steps)
+    assert of_steps > 0
     # Each step writes at most 2 x 6 tokens, and the one that crosses the line is the last.
     assert events[-1]["generated_tokens"] < 72
     assert [step["budget_used"] for step in steps] == sorted(step["budget_used"] for step in steps)

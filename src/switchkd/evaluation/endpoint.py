@@ -116,7 +116,7 @@ class ChatEndpoint:
         """
         problem, asked = "", 0.0
         for attempt in range(self.attempts):
-            if attempt and budget.stop.wait(max(asked, self._wait(attempt))):
+            if attempt and budget.stop.wait(asked + self._wait(1 if asked else attempt)):
                 raise NoMoreRequests("stopped")
             budget.take()
             try:
@@ -160,14 +160,14 @@ class ChatEndpoint:
         try:
             values = json.loads(body)
             text = values["choices"][0]["message"]["content"]
-            tokens = int((values.get("usage") or {}).get("total_tokens") or 0)
+            tokens = (values.get("usage") or {}).get("total_tokens")
         except (KeyError, IndexError, TypeError, AttributeError):
             # Some answer with an error under code 200.
             raise ValueError(
                 f"the reply is no chat completion: {_one_line(body[:_MOST_SAID].decode('utf-8', 'replace'))}"
             ) from None
         # A reply cut off before its first word has no content.
-        return Reply(self._hidden(str(text or "")), tokens)
+        return Reply(self._hidden(str(text or "")), tokens if isinstance(tokens, int) else 0)
 
     def _hidden(self, text: str) -> str:
         return without_key(text, self._key())

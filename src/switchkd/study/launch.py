@@ -73,9 +73,9 @@ def _write(study: StudyConfig, planned: Sequence[StudyRun]) -> Mapping[str, Row]
 
 
 def _drawn(rows: Sequence[Row]) -> Measure:
-    """Exact match, or ROUGE-L where no answer to free text matched."""
-    found = any(parts["all"]["exact_match"] for row in rows for parts in row["scores"].values())
-    return "exact_match" if found else "rouge_l"
+    """Exact match, or ROUGE-L where answers are free text: less than one in a hundred matches, whoever gives them."""
+    found = max(parts["all"]["exact_match"] for row in rows for parts in row["scores"].values())
+    return "exact_match" if found >= 1 else "rouge_l"
 
 
 def _by_method(
@@ -105,7 +105,7 @@ def show(study: StudyConfig, rows: Sequence[Row], console: Console) -> None:
 
 def _how(row: StudyRun, missing: Sequence[StudyRun], to_train: Sequence[StudyRun]) -> str:
     is_kept = row in missing and row.kind == "run" and row not in to_train
-    return ", whose model is there: to be measured" if is_kept else ""
+    return " (its model is there: only to be measured)" if is_kept else ""
 
 
 def _plan_line(study: StudyConfig, planned: Sequence[StudyRun], missing: Sequence[StudyRun], trainings: int) -> str:
@@ -121,17 +121,21 @@ def _plan_line(study: StudyConfig, planned: Sequence[StudyRun], missing: Sequenc
 
 def _cost_line(study: StudyConfig, to_train: Sequence[StudyRun], finished: Collection[Row]) -> str:
     """What the trainings will take, as far as the budget or finished rows tell; a method that has none counts as all on average."""
-    took: dict[str, list[float]] = {}
-    for row in finished:
-        if row["kind"] == "run":
-            took.setdefault(row["method"], []).append(row["costs"]["training_seconds"])
-    if not to_train or (study.budget.seconds is None and not took):
+    alike = [row for row in finished if row["kind"] == "run" and row["budget"] == str(study.budget)]
+    if not to_train or (study.budget.seconds is None and not alike):
         return ""
-    every = study.budget.seconds or fmean(seconds for of_method in took.values() for seconds in of_method)
-    of_method = {} if study.budget.seconds else {method: fmean(seconds) for method, seconds in took.items()}
-    total = sum(of_method.get(row.method, every) for row in to_train)
-    source = "" if study.budget.seconds else ", by the rows that are there"
-    return f" Training takes about {duration(total)} of one core{source}; loading and evaluating come on top."
+    total = (
+        study.budget.seconds * len(to_train) if study.budget.seconds else sum(_seconds(row, alike) for row in to_train)
+    )
+    source = "" if study.budget.seconds else ", judging by finished rows"
+    return f" Training will take about {duration(total)} of one core{source}; loading and evaluation come on top."
+
+
+def _seconds(row: StudyRun, finished: Sequence[Row]) -> float:
+    """The mean of finished trainings: of the method under its setting, else of the method, else of all."""
+    of_method = [each for each in finished if each["method"] == row.method]
+    of_setting = [each for each in of_method if each["setting"] == row.setting]
+    return fmean(each["costs"]["training_seconds"] for each in of_setting or of_method or finished)
 
 
 def _of_failures(failures: Sequence[Failure], planned: int) -> str:

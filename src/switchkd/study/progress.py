@@ -35,6 +35,7 @@ class StudyProgress:
         self.done = 0
         self.total = total
         self.in_flight: dict[str, tuple[StudyRun, Path, float]] = {}
+        self.done_before: dict[str, float] = {}
         self.seconds: dict[tuple[str, str], list[float]] = {}
         self.bar = progress_bar(console)
         self.task = self.bar.add_task("runs", total=total)
@@ -51,6 +52,7 @@ class StudyProgress:
     def started(self, row: StudyRun, folder: Path) -> None:
         """Take in a run that has just begun."""
         self.in_flight[row.identity] = (row, folder, time.perf_counter())
+        self.done_before[row.identity] = _part_done(row, folder) if row.identity in self.to_train else 1.0
 
     def ended(self, row: StudyRun, reason: str | None) -> None:
         """Say what came of a run; `reason` is why it failed, if it did."""
@@ -60,7 +62,8 @@ class StudyProgress:
         self.bar.update(self.task, completed=self.done)
         if row.identity in self.to_train:
             del self.to_train[row.identity]
-            if not reason:
+            # One that went on from an earlier attempt says little of a whole one.
+            if not reason and self.done_before[row.identity] == 0:
                 self.seconds.setdefault((row.method, row.setting), []).append(took)
         outcome = f"failed: {reason}" if reason else _scores(folder / ROW_FILE)
         left = self.left()
@@ -90,6 +93,8 @@ class StudyProgress:
             f"{row.name} {_part_done(row, folder):.0%}" if row.identity in self.to_train else row.name
             for row, folder, _ in self.in_flight.values()
         ]
+        if not notes:
+            return
         left = self.left()
         self.bar.note = "; ".join(notes) + (f"; about {duration(left)} left" if left else "")
         if not self.console.is_terminal and self.looked_at - self.noted_at >= _SECONDS_BETWEEN_NOTES:
@@ -119,9 +124,7 @@ def _scores(path: Path) -> str:
 
 
 def _score(scores: Mapping[str, float]) -> str:
-    """Exact match, or ROUGE-L where no answer matched."""
-    exact = scores["exact_match"]
-    return f"{exact:.1f} % exact" if exact else f"{scores['rouge_l']:.1f} ROUGE-L"
+    return f"{scores['exact_match']:.1f} % exact, ROUGE-L {scores['rouge_l']:.1f}"
 
 
 def _part_done(row: StudyRun, folder: Path) -> float:

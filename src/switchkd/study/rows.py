@@ -31,7 +31,8 @@ _SCORES = (
     *("response_tokens", "ended_share"),
 )
 _WHO = ("kind", "method", "setting", "seed", "budget")
-_WHENCE = ("version", "commit", "machine", "date", "identity")
+# Where and by what a run was trained.
+WHENCE = ("version", "commit", "machine", "date")
 
 
 def finished_rows(folder: Path) -> dict[str, Row]:
@@ -51,17 +52,17 @@ def finished_rows(folder: Path) -> dict[str, Row]:
     return found
 
 
-def kept_models(runs: Path) -> dict[str, Path]:
-    """The folders of finished trainings whose models were kept, by the hash of what decided them (`StudyRun.training`).
+def kept_models(runs: Path) -> dict[str, tuple[Path, Row]]:
+    """The folders and rows of finished trainings whose models were kept, by what decided them (`StudyRun.training`).
 
     Raises UserError for a row.json that is none.
     """
     found = {}
     for path in sorted(runs.glob(f"*/{ROW_FILE}")):
         row = _row(path.read_text(encoding="utf-8"), str(path))
-        # Rows of earlier versions do not say what was trained.
-        if row.get("training") and any((path.parent / TRAINING).glob("*.safetensors")):
-            found[row["training"]] = path.parent / TRAINING
+        # Rows of earlier versions say neither. A model that was to be kept may have been deleted since.
+        if row.get("model_kept") and any((path.parent / TRAINING).glob("*.safetensors")):
+            found[row["training"]] = path.parent / TRAINING, row
     return found
 
 
@@ -91,9 +92,9 @@ def planned_rows(rows: Mapping[str, Row], planned: Sequence[StudyRun]) -> list[R
 def as_csv(rows: Iterable[Row]) -> str:
     """A line for each run: who, the scores of each set and bucket (exact match, ROUGE-L: 0 to 100), costs, and where it is from."""
     lines = [_flat(row) for row in rows]
-    columns = list(dict.fromkeys(key for line in lines for key in line if key not in _WHENCE))
+    columns = list(dict.fromkeys(key for line in lines for key in line if key not in (*WHENCE, "identity")))
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, *_WHENCE], restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, [*columns, *WHENCE, "identity"], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
@@ -106,7 +107,7 @@ def _flat(row: Row) -> dict[str, Any]:
             for measure in (each for each in _SCORES if each in scores):
                 flat[f"{name} {part} {measure}"] = round(scores[measure], 3)
     flat |= {key: _rounded(row["costs"].get(key, "")) for key in COSTS}
-    return flat | {key: row[key] for key in _WHENCE}
+    return flat | {key: row[key] for key in (*WHENCE, "identity")}
 
 
 def _rounded(value: Any) -> Any:

@@ -94,9 +94,11 @@ def _costs_grid(lines: Sequence[Line]) -> Grid:
 
 
 def _teacher_share(cost: Mapping[str, float]) -> str:
-    """Such as 20 %; of rows of earlier versions, and where nothing was written, it is not known."""
-    written = cost["generated_tokens"]
-    return f"{cost['teacher_generated_tokens'] / written:.0%}" if written and "teacher_generated_tokens" in cost else ""
+    """Such as 20% or 3.1%; of rows of earlier versions, and where nothing was written, it is not known."""
+    if not cost["generated_tokens"] or "teacher_generated_tokens" not in cost:
+        return ""
+    share = cost["teacher_generated_tokens"] / cost["generated_tokens"]
+    return f"{share:.1%}" if 0 < share < 0.1 else f"{share:.0%}"
 
 
 def plus_minus(interval: Interval) -> str:

@@ -24,7 +24,7 @@ from switchkd.run.folder import FINISHED_FILE, LOG_FILE, RUN_FILE, git_commit
 from switchkd.run.launch import train_run
 from switchkd.study.measure import measure
 from switchkd.study.plan import StudyRun
-from switchkd.study.rows import COSTS, ROW_FILE, TRAINING, kept_models
+from switchkd.study.rows import COSTS, ROW_FILE, TRAINING, WHENCE, kept_models
 from switchkd.training.checkpoints import last_complete_checkpoint
 
 ANSWERS = "answers"
@@ -42,7 +42,7 @@ def carry_out(row: StudyRun, folder: Path, *, keep_model: bool) -> None:
             # It may have been killed before it was tidy.
             _tidy(folder / TRAINING, keep_model=keep_model)
             return
-        kept = kept_models(folder.parent).get(row.training)
+        kept, of_kept = kept_models(folder.parent).get(row.training, (None, {}))
         run = row.run(kept or folder / TRAINING)
         if row.kind == "run" and kept is None:
             _train(run, Path(run.output_dir))
@@ -52,15 +52,18 @@ def carry_out(row: StudyRun, folder: Path, *, keep_model: bool) -> None:
             **asdict(row),
             "scores": scores,
             "sets": sets,
-            "costs": _costs(Path(run.output_dir)) if row.kind == "run" else {},
+            "costs": of_kept["costs"] if kept else _costs(Path(run.output_dir)) if row.kind == "run" else {},
             "version": __version__,
             "commit": git_commit(),
             "machine": f"{platform.machine()}, {platform.system()}",
             "date": now(),
+            "model_kept": keep_model and kept is None,
+            # Of the training, whoever measures it.
+            **{key: of_kept[key] for key in WHENCE if kept},
         }
         write_atomically(folder / ROW_FILE, json.dumps(found) + "\n")
-        if row.kind == "run" and kept is None:
-            _tidy(Path(run.output_dir), keep_model=keep_model)
+        # An attempt of its own is of no use beside a model that is kept.
+        _tidy(folder / TRAINING, keep_model=keep_model and kept is None)
 
 
 def _train(run: RunConfig, folder: Path) -> None:

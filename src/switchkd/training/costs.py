@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,10 +95,11 @@ class Costs(TrainerCallback):
         return max((spent / limit for spent, limit in limits if limit), default=0.0)
 
     def totals(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """What all processes have spent, by name; `gather` stacks over them."""
+        """What all processes have spent, by name, as far as it is known; `gather` stacks over them."""
         spent = asdict(self.spent)
         summed = gather(torch.tensor([[*spent.values()]], dtype=torch.float64)).sum(dim=0).tolist()
-        return {name: type(spent[name])(total) for name, total in zip(spent, summed, strict=True)}
+        totals = dict(zip(spent, summed, strict=True))
+        return {name: type(spent[name])(total) for name, total in totals.items() if not math.isnan(total)}
 
     def follow(self, scheduler: Any, steps: int) -> None:
         """Let the learning rate's schedule of `steps` run over the budget, if there is one.
@@ -120,8 +122,12 @@ class Costs(TrainerCallback):
         """Take up what was spent before a checkpoint, and start the clock."""
         # A checkpoint's state brings the steps between logs, saves and evaluations that its run began with.
         state.compute_steps(args, state.max_steps)
-        for name, value in kept_state(state, "costs").items():
+        kept = kept_state(state, "costs")
+        for name, value in kept.items():
             setattr(self.spent, name, value)
+        if kept and "teacher_generated_tokens" not in kept:
+            # A checkpoint of an earlier version: how much the teacher wrote before it is not known.
+            self.spent.teacher_generated_tokens = math.nan
         self.read_at = self.clock()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
