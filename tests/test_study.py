@@ -477,6 +477,8 @@ def test_another_evaluation_measures_the_models_that_were_kept(
     assert found["identity"] != before["identity"]
     # What was kept stays for the next evaluation.
     assert [*runs.glob("*/run/*.safetensors")] == [runs / plan_of(study)[0].folder_name / "run" / "model.safetensors"]
+    # Of a run that was killed before it was tidy.
+    (runs / plan_of(study)[1].folder_name / "run" / "model.safetensors").write_text("left")
     assert [*kept_models(runs)] == [switch.training]
     assert plan_of(replace(again, seeds=(2,)))[0].training != switch.training
 
