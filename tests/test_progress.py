@@ -89,5 +89,10 @@ def test_a_run_that_went_on_from_an_earlier_attempt_says_nothing_of_a_whole_one(
     with StudyProgress(Console(file=io.StringIO()), len(runs), runs, workers=1) as progress:
         progress.started(runs[0], tmp_path)
         now[0] += 10
+        # Nothing has been done since.
+        assert progress.left() is None
+        (tmp_path / "run" / "log.jsonl").write_text('{"loss": 1.0, "step": 4}\n')
+        # A quarter took ten seconds, and the second run is whole.
+        assert progress.left() == pytest.approx(40)
         progress.ended(runs[0], None)
         assert progress.left() is None

@@ -36,10 +36,16 @@ def run_study(study: StudyConfig, console: Console, *, dry_run: bool = False) ->
     missing = [row for row in planned if row.identity not in finished]
     kept = kept_models(folder / RUNS)
     to_train = [row for row in missing if row.kind == "run" and row.training not in kept]
-    _print(console, _plan_line(study, planned, missing, len(to_train)) + _cost_line(study, to_train, finished.values()))
+    to_measure = [row for row in missing if row.training in kept]
+    _print(
+        console,
+        _plan_line(study, planned, missing, len(to_train), len(to_measure))
+        + _cost_line(study, to_train, finished.values()),
+    )
     if dry_run:
         for row in planned:
-            _print(console, f"  {'to do' if row in missing else 'done'}  {row.name}{_how(row, missing, to_train)}")
+            how = " (its model is there: only to be measured)" if row in to_measure else ""
+            _print(console, f"  {'to do' if row in missing else 'done'}  {row.name}{how}")
         return planned_rows(finished, planned)
     failures: list[Failure] = []
     try:
@@ -103,14 +109,11 @@ def show(study: StudyConfig, rows: Sequence[Row], console: Console) -> None:
         _print(console, NO_PLOT)
 
 
-def _how(row: StudyRun, missing: Sequence[StudyRun], to_train: Sequence[StudyRun]) -> str:
-    is_kept = row in missing and row.kind == "run" and row not in to_train
-    return " (its model is there: only to be measured)" if is_kept else ""
-
-
-def _plan_line(study: StudyConfig, planned: Sequence[StudyRun], missing: Sequence[StudyRun], trainings: int) -> str:
+def _plan_line(
+    study: StudyConfig, planned: Sequence[StudyRun], missing: Sequence[StudyRun], trainings: int, to_measure: int
+) -> str:
     there = len(planned) - len(missing)
-    kept = ", and of models that are there," if trainings < sum(row.kind == "run" for row in missing) else ""
+    kept = ", and of models that are there," if to_measure else ""
     settings = f" x {len(study.settings)} settings" if len(study.settings) > 1 else ""
     return (
         f"{len(study.methods)} methods{settings} x {len(study.seeds)} seeds, {study.budget} each: {trainings} trainings and "
@@ -122,12 +125,14 @@ def _plan_line(study: StudyConfig, planned: Sequence[StudyRun], missing: Sequenc
 def _cost_line(study: StudyConfig, to_train: Sequence[StudyRun], finished: Collection[Row]) -> str:
     """What the trainings will take, as far as the budget or finished rows tell; a method that has none counts as all on average."""
     alike = [row for row in finished if row["kind"] == "run" and row["budget"] == str(study.budget)]
-    if not to_train or (study.budget.seconds is None and not alike):
+    if not to_train:
         return ""
-    total = (
-        study.budget.seconds * len(to_train) if study.budget.seconds else sum(_seconds(row, alike) for row in to_train)
-    )
-    source = "" if study.budget.seconds else ", judging by finished rows"
+    if study.budget.seconds is not None:
+        total, source = study.budget.seconds * len(to_train), ""
+    elif alike:
+        total, source = sum(_seconds(row, alike) for row in to_train), ", judging by finished rows"
+    else:
+        return ""
     return f" Training will take about {duration(total)} of one core{source}; loading and evaluation come on top."
 
 

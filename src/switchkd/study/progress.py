@@ -52,18 +52,18 @@ class StudyProgress:
     def started(self, row: StudyRun, folder: Path) -> None:
         """Take in a run that has just begun."""
         self.in_flight[row.identity] = (row, folder, time.perf_counter())
-        self.done_before[row.identity] = _part_done(row, folder) if row.identity in self.to_train else 1.0
+        self.done_before[row.identity] = _part_done(row, folder)
 
     def ended(self, row: StudyRun, reason: str | None) -> None:
         """Say what came of a run; `reason` is why it failed, if it did."""
         _, folder, started_at = self.in_flight.pop(row.identity)
-        took = time.perf_counter() - started_at
+        took, done_before = time.perf_counter() - started_at, self.done_before.pop(row.identity)
         self.done += 1
         self.bar.update(self.task, completed=self.done)
         if row.identity in self.to_train:
             del self.to_train[row.identity]
             # One that went on from an earlier attempt says little of a whole one.
-            if not reason and self.done_before[row.identity] == 0:
+            if not reason and done_before == 0:
                 self.seconds.setdefault((row.method, row.setting), []).append(took)
         outcome = f"failed: {reason}" if reason else _scores(folder / ROW_FILE)
         left = self.left()
@@ -105,11 +105,11 @@ class StudyProgress:
         return {key: each for key, each in self.in_flight.items() if key in self.to_train}
 
     def _whole_by_parts(self, parts: dict[str, float]) -> float | None:
-        """The seconds of a whole run, from how far the ones in flight are."""
+        """The seconds of a whole run, from how far the ones in flight have come."""
         wholes = [
-            (time.perf_counter() - self.in_flight[identity][2]) / part
+            (time.perf_counter() - self.in_flight[identity][2]) / done
             for identity, part in parts.items()
-            if part > 0.02
+            if (done := part - self.done_before[identity]) > 0.02
         ]
         return fmean(wholes) if wholes else None
 

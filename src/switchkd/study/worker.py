@@ -52,14 +52,14 @@ def carry_out(row: StudyRun, folder: Path, *, keep_model: bool) -> None:
             **asdict(row),
             "scores": scores,
             "sets": sets,
-            "costs": of_kept["costs"] if kept else _costs(Path(run.output_dir)) if row.kind == "run" else {},
+            "costs": _costs(Path(run.output_dir)) if row.kind == "run" and kept is None else {},
             "version": __version__,
             "commit": git_commit(),
             "machine": f"{platform.machine()}, {platform.system()}",
             "date": now(),
             "model_kept": keep_model and kept is None,
             # Of the training, whoever measures it.
-            **{key: of_kept[key] for key in WHENCE if kept},
+            **{key: of_kept[key] for key in ("costs", *WHENCE) if kept},
         }
         write_atomically(folder / ROW_FILE, json.dumps(found) + "\n")
         # An attempt of its own is of no use beside a model that is kept.

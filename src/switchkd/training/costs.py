@@ -122,12 +122,10 @@ class Costs(TrainerCallback):
         """Take up what was spent before a checkpoint, and start the clock."""
         # A checkpoint's state brings the steps between logs, saves and evaluations that its run began with.
         state.compute_steps(args, state.max_steps)
-        kept = kept_state(state, "costs")
-        for name, value in kept.items():
-            setattr(self.spent, name, value)
-        if kept and "teacher_generated_tokens" not in kept:
-            # A checkpoint of an earlier version: how much the teacher wrote before it is not known.
-            self.spent.teacher_generated_tokens = math.nan
+        if kept := kept_state(state, "costs"):
+            for name in asdict(self.spent):
+                # A checkpoint of an earlier version counted less: what was spent before it is not known.
+                setattr(self.spent, name, kept.get(name, math.nan))
         self.read_at = self.clock()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
