@@ -79,6 +79,27 @@ def test_samples_give_it_within_the_standard_error_of_their_law(small: ModelPair
         assert error < exact / 2
 
 
+def test_all_students_meet_the_same_texts_of_the_teacher(
+    llama_pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[Rollout]] = []
+
+    def kept(pair: ModelPair, samples: list[Rollout], divergence: Divergence, *, rows: int) -> SequenceKL:
+        read.append(samples)
+        return sequence_kl(pair, samples, divergence, rows=rows)
+
+    monkeypatch.setattr("switchkd.analysis.distance.sequence_kl", kept)
+    prompts = [[3, 4], [5, 6, 7]]
+    found = distance_to_teacher(llama_pair, prompts, max_new_tokens=6)
+    assert llama_pair.teacher is not None
+    distance_to_teacher(ModelPair(tiny_model("gpt2"), llama_pair.teacher), prompts, max_new_tokens=6)
+    assert [each.token_ids for each in read[1]] == [each.token_ids for each in read[3]]
+    assert [each.token_ids for each in read[0]] != [each.token_ids for each in read[2]]
+    # To the swapped pair, the teacher's texts are the student's. float32, and sums of six terms.
+    swapped = sequence_kl(llama_pair.swapped(), read[1], ReverseKL())
+    assert found.forward.per_sequence == pytest.approx(swapped.per_sequence, rel=1e-4)
+
+
 def test_equal_models_are_at_no_distance() -> None:
     teacher = tiny_model("gpt2")
     pair = ModelPair(copy.deepcopy(teacher), teacher)

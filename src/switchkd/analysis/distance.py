@@ -29,7 +29,7 @@ from switchkd.models.pair import ModelPair
 from switchkd.positions import ByPosition
 from switchkd.records import Rollout, Sampling
 from switchkd.rollout.engine import Engine, PromptLike
-from switchkd.rollout.law import Policy, Student, Teacher
+from switchkd.rollout.law import Student
 from switchkd.rollout.speculative import SpeculativeEngine
 
 
@@ -129,25 +129,30 @@ def distance_to_teacher(
     max_new_tokens: int,
     seed: int = 0,
     engine: Engine | None = None,
+    teacher_engine: Engine | None = None,
     rows: int = 32,
 ) -> Distance:
     """Both KL divergences a sequence between the pair's models, over one sample of each model for each prompt.
 
-    Sampling has temperature 1 and cuts nothing off. Both models then read the finished texts, at most `rows` at a time, and
-    are compared over their shared vocabulary in pieces; their logits never exist in full. Raises UserError for a pair without
-    a teacher, and for bad or no prompts.
+    Sampling has temperature 1 and cuts nothing off. Each model writes by itself, so the teacher's texts do not depend on the
+    student, and all students are compared on the same ones: `engine` serves the pair, `teacher_engine` the pair
+    `ModelPair.swapped`. Both models then read the finished texts, at most `rows` at a time, and are compared over their shared
+    vocabulary in pieces; their logits never exist in full. Raises UserError for a pair without a teacher, and for bad or no
+    prompts.
     """
     if pair.teacher is None:
         raise UserError("a distance to the teacher needs one, but the pair has no teacher; load one")
     if not prompts:
         raise UserError("there is no prompt to sample on; give at least one")
     engine = engine or SpeculativeEngine(pair)
+    # No drafts by the student: what is drawn would depend on it, and where computing is dear they cost more than they save.
+    teacher_engine = teacher_engine or SpeculativeEngine(pair.swapped())
     sampling = Sampling(max_new_tokens=max_new_tokens)
 
-    def estimate(writer: Policy, divergence: Divergence) -> SequenceKL:
-        return sequence_kl(pair, engine.generate(prompts, writer, sampling, seed), divergence, rows=rows)
+    def estimate(writer: Engine, divergence: Divergence) -> SequenceKL:
+        return sequence_kl(pair, writer.generate(prompts, Student(), sampling, seed), divergence, rows=rows)
 
-    return Distance(reverse=estimate(Student(), ReverseKL()), forward=estimate(Teacher(), ForwardKL()))
+    return Distance(reverse=estimate(engine, ReverseKL()), forward=estimate(teacher_engine, ForwardKL()))
 
 
 def sequence_kl(pair: ModelPair, samples: Sequence[Rollout], divergence: Divergence, *, rows: int = 32) -> SequenceKL:

@@ -147,15 +147,15 @@ def diagnose(
             wanted = DEFAULT_SHARE if teacher_share is None else teacher_share
             switch = solve(engine, prompts, sampling, teacher_share=wanted, policy=switch, seed=options.seed).policy
         texts = measure(pair, prompts, sampling, switch=switch, seed=options.seed, engine=engine)
+        longest, by_itself = options.max_new_tokens, engine_of(options, pair.swapped())
         distance = distance_to_teacher(
-            pair, prompts, max_new_tokens=options.max_new_tokens, seed=options.seed, engine=engine
+            pair, prompts, max_new_tokens=longest, seed=options.seed, engine=engine, teacher_engine=by_itself
         )
     for table in (diagnosis_table(texts), prefix_table(texts), distance_table(distance)):
         console.print(table)
-    place = output / "diagnosis.json"
-    settings = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens, "seed": options.seed}
-    by_text = {name: text.as_json() for name, text in texts.items()}
-    _write(place, {**settings, "texts": by_text, "distance": distance.as_json()})
+    settings = {"prompts": len(prompts), "max_new_tokens": longest, "seed": options.seed}
+    found = {"texts": {name: text.as_json() for name, text in texts.items()}, "distance": distance.as_json()}
+    _write(place := output / "diagnosis.json", settings | found)
     plot = save_diagnosis(texts, place.with_suffix(".png"))
     console.print(Text(f"SWITCH's text, threshold {switch.threshold:.3g}: {share_line(texts)}"), soft_wrap=True)
     console.print(Text(f"the student's text: {texts['student'].cures}"), soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -65,6 +65,12 @@ class ModelPair:
     def models(self) -> dict[str, PreTrainedModel]:
         """The models by role: student, then the teacher if there is one."""
         return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
+
+    def swapped(self) -> ModelPair:
+        """The same two models with their roles exchanged: the teacher then writes by itself, over the vocabulary they share."""
+        if self.teacher is None:
+            raise UserError("a pair without a teacher cannot be swapped; load one")
+        return replace(self, student=self.teacher, teacher=self.student, tokenizers_agree=True)
 
     @cached_property
     def vocabulary_size(self) -> int:

@@ -33,7 +33,11 @@ def measure(row: StudyRun, run: RunConfig, model: str, answers: Path) -> tuple[d
     assert pair.tokenizer is not None
     settings = evaluation.settings(config)
     pair.check_room(settings.max_prompt_tokens + settings.sampling.max_new_tokens)
-    engine = SpeculativeEngine(pair, config.block_size, max_rows=config.rollout_rows, compile=config.compile)
+
+    def engine_for(pair: ModelPair) -> SpeculativeEngine:
+        return SpeculativeEngine(pair, config.block_size, max_rows=config.rollout_rows, compile=config.compile)
+
+    engine, teacher_engine = engine_for(pair), None if pair.teacher is None else engine_for(pair.swapped())
     sets = {name: resolve(name, "eval", data_dir=run.data_dir, limit=evaluation.limit) for name in evaluation.sets}
     found = evaluate(
         engine,
@@ -47,8 +51,8 @@ def measure(row: StudyRun, run: RunConfig, model: str, answers: Path) -> tuple[d
     for name, result in found.sets.items():
         parts = {"all": result.overall, **result.by_bucket}
         scores[name] = {part: {"rows": each.rows, **each.mean.flat()} for part, each in parts.items()}
-        if pair.teacher is not None:
-            _add_distance(by_row[name], scores[name], _distance(engine, sets[name], settings))
+        if teacher_engine is not None:
+            _add_distance(by_row[name], scores[name], _distance(engine, teacher_engine, sets[name], settings))
     return by_row, scores
 
 
@@ -89,7 +93,12 @@ def _loaded(row: StudyRun, run: RunConfig, model: str, *, with_teacher: bool) ->
     return pair
 
 
-def _distance(engine: SpeculativeEngine, rows: Sequence[SourceRow], settings: EvaluationSettings) -> Distance:
+def _distance(
+    engine: SpeculativeEngine,
+    teacher_engine: SpeculativeEngine,
+    rows: Sequence[SourceRow],
+    settings: EvaluationSettings,
+) -> Distance:
     """The distance to the teacher on the rows that were answered, in their order."""
     assert engine.pair.tokenizer is not None
     longest = settings.sampling.max_new_tokens
@@ -103,7 +112,14 @@ def _distance(engine: SpeculativeEngine, rows: Sequence[SourceRow], settings: Ev
         rendering=replace(settings.rendering, prompts_alone=True),
     )
     prompts = [example.prompt for example in loaded.examples]
-    return distance_to_teacher(engine.pair, prompts, max_new_tokens=longest, seed=settings.seeds[0], engine=engine)
+    return distance_to_teacher(
+        engine.pair,
+        prompts,
+        max_new_tokens=longest,
+        seed=settings.seeds[0],
+        engine=engine,
+        teacher_engine=teacher_engine,
+    )
 
 
 def _add_distance(by_row: dict[str, Any], scores: dict[str, dict[str, Any]], distance: Distance) -> None:
