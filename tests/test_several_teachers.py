@@ -366,9 +366,8 @@ def test_one_of_the_teachers_may_be_on_a_server(tmp_path: Path) -> None:
 
 def test_a_threshold_is_calibrated_on_rows_of_all_sources() -> None:
     examples = [Example(Prompt((5,), row, teacher="math" if row < 80 else "chat"), ()) for row in range(100)]
-    assert [each.prompt_id for each in calibration_prompts(examples, 5, spread=True)] == [0, 20, 40, 60, 80]
-    assert [each.prompt_id for each in calibration_prompts(examples, 5, spread=False)] == [0, 1, 2, 3, 4]
-    assert len(calibration_prompts(examples, 1000, spread=True)) == 100
+    assert [each.prompt_id for each in calibration_prompts(examples, 5)] == [0, 20, 40, 60, 80]
+    assert len(calibration_prompts(examples, 1000)) == 100
 
 
 def test_all_ends_are_written_into_the_student_and_count_for_their_teachers_rows_alone(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ class AutoThreshold:
     """`threshold: auto`: the run calibrates its threshold before the first step. Raises UserError for values out of range."""
 
     teacher_share: float = setting(DEFAULT_SHARE, "The share of tokens that the teacher is to write, inside 0..1.")
-    prompts: int = setting(64, "The number of training prompts, from the start of the data, that it is calibrated on.")
+    prompts: int = setting(64, "The number of training prompts that it is calibrated on, spread evenly over the data.")
     every: int = setting(0, "Calibrate again every this many steps, as the student learns; 0 is never.")
 
     def __post_init__(self) -> None:

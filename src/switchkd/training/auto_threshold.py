@@ -18,13 +18,14 @@ from switchkd.training.kept_state import kept_state
 from switchkd.training.shared_teacher import let_others_read
 
 
-def calibration_prompts(examples: Sequence[Example], count: int, *, spread: bool) -> list[Prompt]:
-    """The first `count` prompts of the training data; with `spread` they are as far apart as the data allows.
+def calibration_prompts(examples: Sequence[Example], count: int) -> list[Prompt]:
+    """`count` prompts of the training data, spread evenly over it.
 
-    Several teachers are often those of several sources, which stand one after the other: the first prompts would be of one teacher.
+    Sources stand one after the other, each perhaps with a teacher of its own, and a file may be sorted: the first prompts would
+    be of one kind.
     """
     count = min(count, len(examples))
-    return [examples[row * len(examples) // count if spread else row].prompt for row in range(count)]
+    return [examples[row * len(examples) // count].prompt for row in range(count)]
 
 
 class CalibratedPolicy:

@@ -100,7 +100,7 @@ class StepText:
         self.share = AdaptiveShare(plan.rollout_share, plan.share_rise) if plan.share_rise else None
         self.calibrated = None
         if plan.auto_threshold and isinstance(plan.policy, Switch):
-            prompts = calibration_prompts(examples, plan.auto_threshold.prompts, spread=len(pairs) > 1)
+            prompts = calibration_prompts(examples, plan.auto_threshold.prompts)
             self.calibrated = CalibratedPolicy(plan.auto_threshold, plan.policy, args, prompts)
 
     def sequences_of_steps(
