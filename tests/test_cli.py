@@ -22,6 +22,7 @@ from switchkd import __version__
 from switchkd.cli import demo
 from switchkd.cli.demo import make_room, verdict
 from switchkd.cli.main import app
+from switchkd.errors import UserError
 from switchkd.evaluation.intervals import Interval
 from switchkd.methods.plan import AutoThreshold
 from switchkd.models.pair import ModelPair
@@ -357,8 +358,15 @@ def test_the_demo_shows_its_table_and_replaces_an_earlier_one(
     assert AutoModelForCausalLM.from_pretrained(model).config.model_type == "llama"
     # It is finished, so the next demo starts from nothing.
     (folder / "of-the-earlier").touch()
-    make_room(folder, (folder / "demo.yaml").read_text())
+    make_room(folder, "seeds: [1]\n")
     assert [path.name for path in folder.iterdir()] == ["demo.yaml"]
+    # Unless a user has made a study of it.
+    with (folder / "demo.yaml").open("a") as file:
+        file.write("methods: {mine: {method: kd}}\n")
+    (folder / "of-the-user").touch()
+    with pytest.raises(UserError, match="was changed since the demo wrote it"):
+        make_room(folder, "seeds: [1]\n")
+    assert (folder / "of-the-user").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ START, ON_POLICY, SWITCH, TEACHER = "start", "on_policy", "switch", "teacher"
 SHOWN = (START, ON_POLICY, SWITCH, TEACHER)
 # In the demo's folder: the study that it is, which marks the folder, and its result, written last.
 STUDY_FILE, RESULT_FILE, PLOT_FILE = "demo.yaml", "demo.json", "demo.png"
-_MARK = "# The study of a switchkd demo.\n"
+_MARK = "# The study of a switchkd demo, as it wrote it: "
 SHOWN_ROLLOUTS = 2
 # Enough for a curve by position, in a second or two.
 _ROLLOUTS = 48
@@ -49,7 +50,7 @@ def run_demo(changes: Mapping[str, Any], console: Console) -> None:
     values = _values(changes)
     study = study_from_values(values, "of the demo")
     planned, folder = plan_of(study), Path(study.output_dir)
-    make_room(folder, _MARK + yaml.safe_dump(values, sort_keys=False))
+    make_room(folder, yaml.safe_dump(values, sort_keys=False))
     console.print(
         Text(
             f"SWITCH beside plain on-policy text: the same student, loss, prompts and {study.budget}, one core each. "
@@ -85,23 +86,35 @@ def _values(changes: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def make_room(folder: Path, text: str) -> None:
-    """Make the folder that of this demo; raises UserError where anything but a demo is in it."""
+def make_room(folder: Path, study: str) -> None:
+    """Make the folder that of a demo of this study; raises UserError where anything but a demo is in it."""
+    text = _marked(study)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder with --output")
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if there:
-        mark = folder / STUDY_FILE
-        # A demo that is repeated must never delete somebody's own work.
-        if not (mark.is_file() and mark.read_text(encoding="utf-8").startswith(_MARK)):
+        file = folder / STUDY_FILE
+        found = file.read_text(encoding="utf-8") if file.is_file() else ""
+        # A demo that is repeated must never delete somebody's own work: neither another folder nor a study made of a demo.
+        if not found.startswith(_MARK):
             names = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
             raise UserError(f"{folder} is not empty ({names}) and holds no demo; give another folder with --output")
-        if (folder / RESULT_FILE).is_file() or mark.read_text(encoding="utf-8") != text:
+        if found != _marked(found.partition("\n")[2]):
+            raise UserError(
+                f"{file} was changed since the demo wrote it, so its runs may be yours; go on with "
+                f"switchkd compare {file}, or give another folder with --output"
+            )
+        if (folder / RESULT_FILE).is_file() or found != text:
             shutil.rmtree(folder)
     try:
         write_atomically(folder / STUDY_FILE, text)
     except OSError as error:
         raise UserError(f"nothing can be written to {folder} ({error.strerror}); give another --output") from None
+
+
+def _marked(study: str) -> str:
+    """The text of the demo's study file: a first line that says what it is, with the hash of all others."""
+    return f"{_MARK}{hashlib.sha256(study.encode()).hexdigest()[:16]}\n{study}"
 
 
 def _show_training_text(row: StudyRun, folder: Path, console: Console) -> ByPosition:
