@@ -11,10 +11,11 @@ import torch
 
 from switchkd.errors import Unreachable, UserError
 from switchkd.methods.config import SwitchConfig
-from switchkd.records import Prompt, Rollout, Sampling
+from switchkd.records import Example, Prompt, Rollout, Sampling
 from switchkd.rollout.policies import Switch
 from switchkd.rollout.speculative import SpeculativeEngine
 from switchkd.training.replay import ReplayBuffer
+from switchkd.training.step_loss import StepLoss
 from tiny import VOCABULARY, tiny_pair
 from trainers import RecordingEngine, assert_same_weights, history, make_trainer, weights
 
@@ -112,3 +113,27 @@ def test_a_run_whose_server_goes_away_leaves_a_checkpoint_and_goes_on_from_it(tm
     assert resumed.state.global_step == 5
     assert_same_weights(weights(whole), weights(resumed))
     assert history(whole)[:-1] == history(resumed)[:-1]
+
+
+def test_a_process_that_has_no_rows_left_reads_none_of_the_teachers_likeliest_ids() -> None:
+    pair = tiny_pair("llama")
+    plan = SwitchConfig(output_dir="unused", method="kd", teacher_signal={"top_k": 4}).plan
+    filler, loss = Example(Prompt((5, 6), 0), ()), StepLoss(pair, plan, rows=4)
+    for sequences in ([filler], [filler, Example(Prompt((7,), 1), (8, 9))]):
+        inputs = loss.inputs(loss.scored(sequences))
+        value, report = loss(pair.student, inputs, 1.0)
+        assert len(report.divergence_N) == 2 * (len(sequences) - 1)
+        assert (float(value.detach()) > 0) == (len(sequences) > 1)
+
+
+def test_a_start_model_is_compared_in_full_beside_the_teachers_likeliest_ids(tmp_path: Path) -> None:
+    options = {"method": "stable_opd", "max_steps": 2, "divergence": "forward_kl"}
+    dense, kept, without = (
+        losses(tmp_path, **options, **more)
+        for more in ({}, {"teacher_signal": {"top_k": VOCABULARY}}, {"start_weight": 0.0})
+    )
+    # Log-probabilities are kept in float32, and added up in another order.
+    assert kept == pytest.approx(dense, rel=1e-5)
+    # At first the student is the start model, and there the weighted divergence has no gradient.
+    assert dense[0] == pytest.approx(without[0], rel=1e-6)
+    assert dense[1] > without[1]

@@ -706,3 +706,14 @@ def test_the_margin_of_a_blend_vanishes_where_its_setting_turns_a_decision(
         # The setting is found to 1e-7, and moves a logarithm by at most some ten times as much.
         assert at_the_turn < 1e-6
         assert away > TIE
+
+
+def test_a_policy_sees_the_place_in_the_response_that_was_begun() -> None:
+    """Late and SWITCH go by the place in the response, of which a part was there."""
+    pair, sampling = tiny_pair("llama", noise=0.6), Sampling(max_new_tokens=16)
+    begun, alone = Prompt((5, 6, 7, 8, 9, 10), 0, begun=6), Prompt((5, 6, 7, 8, 9, 10), 0)
+    for engine in (ReferenceEngine(pair), SpeculativeEngine(pair, 4)):
+        (late,) = engine.generate([begun], Late(0.25), sampling)
+        assert late.written_by_teacher == tuple(at + 6 >= 12 for at in range(len(late.token_ids)))
+        thresholds = [engine.generate([prompt], Switch(0.3), sampling)[0].threshold for prompt in (begun, alone)]
+        assert thresholds[0][0] == pytest.approx(thresholds[1][6], rel=1e-6)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from checks.divergence import Reference, divergence_named, logp, random_logits
 from checks.objective import assert_equal
-from switchkd.distributions.divergences import DIVERGENCES
+from switchkd.distributions.divergences import DIVERGENCES, ForwardKL
 from switchkd.errors import UserError
 from switchkd.loss.objective import Counted, Objective, Report, distillation_loss
 from switchkd.loss.signals import DenseTeacher, TeacherSignal, TopKTeacher
+from switchkd.loss.weights import Trust
 from switchkd.models.heads import Head
 
 # A function of the ratio of the two probabilities, averaged: what merging events cannot raise.
@@ -203,6 +204,19 @@ def test_an_empty_rest_is_finite_in_value_and_gradient(divergence: str, dtype: t
         expected = divergence_named(divergence)(student_logp, teacher_logp)
         # The rest has a mass of a rounding, 1.2e-7 in float32, times log-ratios of a few nats; to a power of 0.9, 1e-6 / 0.14.
         assert ((value - expected).abs() < (1e-4 if dtype == torch.float32 else 1e-12)).all()
+
+
+def test_a_part_over_single_ids_leaves_all_others_out() -> None:
+    student, teacher = logits_of_both()
+    teacher_logp, both = logp(teacher), Objective(ForwardKL(), weights=(Trust(top_k=4),))
+    counted = Counted(student, torch.zeros(len(student), dtype=torch.long), other_share_N=torch.ones(len(student)))
+    dense, kept, fewer = (
+        distillation_loss(counted, identity_head(student.shape[-1]), both, teacher=signal, denominator=1.0)[0]
+        for signal in (LogpTeacher(teacher_logp), top_k(teacher_logp, 4, with_rest=True), top_k(teacher_logp, 3))
+    )
+    # float64, and sums of four terms.
+    assert float(kept) == pytest.approx(float(dense), rel=1e-12)
+    assert float(fewer) != pytest.approx(float(dense), rel=1e-3)
 
 
 def test_the_rest_may_be_told_and_is_exact_then() -> None:

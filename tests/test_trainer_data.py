@@ -80,6 +80,21 @@ def test_a_set_of_prompts_is_evaluated_on_the_students_own_text(tmp_path: Path) 
     assert first == pytest.approx(given, rel=1e-5)
 
 
+def test_the_loss_of_an_evaluation_leaves_out_the_long_term_term_which_has_no_value(tmp_path: Path) -> None:
+    pair = tiny_pair("llama")
+    of_minillm, of_reverse_kl = (
+        make_trainer(tmp_path, pair, eval_dataset=PROMPTS_ONLY, **method).evaluate()["eval_loss"]
+        for method in ({"method": "minillm"}, {"method": "imitkd", "divergence": "reverse_kl"})
+    )
+    assert of_minillm == pytest.approx(of_reverse_kl, rel=1e-5)
+
+
+def test_an_evaluation_in_which_no_token_would_count_is_refused(tmp_path: Path) -> None:
+    weight = {"name": "by_writer", "student": 0}
+    with pytest.raises(UserError, match="a weight leaves its tokens out"):
+        make_trainer(tmp_path, tiny_pair("llama"), eval_dataset=PROMPTS_ONLY, weight=weight)
+
+
 def test_answers_are_scored_by_our_measures_and_by_a_function_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

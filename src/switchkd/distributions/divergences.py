@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -72,7 +73,12 @@ def _check_power(name: str, value: float) -> None:
 
 
 class Divergence(ABC):
-    """A divergence with its settings filled in; a frozen dataclass extends it. Raises UserError for settings out of range."""
+    """A divergence with its settings filled in; a frozen dataclass extends it. Raises UserError for settings out of range.
+
+    `of_single_ids` is True where an event of several ids, such as all that a teacher's signal does not keep, has no place in it.
+    """
+
+    of_single_ids: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, each in settings_of(type(self)).items():
@@ -243,6 +249,7 @@ class TopForwardKL(Divergence):
     """
 
     top_k: int = setting(64, "The number of the teacher's likeliest ids.")
+    of_single_ids: ClassVar[bool] = True
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         edge = teacher_logp.topk(min(self.top_k, teacher_logp.shape[-1]), dim=-1).values[..., -1:]

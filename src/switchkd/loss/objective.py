@@ -19,7 +19,7 @@ from switchkd.distributions.divergences import REVERSE_KL, Divergence
 from switchkd.distributions.shaping import entropy, log_probabilities
 from switchkd.errors import UserError
 from switchkd.loss.chunked import chunked_sum
-from switchkd.loss.signals import TeacherSignal
+from switchkd.loss.signals import TeacherSignal, TopKTeacher
 from switchkd.loss.targets import OF_TEACHER, Target
 from switchkd.loss.weight import Weight
 from switchkd.models.heads import Head
@@ -89,8 +89,13 @@ class Objective:
         """What takes over a share of the divergence at some tokens: those of the teacher's text, or outliers."""
         return self.teacher_text_divergence or self.outlier_divergence
 
-    def divergence_shared(self, student_logp: Tensor, target_logp: Tensor, other_share: Tensor | None) -> Tensor:
-        """The divergence (P,) of log-probabilities (P, E), of which the other one has a share (P,); None: it has none."""
+    def divergence_shared(
+        self, student_logp: Tensor, target_logp: Tensor, other_share: Tensor | None, single: slice = slice(None)
+    ) -> Tensor:
+        """The divergence (P,) of log-probabilities (P, E), of which the other one has a share (P,); None: it has none.
+
+        `single` are the events that are one id each.
+        """
         assert self.divergence is not None
         other = self.other_divergence
         if other is None or other_share is None:
@@ -99,7 +104,8 @@ class Objective:
         # Each sees its own positions alone: elsewhere it may be infinite, and its gradient NaN even under a weight of 0.
         for function, share in ((self.divergence, 1 - other_share), (other, other_share)):
             mask = share > 0
-            part = function(student_logp[mask], target_logp[mask]) * share[mask]
+            events = single if getattr(function, "of_single_ids", False) else slice(None)
+            part = function(student_logp[mask][:, events], target_logp[mask][:, events]) * share[mask]
             loss = loss + torch.zeros_like(loss).masked_scatter(mask, part)
         return loss
 
@@ -227,17 +233,20 @@ class _PositionLoss:
         student_logp_PV = log_probabilities(logits_PV, self.objective.loss_temperature)
         student_logp_PE, teacher_logp_PE = teacher.compare(student_logp_PV, at, chunk)
         objective, share_N, start = self.objective, self.counted.other_share_N, self.counted.start
-        start_logp_PE = None if start is None else start.compare(student_logp_PV, at, chunk)[1]
-        target_logp_PE = objective.target(teacher_logp_PE, student_logp_PE.detach(), start_logp_PE)
+        # The start model is here in full, whatever is kept of the teacher.
+        start_logp_PV = None if start is None else start.compare(student_logp_PV, at, chunk)[1]
+        target_logp_PE = objective.target(teacher_logp_PE, student_logp_PE.detach(), start_logp_PV)
         share_P = None if share_N is None else share_N[at]
-        divergence_P = objective.divergence_shared(student_logp_PE, target_logp_PE, share_P)
+        # Behind the kept ids stands the event of all others.
+        single = slice(teacher.ids_NK.shape[-1] if isinstance(teacher, TopKTeacher) else None)
+        divergence_P = objective.divergence_shared(student_logp_PE, target_logp_PE, share_P, single)
         self._keep("divergence_N", at, divergence_P)
         if self.measure:
             self._keep("student_entropy_N", at, entropy(student_logp_PE.detach()))
             self._keep("teacher_entropy_N", at, entropy(teacher_logp_PE))
             self._keep("agreement_N", at, student_logp_PE.argmax(dim=-1) == teacher_logp_PE.argmax(dim=-1))
-        if objective.start_weight and start_logp_PE is not None:
-            start_P = objective.start_divergence(student_logp_PE, start_logp_PE)
+        if objective.start_weight and start_logp_PV is not None:
+            start_P = objective.start_divergence(student_logp_PV, start_logp_PV)
             divergence_P = divergence_P + objective.start_weight * start_P
         return divergence_P
 

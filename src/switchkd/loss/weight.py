@@ -20,8 +20,9 @@ from switchkd.records import Batch
 class Weight(ABC):
     """Multiplies the loss of each token. It knows texts, not gradients. Raises UserError for settings out of range.
 
-    `reads_logp` is True where both models' log-probabilities of each token have to stand in the rollout: then the teacher
-    scores the student's text while it is written, and temperature has to be 1, with top-k and top-p off. `sum_is_denominator`
+    `reads_logp` is True where both models' log-probabilities of each token have to stand in the rollout, those of the student as
+    it wrote (with `rollout_steps` or a replay some steps ago): then the teacher scores the student's text while it is written,
+    and temperature has to be 1, with top-k and top-p off. `sum_is_denominator`
     is True where the step's loss is divided by the sum of the weights; else it is divided by the number of tokens of a weight
     other than 0. `of_rollouts_alone` is True where the weight is 1 at the data set's text.
     """

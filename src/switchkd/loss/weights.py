@@ -69,7 +69,10 @@ class Prefix(Weight):
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.share is None):
-            raise UserError(f"the weight prefix has tokens {self.tokens} and share {self.share}; give one of them")
+            raise UserError(
+                f"the weight prefix has tokens {self.tokens} and share {self.share}; give one of them, with its name, such as "
+                f"weight: {{name: prefix, tokens: 50}}"
+            )
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"weight.tokens is {self.tokens}; at least 1 token has to count")
         if self.share is not None and not 0 < self.share <= 1:

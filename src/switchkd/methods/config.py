@@ -24,7 +24,6 @@ from switchkd.methods.parts import (
     DEFAULTS,
     HEADLINE,
     OF_LOSS,
-    OF_ROLLOUTS,
     OF_TEXT,
     TEACHER_SIGNAL,
     auto_threshold,
@@ -35,6 +34,7 @@ from switchkd.methods.parts import (
 from switchkd.methods.plan import AutoThreshold, Plan, TopK, check_writing
 from switchkd.methods.table import METHOD, REPLACEABLE, Method
 from switchkd.methods.text import LengthGrowth, ReplayedPrefix, Rewrite
+from switchkd.methods.unread import check_read
 from switchkd.models.placement import Placement
 from switchkd.records import Sampling
 from switchkd.rollout.blocks import check_block_size
@@ -256,7 +256,8 @@ class SwitchConfig(TransformersSettings):
             if key in given:
                 given[key] = registry.make(given[key], default=getattr(row, key) or DEFAULTS.get(key))
         method = replace(row, **given | {"weight": weights_of(self.weight, row.weight, self.max_new_tokens)})
-        self._check_read(row, method)
+        reads = self._teacher_text(method) is not None
+        check_read(vars(self), row, method, name=self.method_name, reads_teacher_text=reads)
         of_loss, of_text = ({key: getattr(method, key) for key in keys} for keys in (OF_LOSS, OF_TEXT))
         objective = Objective(
             method.divergence,
@@ -296,32 +297,6 @@ class SwitchConfig(TransformersSettings):
         if method.teacher_writes_data or (method.replayed_prefix and method.replayed_prefix.source == "teacher"):
             return Path(self.teacher_text or Path(str(self.output_dir)) / "teacher_text.jsonl")
         return None
-
-    def _check_read(self, row: Method, method: Method) -> None:
-        """Raise UserError for a setting that nothing would read."""
-        if self.student_share is not None and not (row.student_share or row.share_rise):
-            raise UserError(
-                f"student_share is {self.student_share}, but method {self.method_name!r} trains on data only; use gkd"
-            )
-        if self.teacher_text is not None and self._teacher_text(method) is None:
-            raise UserError(
-                f"teacher_text is {self.teacher_text!r}, but method {self.method_name!r} does not read it; leave it out"
-            )
-        for key in ("teacher_text_divergence", "target", "start_weight"):
-            if method.divergence is None and getattr(self, key):
-                raise UserError(
-                    f"{key} is {getattr(self, key)}, but method {self.method_name!r} has no divergence; set one, or leave it out"
-                )
-        # Refused and not ignored: a setting that nothing reads is a run that is not what its author thinks.
-        for key in () if method.student_share or method.share_rise else OF_ROLLOUTS:
-            if getattr(self, key):
-                raise UserError(
-                    f"{key} is {getattr(self, key)}, but method {self.method_name!r} has no rollouts here; leave it out"
-                )
-        if self.replay_share is not None and not method.replay_capacity:
-            raise UserError(
-                f"replay_share is {self.replay_share}, but replay_capacity is 0; set it, or leave the share out"
-            )
 
     def _check(self) -> None:
         """Raise UserError for settings that no component checks."""

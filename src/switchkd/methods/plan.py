@@ -118,18 +118,23 @@ class Plan:
 
     def _check_cross_entropy(self) -> None:
         objective = self.objective
-        if objective.cross_entropy_on != "data" or self.rollout_share < 1:
+        teacher_writes = "teacher" in writers_of(self.policy, self.teacher_text_share)
+        acts = {"data": False, "data+teacher": teacher_writes, "all": True}[objective.cross_entropy_on]
+        if acts or self.rollout_share < 1:
             return
+        of_whom = "text of the data set" + ("" if objective.cross_entropy_on == "data" else " and of the teacher")
+        instead = "data+teacher" if teacher_writes else "all"
         if objective.divergence is None:
             raise UserError(
-                "the loss is cross-entropy alone, on text of the data set, but all text here is rolled out; set "
-                "cross_entropy_on to data+teacher, or take a divergence"
+                f"the loss is cross-entropy alone, on {of_whom}, but all text here is rolled out"
+                f"{'' if teacher_writes else ' by the student'}; set cross_entropy_on to {instead}, or take a divergence"
             )
         begun = self.replayed_prefix is not None and self.replayed_prefix.weight > 0
         if objective.cross_entropy_weight > 0 and not (self.rewrite or begun):
             raise UserError(
-                f"cross_entropy_weight is {objective.cross_entropy_weight}, on text of the data set, but all text here is rolled "
-                f"out, so it would do nothing; lower student_share, set cross_entropy_on to data+teacher or all, or leave it out"
+                f"cross_entropy_weight is {objective.cross_entropy_weight}, on {of_whom}, but all text here is rolled out"
+                f"{'' if teacher_writes else ' by the student'}, so it would do nothing; lower student_share, set cross_entropy_on "
+                f"to {instead}, or leave it out"
             )
 
     def _check_long_term(self) -> None:
@@ -165,14 +170,19 @@ class Plan:
                 f"weight {of_rollouts[0]} acts on the tokens of rollouts, but this method trains on {kind} here; leave it out"
             )
         # Also where only part of the text is rolled out: each rollout would be written for nothing.
-        of_policy = self.policy.writers if self.teacher_text_share < 1 else ()
-        writers = sorted({*of_policy, *(["teacher"] if self.teacher_text_share else [])})
+        writers = writers_of(self.policy, self.teacher_text_share)
         for weight in weights:
             if self.rolls_out and not any(weight.trains_on(writer) for writer in writers):
                 raise UserError(
                     f"weight {WEIGHT.name_of(type(weight))} is {weight}, but here rollouts are written by "
                     f"{' and '.join(writers)}, so no token of them trains; set its weight of {' or '.join(writers)} above 0"
                 )
+
+
+def writers_of(policy: Policy, teacher_text_share: float) -> list[str]:
+    """Who writes rollouts: "student", "teacher" or both."""
+    of_policy = policy.writers if teacher_text_share < 1 else ()
+    return sorted({*of_policy, *(["teacher"] if teacher_text_share else [])})
 
 
 def check_writing(plan: Plan, *, in_vllm: bool, steps_at_once: int) -> None:
@@ -195,6 +205,12 @@ def check_writing(plan: Plan, *, in_vllm: bool, steps_at_once: int) -> None:
         raise UserError(
             f"loss_temperature is {objective.loss_temperature}, but of the teacher only likeliest ids are kept, at temperature 1; "
             f"set it to 1, or leave teacher_signal out"
+        )
+    outlier_ids = getattr(objective.outlier_divergence, "top_k", 0)
+    if outlier_ids > signal.top_k:
+        raise UserError(
+            f"weight.top_k is {outlier_ids}, but of the teacher only the {signal.top_k} likeliest ids are kept; set it to "
+            f"{signal.top_k} at most, or raise teacher_signal.top_k"
         )
     if objective.target.needs_start:
         raise UserError("the target is made of whole distributions; leave teacher_signal out")

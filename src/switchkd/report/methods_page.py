@@ -68,7 +68,11 @@ def method_settings(method: Method) -> Iterator[tuple[str, Any, str]]:
             yield from _of_component(key, registry, part, sentences[key])
     for weight in method.weight:
         yield from _of_component("weight", WEIGHT, weight, sentences["weight"])
-    plain = {"cross_entropy_weight": True, "student_share": rolls_out, "loss_temperature": True}
+    plain = {
+        "cross_entropy_weight": True,
+        "student_share": rolls_out,
+        "loss_temperature": method.divergence is not None,
+    }
     optional = ("teacher_text_share", "share_rise", "replay_capacity", "long_term_weight", "start_weight")
     plain |= {key: bool(getattr(method, key)) for key in optional} | {"replay_share": bool(method.replay_capacity)}
     for key, acts in plain.items():

@@ -27,9 +27,9 @@ def in_float64(values: Tensor) -> Tensor:
 class Positions:
     """What a policy sees. All tensors share one shape: (B,) for one position of each row, or (B, T) for a block.
 
-    `position` counts generated tokens from 0; `divergence` is the Jensen-Shannon divergence in nats; `student_logp` and
-    `teacher_logp` have one more dimension, V; `coin` is uniform in (0, 1), independent of every token; `max_new_tokens` bounds
-    `position`; `greedy` is True where the likeliest token is taken and none is drawn.
+    `position` counts the response's tokens from 0, those that it began with included, and `max_new_tokens` bounds it;
+    `divergence` is the Jensen-Shannon divergence in nats; `student_logp` and `teacher_logp` have one more dimension, V; `coin` is
+    uniform in (0, 1), independent of every token; `greedy` is True where the likeliest token is taken and none is drawn.
 
     Only a policy that `needs_history` sees the row's past: `past_divergence` (float64) and `past_by_teacher`, both (B, L),
     on the CPU, padded on the left with NaN and False where a row has written fewer than L tokens.

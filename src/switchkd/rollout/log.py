@@ -112,8 +112,13 @@ def observe(
         writers = [torch.tensor(log.written_by_teacher, dtype=torch.bool) for log in logs]
         past_divergence = pad_sequence(divergences, batch_first=True, padding_value=math.nan, padding_side="left")
         past_by_teacher = pad_sequence(writers, batch_first=True, padding_value=False, padding_side="left")
+    position, begun = draft.address.position, [log.prompt.begun for log in logs]
+    if any(begun):
+        # The noise counts what is written, a policy the response, of which a part was there.
+        begun_B = torch.tensor(begun, device=position.device)
+        position = position + (begun_B if position.ndim == 1 else begun_B[:, None])
     return Positions(
-        position=draft.address.position,
+        position=position,
         divergence=compared.divergence,
         student_logp=draft.student_logp,
         teacher_logp=compared.teacher_logp,

@@ -104,7 +104,7 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
     "Data": (
         Foreign(
             "dataset datasets dataset_name dataset_path dataset_id data data_path train_dataset train_file train_files "
-            "training_data lm_data_dir",
+            "training_data",
             "train_data",
             "the name of a set, a file, or OWNER/NAME on the hub",
         ),
@@ -122,6 +122,7 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
             "train_data eval_data",
             "a split stands behind the name, as in OWNER/NAME:train",
         ),
+        Foreign("lm_data_dir lm_coef", advice="a loss on a pre-training corpus beside the distillation is not here"),
         Foreign("dataset_dir base_path", "data_dir"),
         Foreign(
             "max_samples max_train_samples num_train_samples",
@@ -244,7 +245,7 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
         ),
         Foreign("seq_kd use_seq_kd seqkd", "method", "seqkd has the teacher write the responses once"),
         Foreign(
-            "sft_alpha kd_ce_alpha ce_alpha ce_weight sft_loss_weight sft_loss_coef lm_coef hard_label_weight",
+            "sft_alpha kd_ce_alpha ce_alpha ce_weight sft_loss_weight sft_loss_coef hard_label_weight",
             "cross_entropy_weight",
             "it is added to the divergence, on the text that cross_entropy_on names",
         ),
@@ -260,22 +261,20 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
             "final_fraction decay_rate",
             "the threshold at the last position / at the first, or its decay per token",
         ),
+        Foreign("mixed_alpha", "student_share", "the share of sequences that the student writes"),
+        Foreign("teacher_mixed_alpha", "policy.teacher_share", "write policy: {name: mix, teacher_share: 0.2}"),
+        Foreign("init_threshold", "student_share", "where it begins, with method: distillm, whose share_rise is 0.1"),
         Foreign(
-            "mixed_alpha teacher_mixed_alpha",
-            "policy.teacher_share",
-            "write policy: {name: mix, teacher_share: 0.2}",
+            "loss_eps", advice="leave it out; the share of rollouts rises where the loss of an evaluation has risen"
         ),
-        Foreign("init_threshold loss_eps", "share_rise", "with method: distillm"),
-        Foreign("replay_ratio", "replay_share"),
+        Foreign("replay_ratio", "replay_share", "a number, the share of rollouts that are drawn again"),
         Foreign("buffer_size replay_buffer_size capacity", "replay_capacity"),
         Foreign(
             "loss_top_k kd_topk teacher_top_k gkd_logits_topk top_k_logits topk_logits logits_topk loss_add_tail",
-            advice="the divergence is over the whole vocabulary, in chunks that fit the memory",
+            "teacher_signal.top_k",
+            "with all other ids as one event; left out, the divergence is over the whole vocabulary, in chunks that fit the memory",
         ),
-        Foreign(
-            "use_uld_loss uld_* use_extended_uld",
-            advice="student and teacher have to share a tokenizer",
-        ),
+        Foreign("use_uld_loss uld_* use_extended_uld", advice="student and teacher have to share a tokenizer"),
         Foreign(
             "reward_funcs reward_model reward_fn* reward_scaling custom_reward_function",
             advice="the teacher alone is the signal; `switchkd methods` lists what is made of it",

@@ -122,6 +122,11 @@ def _check_answered(answered: bool, args: SwitchConfig) -> None:
             f"no row of the evaluation data has a response, and {args.method_name} compares the student with nothing else; give "
             f"rows with answers"
         )
+    if not answered and not all(weight.trains_on("student") for weight in args.plan.objective.weights):
+        raise UserError(
+            "no row of the evaluation data has a response, so the student's own text is evaluated, but a weight leaves its tokens "
+            "out, and the loss would be 0; give rows with answers"
+        )
 
 
 def _has_records(dataset: Any) -> bool:

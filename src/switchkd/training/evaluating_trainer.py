@@ -51,7 +51,8 @@ class EvaluatingTrainer(ShardedTrainer):
     ) -> EvalLoopOutput:
         """As in `transformers.Trainer`; eval_loss is the objective on the data set's responses, in nats a token.
 
-        It is the sum over all their tokens / their number, whatever the batches and processes. Of a set of prompts alone, the
+        It is the sum over all their tokens / their number, whatever the batches and processes; `long_term_weight` has no part in
+        it. Of a set of prompts alone, the
         responses are rollouts of the student as it is now, with the same draws in each evaluation. These are what
         `eval_scores` scores, and the means are metrics as well.
         """
@@ -78,7 +79,9 @@ class EvaluatingTrainer(ShardedTrainer):
         with self.pair.computing(), torch.no_grad(), self._head.kept():
             # Other processes have rows, and a forward of a student in parts takes all of them.
             answered = self._answered(examples) if examples else [replace(inputs["examples"][0], response_ids=())]
-            inputs = self._on_device(self._loss.inputs(self._loss.scored(answered)))
+            inputs = self._loss.inputs(self._loss.scored(answered))
+            # The long-term term has the right gradient, but no value that means anything.
+            inputs = self._on_device({**inputs, "weights": (*inputs["weights"][:2], None)})
             let_others_read()
             loss, _ = self._loss(model, inputs, 1)
         self._eval_sum += float(loss)

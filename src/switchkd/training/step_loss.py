@@ -115,7 +115,8 @@ class StepLoss:
         assert head is not None
         # Never the logits of a whole text.
         device = hidden_TH.device
-        at_once = pieces(len(hidden_TH), self.pair.vocabulary_size, numbers_at_once(device))
+        # A text without a response, which a process reads when it has no rows left, is one piece of none.
+        at_once = pieces(len(hidden_TH), self.pair.vocabulary_size, numbers_at_once(device)) or [slice(0)]
         with torch.no_grad():
             parts = [top_logp(head(hidden_TH[piece]), self.top_k) for piece in at_once]
         return replace(sequence, teacher_top=TopLogp.joined(parts))
