@@ -93,6 +93,7 @@ class TopKTeacher:
 
     The two models are compared over E = K + 1 events: the ids, and "any other", with the rest of each model's mass. An
     f-divergence (the KLs, skewed or not, Jensen-Shannon, total variation) over them is at most the one over the vocabulary.
+    What looks at single ids (adaptive KL, a proximal target) takes "any other" for one.
     `rest_logp_N` is the rest's log-probability; without it, it is what the K leave over, to the rounding of their sum. In both
     models the rest's mass is lifted by one rounding, so that an empty one is finite. With K = V there is no rest, and E = K.
 
