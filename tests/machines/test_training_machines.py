@@ -25,6 +25,7 @@ import transformers
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedType
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
@@ -45,7 +46,7 @@ from switchkd.training.dataset import without_repeats
 from switchkd.training.machine import check_sharding
 from switchkd.training.teachers import TeacherPlace
 from switchkd.training.trainer import SwitchTrainer
-from switchkd.training.whole_student import WholeHead, whole
+from switchkd.training.whole_student import WholeHead, WholeStudent, whole
 from tiny import tiny_model, tiny_pair
 from trainers import EXAMPLES, RecordingEngine, assert_same_weights, make_examples, make_trainer, weights
 
@@ -138,6 +139,43 @@ def test_a_head_that_deepspeed_took_apart_is_whole_where_it_is_read(monkeypatch:
         reader.gather()
         assert torch.equal(head.weight, weights)
     assert not head.weight.numel()
+
+
+def test_a_student_in_parts_is_saved_in_the_type_that_it_trains_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under bf16, while rollouts read it rounded too. One process stands for several, and its student counts as in parts."""
+    monkeypatch.setattr("switchkd.training.sharded_trainer.sharding_of", lambda state: "FSDP")
+    made, trainers = launch._trainer, []
+
+    def watched(*args: Any) -> Any:
+        trainers.append(made(*args))
+        return trainers[0]
+
+    monkeypatch.setattr(launch, "_trainer", watched)
+    save_pair(tmp_path)
+    assert switchkd("train", write_run(tmp_path, tmp_path, bf16=True, max_steps=1, save_steps=1)) == 0
+    ((trainer, _, _),) = trainers
+    copied = trainer.whole.pair.student
+    with trainer.reading():
+        assert trainer.in_parts
+        assert copied.lm_head.weight.dtype == torch.bfloat16
+        # As the checkpoint of a run whose server is gone.
+        trainer.save_model(tmp_path / "nested")
+        assert copied.lm_head.weight.dtype == torch.bfloat16
+    assert not sum(each.numel() for each in copied.parameters())
+    for folder in ("out", "out/checkpoint-1", "nested"):
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        assert_same_weights({name: weights(trainer)[name] for name in saved}, saved)
+        assert {each.dtype for each in saved.values()} == {torch.float32}
+
+
+def test_only_the_process_that_saves_keeps_the_whole_student() -> None:
+    pair = tiny_pair("llama", layers=1)
+    reader = WholeStudent(pair, sharded=True)
+    for here, kept in ((True, parameter_count(pair.student)), (False, 0)):
+        with reader.gathered_to_save(here=here):
+            assert parameter_count(reader.pair.student) == kept
 
 
 def test_parts_of_one_process_are_refused(tmp_path: Path) -> None:

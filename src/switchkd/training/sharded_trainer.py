@@ -81,7 +81,7 @@ class ShardedTrainer(Trainer):
     def _as_one_process(self) -> Iterator[None]:
         """Inside, the base class sees the whole student, and neither FSDP nor DeepSpeed. All processes enter at the same time."""
         fsdp, deepspeed, model = self.is_fsdp_enabled, self.is_deepspeed_enabled, self.model
-        with self.whole.gathered():
+        with self.whole.gathered_to_save(here=self.args.should_save):
             self.is_fsdp_enabled = self.is_deepspeed_enabled = False
             self.model = self.whole.pair.student if self.in_parts else model
             try:

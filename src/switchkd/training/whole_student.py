@@ -31,7 +31,8 @@ class WholeStudent:
 
     The copy has weights only inside `gathered()`, where they are those of the student at that moment. Under autocast those of
     linear layers are in its type, since they are read in no other; the rest are in their own. So the tokens are those of a
-    student that is whole. Make it before the student is taken apart.
+    student that is whole. What is saved is read inside `gathered_to_save()`, where all are in their own type. Make it before
+    the student is taken apart.
     """
 
     def __init__(self, pair: ModelPair, *, sharded: bool) -> None:
@@ -60,10 +61,27 @@ class WholeStudent:
             if self._depth == 0:
                 self._release()
 
+    @contextmanager
+    def gathered_to_save(self, *, here: bool) -> Iterator[None]:
+        """Keep whole weights in their own type in the copy inside, on the CPU, and only where `here`: the others are empty.
+
+        All processes enter at the same time, inside `gathered()` or not.
+        """
+        before = [(parameter, parameter.data) for _, parameter in self._copied()]
+        try:
+            for parameter, gathered in self._whole_weights():
+                # One at a time: a device with room for the rollouts' copy may have none for one of twice its size.
+                parameter.data = gathered.cpu() if here else gathered.new_empty(0)
+            yield
+        finally:
+            for parameter, data in before:
+                parameter.data = data
+
     def _copied(self) -> Iterator[tuple[str, nn.Parameter]]:
         return iter(()) if self.pair is self._trained else self.pair.student.named_parameters()
 
-    def _gather(self) -> None:
+    def _whole_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The copy's parameters, each with the student's weight as it is now."""
         if self.pair is self._trained:
             return
         for module in self._trained.student.modules():
@@ -71,9 +89,12 @@ class WholeStudent:
                 # Left whole after a forward, in the type that it computes in.
                 module.reshard()
         parts = {_OF_WRAPPERS.sub("", name): each for name, each in self._trained.student.named_parameters()}
-        lowered = {id(each) for each in linear_weights(self.pair.student)} if self.pair.autocast_dtype else set()
         for name, parameter in self._copied():
-            gathered = whole(parts[name])
+            yield parameter, whole(parts[name])
+
+    def _gather(self) -> None:
+        lowered = {id(each) for each in linear_weights(self.pair.student)} if self.pair.autocast_dtype else set()
+        for parameter, gathered in self._whole_weights():
             # float64 is not lowered by autocast either.
             lower = id(parameter) in lowered and gathered.dtype == torch.float32
             parameter.data = gathered.to(self.pair.autocast_dtype) if lower else gathered
