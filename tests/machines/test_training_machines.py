@@ -46,7 +46,7 @@ from switchkd.training.dataset import without_repeats
 from switchkd.training.machine import check_sharding
 from switchkd.training.teachers import TeacherPlace
 from switchkd.training.trainer import SwitchTrainer
-from switchkd.training.whole_student import WholeHead, WholeStudent, whole
+from switchkd.training.whole_student import WholeHead, WholeStudent, load_optimizer_state, whole, whole_optimizer_state
 from tiny import tiny_model, tiny_pair
 from trainers import EXAMPLES, RecordingEngine, assert_same_weights, make_examples, make_trainer, weights
 
@@ -176,6 +176,24 @@ def test_only_the_process_that_saves_keeps_the_whole_student() -> None:
     for here, kept in ((True, parameter_count(pair.student)), (False, 0)):
         with reader.gathered_to_save(here=here):
             assert parameter_count(reader.pair.student) == kept
+
+
+def test_all_processes_gather_the_optimizers_state_and_one_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[Tensor] = []
+    monkeypatch.setattr("switchkd.training.whole_student.whole", lambda part: gathered.append(part) or part)
+    parameter = nn.Parameter(torch.ones(3))
+    ours, theirs = torch.optim.AdamW([parameter]), torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    ours.step()
+    assert whole_optimizer_state(ours, here=False) is None
+    assert len(gathered) == len(ours.state[parameter]) == 3
+    saved = whole_optimizer_state(ours, here=True)
+    assert saved is not None
+    load_optimizer_state(theirs, saved)
+    for key, value in theirs.state[parameter].items():
+        assert torch.equal(value, saved["state"][0][key])
+        # Else it would lie in the checkpoint's file, which may be written again.
+        assert value.data_ptr() != saved["state"][0][key].data_ptr()
 
 
 def test_parts_of_one_process_are_refused(tmp_path: Path) -> None:

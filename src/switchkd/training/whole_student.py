@@ -156,18 +156,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
-def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state as one process would have it, on the CPU. All processes call it together."""
-    found = optimizer.state_dict()
-    state = {
-        index: {key: whole(value).cpu() if isinstance(value, Tensor) else value for key, value in of_one.items()}
-        for index, of_one in found["state"].items()
-    }
-    return {**found, "state": state}
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, here: bool) -> dict[str, Any] | None:
+    """The optimizer's state as one process would have it, on the CPU where `here`, else None. All processes call it together."""
+    found, state = optimizer.state_dict(), {}
+    for index, of_one in found["state"].items():
+        state[index] = {key: _whole_value(value, here=here) for key, value in of_one.items()}
+    return {**found, "state": state} if here else None
+
+
+def _whole_value(value: Any, *, here: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    gathered = whole(value)
+    # Kept by all, the state of a large model would fill a machine once for each of its devices.
+    return gathered.cpu() if here else None
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, found: Mapping[str, Any]) -> None:
-    """Load a state that `whole_optimizer_state`, or one process, has saved; each process keeps its part."""
+    """Load a state that `whole_optimizer_state`, or one process, has saved; each process keeps its part, in memory of its own."""
     # The numbers of a state count the parameters through all groups.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
@@ -178,9 +184,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, found: Mapping[str, A
 
 
 def _part_as(parameter: Tensor, value: Any) -> Any:
-    """The part of a tensor of the parameter's shape that this process holds of the parameter too."""
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    """The part of a tensor of the parameter's shape that this process holds of the parameter too; a copy."""
+    if not isinstance(value, Tensor):
         return value
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value.clone()
     value = value.to(parameter.device)
-    # All have read the same file, so nothing is sent.
+    # All have read the same file, so nothing is sent. It copies the part, and so keeps nothing of the rest.
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
