@@ -43,8 +43,8 @@ from switchkd.rollout.reference import ReferenceEngine
 from switchkd.run import launch
 from switchkd.run.callbacks import StopCleanly
 from switchkd.training.dataset import without_repeats
-from switchkd.training.machine import check_sharding
-from switchkd.training.teachers import TeacherPlace
+from switchkd.training.machine import check_sharding, compile_of
+from switchkd.training.teachers import TeacherPlace, self_teacher
 from switchkd.training.trainer import SwitchTrainer
 from switchkd.training.whole_student import WholeHead, WholeStudent, load_optimizer_state, whole, whole_optimizer_state
 from tiny import tiny_model, tiny_pair
@@ -466,6 +466,18 @@ def test_weights_that_would_stand_still_are_warned_of(rate: float, dtype: torch.
 
 
 # ------------------------------------------------------------------------------------------------- where the teacher is
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_no_graph_is_made_of_a_teacher_whose_weights_move(offload: Any, tmp_path: Path) -> None:
+    """A CUDA graph would go on reading them where they were."""
+    pair = tiny_pair("llama", layers=1)
+    automatic, asked = (SwitchConfig(teacher_offload=offload, compile=each) for each in ("auto", True))
+    assert compile_of(pair, automatic, in_parts=False) is False
+    with pytest.raises(UserError, match=f"compile is true, .* teacher_offload: {offload} do not; set compile: auto"):
+        make_trainer(tmp_path, pair, teacher_offload=offload, compile=True)
+    for teacher in (None, self_teacher(SimpleNamespace(disable_adapter=nullcontext))):
+        assert compile_of(ModelPair(pair.student, teacher), asked, in_parts=False) is True
 
 
 def test_offloaded_weights_are_not_copied_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,14 +71,16 @@ def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> bool:
     return True
 
 
-def compile_of(args: SwitchConfig, *, in_parts: bool) -> Compile:
+def compile_of(pair: ModelPair, args: SwitchConfig, *, in_parts: bool) -> Compile:
     """`compile` as the engine takes it. Raises UserError where graphs were asked for and weights do not stay where they are."""
-    if not in_parts and args.teacher_offload != "shared":
+    # A teacher that is its own student has no weights to move.
+    has_weights = pair.teacher is not None and next(pair.teacher.parameters(), None) is not None
+    if not in_parts and (args.teacher_offload == "none" or not has_weights):
         return args.compile
     if args.compile is True:
+        of = "a student in parts (FSDP, ZeRO-3)" if in_parts else f"a teacher with teacher_offload: {args.teacher_offload}"
         raise UserError(
-            "compile is true, but a graph needs weights that stay where they are, and those of a student in parts (FSDP, ZeRO-3) "
-            "or of a shared teacher do not; set compile: auto"
+            f"compile is true, but a graph needs weights that stay where they are, and those of {of} do not; set compile: auto"
         )
     return False
 
