@@ -43,7 +43,7 @@ from switchkd.rollout.reference import ReferenceEngine
 from switchkd.run import launch
 from switchkd.run.callbacks import StopCleanly
 from switchkd.training.dataset import without_repeats
-from switchkd.training.machine import check_sharding, compile_of
+from switchkd.training.machine import check_one_device, check_sharding, compile_of
 from switchkd.training.teachers import TeacherPlace, self_teacher
 from switchkd.training.trainer import SwitchTrainer
 from switchkd.training.whole_student import WholeHead, WholeStudent, load_optimizer_state, whole, whole_optimizer_state
@@ -59,6 +59,29 @@ def test_two_gpus_without_a_launcher_are_refused_with_the_line_to_type(
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda args: 2))
     with pytest.raises(UserError, match=r"2 GPUs.*torchrun --nproc-per-node 2 -m switchkd.*CUDA_VISIBLE_DEVICES=0"):
         make_trainer(tmp_path, tiny_pair("llama"))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "both_used"),
+    [
+        (None, {"": 1}, True),
+        ({"": torch.device("cuda:0")}, {"": "cuda:1"}, True),
+        (None, {"model.layers.0": 0, "model.layers.1": 1}, True),
+        (None, {"": 0}, False),
+        ({"": "cuda"}, None, False),
+        (None, {"": "cpu"}, False),
+    ],
+)
+def test_two_gpus_of_one_process_are_for_models_that_use_both(student: Any, teacher: Any, both_used: bool) -> None:
+    pair = tiny_pair("llama", layers=1)
+    for model, places in ((pair.student, student), (pair.teacher, teacher)):
+        if places:
+            model.hf_device_map = places
+    args: Any = SimpleNamespace(n_gpu=2, _n_gpu=2, device=torch.device("cuda:0"))
+    with nullcontext() if both_used else pytest.raises(UserError, match="each GPU needs a process of its own"):
+        # Of several teachers any may be the one that lies elsewhere.
+        check_one_device(args, [ModelPair(pair.student), pair])
+    assert args._n_gpu == (1 if both_used else 2)
 
 
 FSDP, DEEPSPEED = DistributedType.FSDP, DistributedType.DEEPSPEED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -36,12 +36,20 @@ def is_spread(model: PreTrainedModel) -> bool:
     return len({*(getattr(model, "hf_device_map", None) or {}).values()}) > 1
 
 
-def check_one_device(args: TrainingArguments, pair: ModelPair) -> None:
+def _gpus_of(model: PreTrainedModel, device: torch.device) -> set[int]:
+    """The numbers of the GPUs that a model is on: where its device_map put it, or else on the process's own device."""
+    places = {*(getattr(model, "hf_device_map", None) or {"": device}).values()} - {"disk"}
+    devices = [torch.device("cuda", each) if isinstance(each, int) else torch.device(each) for each in places]
+    return {each.index or 0 for each in devices if each.type == "cuda"}
+
+
+def check_one_device(args: TrainingArguments, pairs: Iterable[ModelPair]) -> None:
     """Raise UserError where transformers would copy the student to all GPUs of one process (nn.DataParallel)."""
     if args.n_gpu <= 1:
         return
-    if any(is_spread(model) for model in pair.models.values()):
-        # The GPUs are there for the model that is spread over them.
+    models = [model for pair in pairs for model in pair.models.values()]
+    if any(map(is_spread, models)) or len({gpu for each in models for gpu in _gpus_of(each, args.device)}) > 1:
+        # The GPUs are there for the models that are spread over them.
         args._n_gpu = 1
         return
     raise UserError(
