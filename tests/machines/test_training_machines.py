@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -486,6 +487,23 @@ def test_weights_that_would_stand_still_are_warned_of(rate: float, dtype: torch.
         [(value != before[name]).flatten() for name, value in weights(trainer).items() if value.ndim == 2]
     )
     assert (float(moved.float().mean()) < 0.5) == bool(said)
+
+
+def test_the_weights_of_positions_are_not_rounded_under_deepspeed(tmp_path: Path) -> None:
+    """transformers rounds whatever tensors of a float it finds in a step's inputs to the type of the model's weights."""
+    trainer = make_trainer(tmp_path, tiny_pair("llama", layers=1))
+    inputs = trainer._loss.inputs(EXAMPLES)
+    thirds_N = torch.full_like(inputs["weights"].weight_N, 1 / 3)
+    inputs["weights"] = replace(inputs["weights"], weight_N=thirds_N, return_N=thirds_N)
+    trainer.is_deepspeed_enabled = True
+    rounding = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    trainer.accelerator.state = SimpleNamespace(deepspeed_plugin=rounding)
+    assert trainer._prepare_inputs({"weights": thirds_N})["weights"].dtype == torch.bfloat16
+    # As a training step prepares them, and the loss after it.
+    moved = trainer._on_device(trainer._prepare_inputs(inputs))["weights"]
+    assert torch.equal(moved.weight_N, thirds_N)
+    assert torch.equal(moved.return_N, thirds_N)
+    assert moved.share_N is None
 
 
 # ------------------------------------------------------------------------------------------------- where the teacher is
