@@ -24,7 +24,7 @@ import pytest
 import torch
 import transformers
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ParallelismConfig
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -139,6 +139,14 @@ def test_models_that_deepspeed_took_apart_while_they_were_loaded_are_refused() -
     next(pair.teacher.parameters()).ds_id = 0
     with pytest.raises(UserError, match=r"took the models apart while they were loaded, .* give their names"):
         check_sharding(state, SwitchConfig(), pair)
+
+
+@pytest.mark.parametrize(("texts", "refused"), [((1, 1), False), ((2, 1), True), ((1, 2), True)])
+def test_texts_that_several_processes_share_are_refused(texts: tuple[int, int], refused: bool) -> None:
+    sizes = dict(zip(("cp_size", "sp_size"), texts, strict=True))
+    state = SimpleNamespace(distributed_type=DistributedType.NO, parallelism_config=ParallelismConfig(**sizes))
+    with pytest.raises(UserError, match="takes texts apart") if refused else nullcontext():
+        check_sharding(state, SwitchConfig(), tiny_pair("llama", layers=1))
 
 
 def test_a_head_that_deepspeed_took_apart_is_whole_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

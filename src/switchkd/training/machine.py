@@ -86,7 +86,11 @@ def compile_of(pair: ModelPair, args: SwitchConfig, *, in_parts: bool) -> Compil
     if not in_parts and (args.teacher_offload == "none" or not has_weights):
         return args.compile
     if args.compile is True:
-        of = "a student in parts (FSDP, ZeRO-3)" if in_parts else f"a teacher with teacher_offload: {args.teacher_offload}"
+        of = (
+            "a student in parts (FSDP, ZeRO-3)"
+            if in_parts
+            else f"a teacher with teacher_offload: {args.teacher_offload}"
+        )
         raise UserError(
             f"compile is true, but a graph needs weights that stay where they are, and those of {of} do not; set compile: auto"
         )
@@ -102,7 +106,13 @@ def sharding_of(state: AcceleratorState) -> Literal["FSDP", "ZeRO-3"] | None:
 
 
 def check_sharding(state: AcceleratorState, args: SwitchConfig, pair: ModelPair, *, teachers: int = 1) -> None:
-    """Raise UserError for a way to spread the student's weights that would fail late, or train something else."""
+    """Raise UserError for a way to spread the student's weights, or its texts, that would fail late, or train something else."""
+    spread = getattr(state, "parallelism_config", None)
+    if spread is not None and (spread.cp_enabled or spread.sp_enabled):
+        raise UserError(
+            f"parallelism_config takes texts apart (cp_size {spread.cp_size}, sp_size {spread.sp_size}), but the loss needs them "
+            f"whole; set both to 1"
+        )
     kind = sharding_of(state)
     if kind is None:
         return

@@ -85,7 +85,7 @@ class SwitchTrainer(EvaluatingTrainer):
         **options: Unpack[TrainerOptions],
     ) -> None:
         args = args or SwitchConfig(output_dir="runs/switchkd")
-        check_call(args, model, teacher_model)
+        check_call(args, model, teacher_model, options.keys() - TrainerOptions.__annotations__.keys())
         self.plan = args.plan
         args.check_evaluation(has_data=eval_dataset is not None)
         self.taught = taught = taught_student(model, teacher_model, processing_class, peft_config, args)
