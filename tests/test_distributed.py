@@ -140,6 +140,10 @@ def resume(checkpoint: Path, folder: Path, rows_a_process: int, **options: Any) 
     trainer = make_trainer(make_pair(), folder, 22, rows_a_process, **METHODS["switch"], max_steps=4, **options)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 4
+    for state in trainer.optimizer.state.values():
+        parts = [value.to_local() for value in state.values() if isinstance(value, DTensor)]
+        # Nothing of what the other process has.
+        assert [part.untyped_storage().nbytes() for part in parts] == [part.nbytes for part in parts]
     trainer.save_model()
 
 

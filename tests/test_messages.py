@@ -41,6 +41,7 @@ from switchkd.settings.foreign import FOREIGN
 from switchkd.training.trainer import SwitchTrainer
 from switchkd.training.written_step import WrittenStep
 from tiny import tiny_pair, tiny_tokenizer
+from trainers import EXAMPLES
 
 # What our own faults alone may say.
 BUG = "this should not happen"
@@ -177,6 +178,37 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ),
         ({"train_data": "none.csv"}, "cannot be loaded as a data set", "there is no file none.csv; check the path"),
         ({"show_rollouts_every": -1}, BUG, "show_rollouts_every is -1; it has to be 0 or more"),
+        (
+            {"label_smoothing_factor": 0.1},
+            "0.0 s left",
+            "label_smoothing_factor is 0.1, but the loss smooths no labels",
+        ),
+        (
+            {"label_names": ["answer"]},
+            "0.0 s left",
+            "label_names is ['answer'], but rows are read by columns of their own",
+        ),
+        (
+            {"average_tokens_across_devices": False},
+            "0.0 s left",
+            "average_tokens_across_devices is False, but the loss is divided by the tokens of all processes in any case",
+        ),
+        (
+            {"eval_accumulation_steps": 2},
+            "0.0 s left",
+            "eval_accumulation_steps is 2, but an evaluation keeps no logits",
+        ),
+        (
+            {"include_for_metrics": ["inputs"]},
+            BUG,
+            "include_for_metrics is ['inputs'], but an evaluation keeps no logits",
+        ),
+        ({"train_sampling_strategy": "group_by_length"}, BUG, "in any case; take random or sequential"),
+        (
+            {"resume_from_checkpoint": "x"},
+            "0.0 s left",
+            "resume_from_checkpoint is 'x', but a run goes on from the last",
+        ),
     ],
 )
 def test_a_setting_that_cannot_work_costs_a_sentence(
@@ -417,6 +449,13 @@ def test_args_of_transformers_alone_are_refused() -> None:
     pair = tiny_pair("llama")
     with pytest.raises(UserError, match="args is a TrainingArguments; pass a SwitchConfig"):
         SwitchTrainer(pair, args=TrainingArguments(output_dir="x", use_cpu=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keyword", ["compute_loss_func", "compute_metrics"])
+def test_a_loss_and_metrics_of_ones_own_are_refused_and_not_ignored(keyword: str, tmp_path: Path) -> None:
+    args = SwitchConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match=f"SwitchTrainer takes no {keyword}: .*; leave it out"):
+        SwitchTrainer(tiny_pair("llama"), args=args, train_dataset=EXAMPLES, **{keyword: lambda *_: 0.0})
 
 
 def test_a_long_text_is_written_as_if_decoded_at_once() -> None:

@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,9 @@ import pytest
 import torch
 import transformers
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ParallelismConfig
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
@@ -42,10 +44,10 @@ from switchkd.rollout.reference import ReferenceEngine
 from switchkd.run import launch
 from switchkd.run.callbacks import StopCleanly
 from switchkd.training.dataset import without_repeats
-from switchkd.training.machine import check_sharding
-from switchkd.training.teachers import TeacherPlace
+from switchkd.training.machine import check_one_device, check_sharding, compile_of
+from switchkd.training.teachers import TeacherPlace, self_teacher
 from switchkd.training.trainer import SwitchTrainer
-from switchkd.training.whole_student import WholeHead, whole
+from switchkd.training.whole_student import WholeHead, WholeStudent, load_optimizer_state, whole, whole_optimizer_state
 from tiny import tiny_model, tiny_pair
 from trainers import EXAMPLES, RecordingEngine, assert_same_weights, make_examples, make_trainer, weights
 
@@ -58,6 +60,29 @@ def test_two_gpus_without_a_launcher_are_refused_with_the_line_to_type(
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda args: 2))
     with pytest.raises(UserError, match=r"2 GPUs.*torchrun --nproc-per-node 2 -m switchkd.*CUDA_VISIBLE_DEVICES=0"):
         make_trainer(tmp_path, tiny_pair("llama"))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "both_used"),
+    [
+        (None, {"": 1}, True),
+        ({"": torch.device("cuda:0")}, {"": "cuda:1"}, True),
+        (None, {"model.layers.0": 0, "model.layers.1": 1}, True),
+        (None, {"": 0}, False),
+        ({"": "cuda"}, None, False),
+        (None, {"": "cpu"}, False),
+    ],
+)
+def test_two_gpus_of_one_process_are_for_models_that_use_both(student: Any, teacher: Any, both_used: bool) -> None:
+    pair = tiny_pair("llama", layers=1)
+    for model, places in ((pair.student, student), (pair.teacher, teacher)):
+        if places:
+            model.hf_device_map = places
+    args: Any = SimpleNamespace(n_gpu=2, _n_gpu=2, device=torch.device("cuda:0"))
+    with nullcontext() if both_used else pytest.raises(UserError, match="each GPU needs a process of its own"):
+        # Of several teachers any may be the one that lies elsewhere.
+        check_one_device(args, [ModelPair(pair.student), pair])
+    assert args._n_gpu == (1 if both_used else 2)
 
 
 FSDP, DEEPSPEED = DistributedType.FSDP, DistributedType.DEEPSPEED
@@ -116,6 +141,14 @@ def test_models_that_deepspeed_took_apart_while_they_were_loaded_are_refused() -
         check_sharding(state, SwitchConfig(), pair)
 
 
+@pytest.mark.parametrize(("texts", "refused"), [((1, 1), False), ((2, 1), True), ((1, 2), True)])
+def test_texts_that_several_processes_share_are_refused(texts: tuple[int, int], refused: bool) -> None:
+    sizes = dict(zip(("cp_size", "sp_size"), texts, strict=True))
+    state = SimpleNamespace(distributed_type=DistributedType.NO, parallelism_config=ParallelismConfig(**sizes))
+    with pytest.raises(UserError, match="takes texts apart") if refused else nullcontext():
+        check_sharding(state, SwitchConfig(), tiny_pair("llama", layers=1))
+
+
 def test_a_head_that_deepspeed_took_apart_is_whole_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for DeepSpeed; tests/test_deepspeed.py trains with the real one."""
     head = nn.Linear(3, 5, bias=False)
@@ -138,6 +171,61 @@ def test_a_head_that_deepspeed_took_apart_is_whole_where_it_is_read(monkeypatch:
         reader.gather()
         assert torch.equal(head.weight, weights)
     assert not head.weight.numel()
+
+
+def test_a_student_in_parts_is_saved_in_the_type_that_it_trains_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under bf16, while rollouts read it rounded too. One process stands for several, and its student counts as in parts."""
+    monkeypatch.setattr("switchkd.training.sharded_trainer.sharding_of", lambda state: "FSDP")
+    made, trainers = launch._trainer, []
+
+    def watched(*args: Any) -> Any:
+        trainers.append(made(*args))
+        return trainers[0]
+
+    monkeypatch.setattr(launch, "_trainer", watched)
+    save_pair(tmp_path)
+    assert switchkd("train", write_run(tmp_path, tmp_path, bf16=True, max_steps=1, save_steps=1)) == 0
+    ((trainer, _, _),) = trainers
+    copied = trainer.whole.pair.student
+    with trainer.reading():
+        assert trainer.in_parts
+        assert copied.lm_head.weight.dtype == torch.bfloat16
+        # As the checkpoint of a run whose server is gone.
+        trainer.save_model(tmp_path / "nested")
+        assert copied.lm_head.weight.dtype == torch.bfloat16
+    assert not sum(each.numel() for each in copied.parameters())
+    for folder in ("out", "out/checkpoint-1", "nested"):
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        assert_same_weights({name: weights(trainer)[name] for name in saved}, saved)
+        assert {each.dtype for each in saved.values()} == {torch.float32}
+
+
+def test_only_the_process_that_saves_keeps_the_whole_student() -> None:
+    pair = tiny_pair("llama", layers=1)
+    reader = WholeStudent(pair, sharded=True)
+    for here, kept in ((True, parameter_count(pair.student)), (False, 0)):
+        with reader.gathered_to_save(here=here):
+            assert parameter_count(reader.pair.student) == kept
+
+
+def test_all_processes_gather_the_optimizers_state_and_one_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[Tensor] = []
+    monkeypatch.setattr("switchkd.training.whole_student.whole", lambda part: gathered.append(part) or part)
+    parameter = nn.Parameter(torch.ones(3))
+    ours, theirs = torch.optim.AdamW([parameter]), torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    ours.step()
+    assert whole_optimizer_state(ours, here=False) is None
+    assert len(gathered) == len(ours.state[parameter]) == 3
+    saved = whole_optimizer_state(ours, here=True)
+    assert saved is not None
+    load_optimizer_state(theirs, saved)
+    for key, value in theirs.state[parameter].items():
+        assert torch.equal(value, saved["state"][0][key])
+        # Else it would lie in the checkpoint's file, which may be written again.
+        assert value.data_ptr() != saved["state"][0][key].data_ptr()
 
 
 def test_parts_of_one_process_are_refused(tmp_path: Path) -> None:
@@ -409,7 +497,36 @@ def test_weights_that_would_stand_still_are_warned_of(rate: float, dtype: torch.
     assert (float(moved.float().mean()) < 0.5) == bool(said)
 
 
+def test_the_weights_of_positions_are_not_rounded_under_deepspeed(tmp_path: Path) -> None:
+    """transformers rounds whatever tensors of a float it finds in a step's inputs to the type of the model's weights."""
+    trainer = make_trainer(tmp_path, tiny_pair("llama", layers=1))
+    inputs = trainer._loss.inputs(EXAMPLES)
+    thirds_N = torch.full_like(inputs["weights"].weight_N, 1 / 3)
+    inputs["weights"] = replace(inputs["weights"], weight_N=thirds_N, return_N=thirds_N)
+    trainer.is_deepspeed_enabled = True
+    rounding = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    trainer.accelerator.state = SimpleNamespace(deepspeed_plugin=rounding)
+    assert trainer._prepare_inputs({"weights": thirds_N})["weights"].dtype == torch.bfloat16
+    # As a training step prepares them, and the loss after it.
+    moved = trainer._on_device(trainer._prepare_inputs(inputs))["weights"]
+    assert torch.equal(moved.weight_N, thirds_N)
+    assert torch.equal(moved.return_N, thirds_N)
+    assert moved.share_N is None
+
+
 # ------------------------------------------------------------------------------------------------- where the teacher is
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_no_graph_is_made_of_a_teacher_whose_weights_move(offload: Any, tmp_path: Path) -> None:
+    """A CUDA graph would go on reading them where they were."""
+    pair = tiny_pair("llama", layers=1)
+    automatic, asked = (SwitchConfig(teacher_offload=offload, compile=each) for each in ("auto", True))
+    assert compile_of(pair, automatic, in_parts=False) is False
+    with pytest.raises(UserError, match=f"compile is true, .* teacher_offload: {offload} do not; set compile: auto"):
+        make_trainer(tmp_path, pair, teacher_offload=offload, compile=True)
+    for teacher in (None, self_teacher(SimpleNamespace(disable_adapter=nullcontext))):
+        assert compile_of(ModelPair(pair.student, teacher), asked, in_parts=False) is True
 
 
 def test_offloaded_weights_are_not_copied_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,17 @@ RENAMED = (
     ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
 )
 _OF_TRANSFORMERS = {each.name: each for each in fields(TrainingArguments)}
+_OF_LOGITS = ("include_for_metrics", "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches")
+# What transformers' own loss, loader or evaluation reads, and ours does not; each with the reason.
+_UNREAD = {
+    "label_smoothing_factor": "the loss smooths no labels",
+    "label_names": "rows are read by columns of their own (docs/data.md)",
+    "average_tokens_across_devices": "the loss is divided by the tokens of all processes in any case",
+    "length_column_name": "sequences of like length share a forward in any case",
+    **dict.fromkeys(
+        (*_OF_LOGITS, "eval_use_gather_object"), "an evaluation keeps no logits (eval_scores scores answers)"
+    ),
+}
 # The package that reports, where it has not the reporter's own name; TensorBoard's writer comes from either of two.
 _REPORTERS = {"azure_ml": "azureml", "comet_ml": "comet_ml", "flyte": "flytekit", "kubeflow": "kubeflow"}
 _TENSORBOARD = ("tensorboard", "tensorboardX")
@@ -65,8 +76,9 @@ _INSTALLED_AS = {"optimi": "torch-optimi", "liger_kernel": "liger-kernel", "bits
 
 
 def check_inherited(args: TrainingArguments) -> None:
-    """Raise UserError for numbers out of range, and for packages that a setting needs and that are not installed."""
+    """Raise UserError for numbers out of range, packages that are needed and not installed, and settings that nothing reads."""
     _check_ranges(args)
+    _check_read(args)
     _check_packages(args)
     # From the launcher: the number of processes is known for sure only once the devices are taken.
     if args.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":
@@ -135,6 +147,22 @@ def _check_ranges(args: TrainingArguments) -> None:
     for key in ("seed", "data_seed"):
         if (value := getattr(args, key)) is not None and not 0 <= value < 2**32:
             raise UserError(f"{key} is {value}; it has to be between 0 and {2**32 - 1:,}")
+
+
+def _check_read(args: TrainingArguments) -> None:
+    for key, reason in _UNREAD.items():
+        known = _OF_TRANSFORMERS.get(key)
+        if known is None:
+            continue
+        default = known.default if known.default_factory is MISSING else known.default_factory()
+        if (value := getattr(args, key)) not in (None, default):
+            raise UserError(f"{key} is {value}, but {reason}; leave it out")
+    order = getattr(args, "train_sampling_strategy", "random")
+    if order not in ("random", "sequential"):
+        raise UserError(
+            f"train_sampling_strategy is {order!r}, but sequences of like length share a forward in any case; take random or "
+            f"sequential"
+        )
 
 
 def _check_packages(args: TrainingArguments) -> None:

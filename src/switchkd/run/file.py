@@ -100,6 +100,11 @@ class RunConfig:
                 f"device is {self.device!r}, but this run would be on {config.placement.device}; take auto, cpu, or a device "
                 f"that is here without its number (CUDA_VISIBLE_DEVICES=1 makes the second GPU the first)"
             )
+        if config.resume_from_checkpoint:
+            raise UserError(
+                f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, but a run goes on from the last checkpoint in its "
+                f"output_dir; leave it out, and give --resume"
+            )
         self._check_adapter()
         config.check_evaluation(has_data=self.eval_data is not None)
         self._check_teachers(config)

@@ -177,7 +177,7 @@ def _train_stage(
     if stopper.stopped:
         step = f"{trainer.state.global_step} of {trainer.state.max_steps}"
         raise Stopped(_how_to_resume(run, stage, f"stopped after step {step}"))
-    with trainer.whole.gathered():
+    with trainer.whole.gathered_to_save(here=is_main_process):
         if is_main_process:
             model: Any = trainer.whole.pair.student
             if prepared.peft_config is not None and stage.run.adapter == "merge":

@@ -26,5 +26,5 @@ def _engine_of_pair(pair: ModelPair, args: SwitchConfig, *, in_parts: bool) -> E
     margin = args.plan.objective.margin_top_k
     if args.vllm:
         return vllm_engine(pair, args.vllm, margin_top_k=margin)
-    compile = compile_of(args, in_parts=in_parts)
+    compile = compile_of(pair, args, in_parts=in_parts)
     return SpeculativeEngine(pair, args.block_size, max_rows=args.rollout_rows, margin_top_k=margin, compile=compile)

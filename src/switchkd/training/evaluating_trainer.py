@@ -81,7 +81,7 @@ class EvaluatingTrainer(ShardedTrainer):
             answered = self._answered(examples) if examples else [replace(inputs["examples"][0], response_ids=())]
             inputs = self._loss.inputs(self._loss.scored(answered))
             # The long-term term has the right gradient, but no value that means anything.
-            inputs = self._on_device({**inputs, "weights": (*inputs["weights"][:2], None)})
+            inputs = self._on_device({**inputs, "weights": replace(inputs["weights"], return_N=None)})
             let_others_read()
             loss, _ = self._loss(model, inputs, 1)
         self._eval_sum += float(loss)
@@ -104,12 +104,9 @@ class EvaluatingTrainer(ShardedTrainer):
         return rollouts if prompts_alone else examples
 
     def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # transformers moves tensors alone. Under DeepSpeed it also rounds those of a float to the type of the weights, which ours
-        # must not be: the denominator was counted before.
-        device = self.args.device
-        weights = tuple(None if each is None else each.to(device) for each in inputs["weights"])
-        prepared = self._prepare_inputs({key: value for key, value in inputs.items() if key != "weights"})
-        return {**prepared, "weights": weights, "batch": inputs["batch"].to(device)}
+        # transformers moves tensors alone, not what we made of them.
+        moved = {key: inputs[key].to(self.args.device) for key in ("batch", "weights")}
+        return {**self._prepare_inputs(inputs), **moved}
 
     def _gathered(self, values: Tensor) -> Tensor:
         """Values of all processes, along the first axis, on the CPU."""

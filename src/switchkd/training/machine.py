@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -36,12 +36,20 @@ def is_spread(model: PreTrainedModel) -> bool:
     return len({*(getattr(model, "hf_device_map", None) or {}).values()}) > 1
 
 
-def check_one_device(args: TrainingArguments, pair: ModelPair) -> None:
+def _gpus_of(model: PreTrainedModel, device: torch.device) -> set[int]:
+    """The numbers of the GPUs that a model is on: where its device_map put it, or else on the process's own device."""
+    places = {*(getattr(model, "hf_device_map", None) or {"": device}).values()} - {"disk"}
+    devices = [torch.device("cuda", each) if isinstance(each, int) else torch.device(each) for each in places]
+    return {each.index or 0 for each in devices if each.type == "cuda"}
+
+
+def check_one_device(args: TrainingArguments, pairs: Iterable[ModelPair]) -> None:
     """Raise UserError where transformers would copy the student to all GPUs of one process (nn.DataParallel)."""
     if args.n_gpu <= 1:
         return
-    if any(is_spread(model) for model in pair.models.values()):
-        # The GPUs are there for the model that is spread over them.
+    models = [model for pair in pairs for model in pair.models.values()]
+    if any(map(is_spread, models)) or len({gpu for each in models for gpu in _gpus_of(each, args.device)}) > 1:
+        # The GPUs are there for the models that are spread over them.
         args._n_gpu = 1
         return
     raise UserError(
@@ -71,14 +79,20 @@ def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> bool:
     return True
 
 
-def compile_of(args: SwitchConfig, *, in_parts: bool) -> Compile:
+def compile_of(pair: ModelPair, args: SwitchConfig, *, in_parts: bool) -> Compile:
     """`compile` as the engine takes it. Raises UserError where graphs were asked for and weights do not stay where they are."""
-    if not in_parts and args.teacher_offload != "shared":
+    # A teacher that is its own student has no weights to move.
+    has_weights = pair.teacher is not None and next(pair.teacher.parameters(), None) is not None
+    if not in_parts and (args.teacher_offload == "none" or not has_weights):
         return args.compile
     if args.compile is True:
+        of = (
+            "a student in parts (FSDP, ZeRO-3)"
+            if in_parts
+            else f"a teacher with teacher_offload: {args.teacher_offload}"
+        )
         raise UserError(
-            "compile is true, but a graph needs weights that stay where they are, and those of a student in parts (FSDP, ZeRO-3) "
-            "or of a shared teacher do not; set compile: auto"
+            f"compile is true, but a graph needs weights that stay where they are, and those of {of} do not; set compile: auto"
         )
     return False
 
@@ -92,7 +106,13 @@ def sharding_of(state: AcceleratorState) -> Literal["FSDP", "ZeRO-3"] | None:
 
 
 def check_sharding(state: AcceleratorState, args: SwitchConfig, pair: ModelPair, *, teachers: int = 1) -> None:
-    """Raise UserError for a way to spread the student's weights that would fail late, or train something else."""
+    """Raise UserError for a way to spread the student's weights, or its texts, that would fail late, or train something else."""
+    spread = getattr(state, "parallelism_config", None)
+    if spread is not None and (spread.cp_enabled or spread.sp_enabled):
+        raise UserError(
+            f"parallelism_config takes texts apart (cp_size {spread.cp_size}, sp_size {spread.sp_size}), but the loss needs them "
+            f"whole; set both to 1"
+        )
     kind = sharding_of(state)
     if kind is None:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 
 from switchkd.data.packed import lengths_of
@@ -20,8 +20,16 @@ from switchkd.training.teachers import teacher_size
 Held = Sequence[Example] | Mapping[str, Sequence[Example]] | None
 
 
-def check_call(args: SwitchConfig, model: object, teacher_model: object) -> None:
-    """Raise UserError for arguments of another kind, and for a teacher that is missing or cannot do what the method asks of it."""
+def check_call(args: SwitchConfig, model: object, teacher_model: object, unknown: Collection[str] = ()) -> None:
+    """Raise UserError for arguments of another kind, and for a teacher that is missing or cannot do what the method asks of it.
+
+    `unknown` are keywords that are no trainer's here, though transformers may take them.
+    """
+    if unknown:
+        raise UserError(
+            f"SwitchTrainer takes no {', '.join(sorted(unknown))}: what is trained and measured are the method's objective and "
+            f"eval_scores; leave it out"
+        )
     if not isinstance(args, SwitchConfig):
         raise UserError(f"args is a {type(args).__name__}; pass a SwitchConfig, which takes the same settings and ours")
     brings_one = isinstance(model, ModelPair) and model.teacher is not None

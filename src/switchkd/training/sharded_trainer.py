@@ -81,7 +81,7 @@ class ShardedTrainer(Trainer):
     def _as_one_process(self) -> Iterator[None]:
         """Inside, the base class sees the whole student, and neither FSDP nor DeepSpeed. All processes enter at the same time."""
         fsdp, deepspeed, model = self.is_fsdp_enabled, self.is_deepspeed_enabled, self.model
-        with self.whole.gathered():
+        with self.whole.gathered_to_save(here=self.args.should_save):
             self.is_fsdp_enabled = self.is_deepspeed_enabled = False
             self.model = self.whole.pair.student if self.in_parts else model
             try:
@@ -125,8 +125,8 @@ class ShardedTrainer(Trainer):
             return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        state = whole_optimizer_state(self.optimizer)
-        if self.args.should_save:
+        state = whole_optimizer_state(self.optimizer, here=self.args.should_save)
+        if state is not None:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -136,8 +136,9 @@ class ShardedTrainer(Trainer):
             return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
+        # The file's pages, which the processes of a machine share, and not a copy of the whole state for each.
         read = [
-            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True, mmap=True)
             for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
         ]
         load_optimizer_state(self.optimizer, read[0])

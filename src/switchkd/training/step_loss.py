@@ -6,7 +6,7 @@ Shape letters: B rows, T positions, H hidden, N counted positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +36,24 @@ class _Reader(NamedTuple):
 
     teacher: PreTrainedModel | RemoteTeacher | None
     head: Head | None
+
+
+@dataclass(frozen=True, eq=False)
+class PositionWeights:
+    """What multiplies the loss at each counted position, the other divergence's share of it, and the long-term term's returns.
+
+    All (N,), the returns in nats. Neither tuple nor mapping: transformers enters those, and under DeepSpeed it rounds their tensors
+    to the type of the model's weights, in which a sum of weights is no longer the denominator that was counted.
+    """
+
+    weight_N: Tensor
+    share_N: Tensor | None
+    return_N: Tensor | None
+
+    def to(self, device: torch.device | str) -> PositionWeights:
+        """The same on another device."""
+        held = {name: each.to(device) for name, each in vars(self).items() if each is not None}
+        return replace(self, **held)
 
 
 class StepLoss:
@@ -133,13 +151,13 @@ class StepLoss:
         for it.
         """
         batch = collate(sequences, self.pair.pad_id)
-        weight_N, share_N, return_N = self._weights(batch)
+        weights = self._weights(batch)
         return {
             # transformers counts tokens and operations by it.
             "input_ids": batch.input_ids_BT,
             "batch": batch,
-            "weights": (weight_N, share_N, return_N),
-            "denominator": self._denominator(weight_N),
+            "weights": weights,
+            "denominator": self._denominator(weights.weight_N),
         }
 
     @staticmethod
@@ -151,8 +169,7 @@ class StepLoss:
         summed = any(weight.sum_is_denominator for weight in self.objective.weights)
         return float(weight_N.double().sum()) if summed else int(weight_N.count_nonzero())
 
-    def _weights(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What multiplies the loss, the other divergence's share of it, and the returns of the long-term term in nats, all (N,)."""
+    def _weights(self, batch: Batch) -> PositionWeights:
         mask_BT, weights = batch.response_mask_BT, self.objective.weights
         weight_BT, return_N = product_of(weights, batch), None
         if self.replayed_prefix is not None:
@@ -164,7 +181,8 @@ class StepLoss:
         shares = [share for weight in weights if (share := weight.outlier_share(batch)) is not None]
         if self.objective.teacher_text_divergence is not None:
             shares = [batch.written_by_teacher_BT.float()]
-        return weight_BT[mask_BT].float(), shares[0][mask_BT].float() if shares else None, return_N
+        share_N = shares[0][mask_BT].float() if shares else None
+        return PositionWeights(weight_BT[mask_BT].float(), share_N, return_N)
 
     def __call__(
         self, model: nn.Module, inputs: Mapping[str, Any], denominator: Tensor | float, *, measure: bool = False
@@ -174,7 +192,7 @@ class StepLoss:
         `model` is the student or its wrapper; the inputs are on its device.
         """
         batch: Batch = inputs["batch"]
-        weight_N, share_N, return_N = inputs["weights"]
+        weights: PositionWeights = inputs["weights"]
         self.on_forward("student")
         hidden_BTH = last_hidden(model, self.pair.student, batch.input_ids_BT, batch.attention_mask_BT)
         # The token at t is predicted at t - 1.
@@ -183,9 +201,9 @@ class StepLoss:
         counted = Counted(
             hidden_BTH[:, :-1][mask_BT],
             batch.input_ids_BT[:, 1:][mask_BT],
-            weight_N=weight_N,
-            other_share_N=share_N,
-            return_N=return_N,
+            weight_N=weights.weight_N,
+            other_share_N=weights.share_N,
+            return_N=weights.return_N,
             cross_entropy_factor_N=self.objective.cross_entropy_factor(by_teacher_N, rolled_out_N),
             start=self._start_signal(batch, mask_BT),
         )

@@ -85,13 +85,12 @@ class SwitchTrainer(EvaluatingTrainer):
         **options: Unpack[TrainerOptions],
     ) -> None:
         args = args or SwitchConfig(output_dir="runs/switchkd")
-        check_call(args, model, teacher_model)
+        check_call(args, model, teacher_model, options.keys() - TrainerOptions.__annotations__.keys())
         self.plan = args.plan
         args.check_evaluation(has_data=eval_dataset is not None)
         self.taught = taught = taught_student(model, teacher_model, processing_class, peft_config, args)
         self.pair = pair = first_pair(taught)
-        for each in taught.values():
-            check_one_device(args, each.pair)
+        check_one_device(args, [each.pair for each in taught.values()])
         keep_ends(taught)
         # For the model card; a run knows better names.
         self.origins = origins_of(taught)

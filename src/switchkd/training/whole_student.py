@@ -31,7 +31,8 @@ class WholeStudent:
 
     The copy has weights only inside `gathered()`, where they are those of the student at that moment. Under autocast those of
     linear layers are in its type, since they are read in no other; the rest are in their own. So the tokens are those of a
-    student that is whole. Make it before the student is taken apart.
+    student that is whole. What is saved is read inside `gathered_to_save()`, where all are in their own type. Make it before
+    the student is taken apart.
     """
 
     def __init__(self, pair: ModelPair, *, sharded: bool) -> None:
@@ -60,10 +61,27 @@ class WholeStudent:
             if self._depth == 0:
                 self._release()
 
+    @contextmanager
+    def gathered_to_save(self, *, here: bool) -> Iterator[None]:
+        """Keep whole weights in their own type in the copy inside, on the CPU, and only where `here`: the others are empty.
+
+        All processes enter at the same time, inside `gathered()` or not.
+        """
+        before = [(parameter, parameter.data) for _, parameter in self._copied()]
+        try:
+            for parameter, gathered in self._whole_weights():
+                # One at a time: a device with room for the rollouts' copy may have none for one of twice its size.
+                parameter.data = gathered.cpu() if here else gathered.new_empty(0)
+            yield
+        finally:
+            for parameter, data in before:
+                parameter.data = data
+
     def _copied(self) -> Iterator[tuple[str, nn.Parameter]]:
         return iter(()) if self.pair is self._trained else self.pair.student.named_parameters()
 
-    def _gather(self) -> None:
+    def _whole_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The copy's parameters, each with the student's weight as it is now."""
         if self.pair is self._trained:
             return
         for module in self._trained.student.modules():
@@ -71,9 +89,12 @@ class WholeStudent:
                 # Left whole after a forward, in the type that it computes in.
                 module.reshard()
         parts = {_OF_WRAPPERS.sub("", name): each for name, each in self._trained.student.named_parameters()}
-        lowered = {id(each) for each in linear_weights(self.pair.student)} if self.pair.autocast_dtype else set()
         for name, parameter in self._copied():
-            gathered = whole(parts[name])
+            yield parameter, whole(parts[name])
+
+    def _gather(self) -> None:
+        lowered = {id(each) for each in linear_weights(self.pair.student)} if self.pair.autocast_dtype else set()
+        for parameter, gathered in self._whole_weights():
             # float64 is not lowered by autocast either.
             lower = id(parameter) in lowered and gathered.dtype == torch.float32
             parameter.data = gathered.to(self.pair.autocast_dtype) if lower else gathered
@@ -135,18 +156,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
-def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state as one process would have it, on the CPU. All processes call it together."""
-    found = optimizer.state_dict()
-    state = {
-        index: {key: whole(value).cpu() if isinstance(value, Tensor) else value for key, value in of_one.items()}
-        for index, of_one in found["state"].items()
-    }
-    return {**found, "state": state}
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, here: bool) -> dict[str, Any] | None:
+    """The optimizer's state as one process would have it, on the CPU where `here`, else None. All processes call it together."""
+    found, state = optimizer.state_dict(), {}
+    for index, of_one in found["state"].items():
+        state[index] = {key: _whole_value(value, here=here) for key, value in of_one.items()}
+    return {**found, "state": state} if here else None
+
+
+def _whole_value(value: Any, *, here: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    gathered = whole(value)
+    # Kept by all, the state of a large model would fill a machine once for each of its devices.
+    return gathered.cpu() if here else None
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, found: Mapping[str, Any]) -> None:
-    """Load a state that `whole_optimizer_state`, or one process, has saved; each process keeps its part."""
+    """Load a state that `whole_optimizer_state`, or one process, has saved; each process keeps its part, in memory of its own."""
     # The numbers of a state count the parameters through all groups.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
@@ -157,9 +184,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, found: Mapping[str, A
 
 
 def _part_as(parameter: Tensor, value: Any) -> Any:
-    """The part of a tensor of the parameter's shape that this process holds of the parameter too."""
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    """The part of a tensor of the parameter's shape that this process holds of the parameter too; a copy."""
+    if not isinstance(value, Tensor):
         return value
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value.clone()
     value = value.to(parameter.device)
-    # All have read the same file, so nothing is sent.
+    # All have read the same file, so nothing is sent. It copies the part, and so keeps nothing of the rest.
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
