@@ -246,6 +246,37 @@ def test_what_compile_says() -> None:
         SpeculativeEngine(tiny_pair("llama"), compile="yes")  # type: ignore[arg-type]
 
 
+def test_what_a_graph_has_seen_keeps_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one shape are checked once on CUDA, and their laws over the vocabulary are gone with them."""
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    pair = tiny_pair("llama")
+    laws: list[weakref.ref[Tensor]] = []
+
+    class Watched(Mix):
+        def decide(self, positions: Any) -> Any:
+            decision = super().decide(positions)
+            assert decision.blend is not None
+            laws.append(weakref.ref(decision.blend.logp))
+            return decision
+
+    engine = SpeculativeEngine(pair, 4, compile=True)
+    assert engine.graphs is not None
+    engine.graphs.shapes = "fixed"
+    write = graphs.Graph(graphs.written, torch.device("cuda"))
+    checked, alive = [], []
+
+    def count(done: int) -> None:
+        checked.append(len(write._checked))
+        alive.append(sum(law() is not None for law in laws))
+
+    monkeypatch.setattr(engine.graphs, "written", write)
+    engine.generate([[5, 6]] * 4, Watched(0.4), SAMPLING, on_progress=count)
+    assert checked == [1] * len(laws)
+    assert alive == [0] * len(laws)
+    assert len(laws) > 3
+
+
 def test_block_sizes_are_those_that_graphs_serve() -> None:
     cost = BlockCost(ForwardCost(1.0), ForwardCost(3.0))
 
