@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from switchkd.rollout.law import Student
 from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine
 from switchkd.serving.call import Call
+from switchkd.serving.connection import Connection
 from switchkd.serving.engine import VllmEngine, vllm_settings
 from switchkd.serving.remote import RemoteVllm
 from switchkd.serving.server import PROTOCOL, ROLLOUTS, STATE, WEIGHTS, RolloutServer, request_of, request_to
@@ -96,6 +98,50 @@ class Failing(Recording):
             self.loaded.append({})
             raise RuntimeError("for a moment")
         return super().rollouts(*given)
+
+
+def test_a_failure_of_the_servers_is_told_in_its_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("switchkd.serving.connection.time.sleep", lambda seconds: None)
+
+    class Broken(Recording):
+        def rollouts(self, *given: Any) -> Any:
+            raise KeyError("model.layers.9.weight")
+
+    call = Call(Student(), SHORT, 64, (1,))
+    with serving(Broken()) as server:
+        status, said = asked(server, "POST", ROLLOUTS, request_to(call, PROMPTS, 0))
+        assert (status, said) == (500, {"error": "KeyError: 'model.layers.9.weight'"})
+        with pytest.raises(Unreachable, match=r"\(KeyError: 'model.layers.9.weight'\), 2 times"):
+            RemoteVllm(url_of(server), retries=1).rollouts(PROMPTS, call, 0)
+    assert "Traceback" in capsys.readouterr().err
+
+
+class BreakingOff(BaseRequestHandler):
+    """Ends its first answer before it is whole."""
+
+    answered = 0
+
+    def handle(self) -> None:
+        self.request.recv(65536)
+        BreakingOff.answered += 1
+        body = json.dumps({"protocol": PROTOCOL, "version": 0}).encode()
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        self.request.sendall(head.encode() + (body[:9] if BreakingOff.answered == 1 else body))
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("switchkd.serving.connection.time.sleep", waits.append)
+    monkeypatch.setattr(BreakingOff, "answered", 0)
+    with running(TCPServer(("127.0.0.1", 0), BreakingOff)) as server:
+        connection = Connection(f"http://127.0.0.1:{server.server_address[1]}", "")
+        assert connection.json(STATE) == {"protocol": PROTOCOL, "version": 0}
+        assert waits == [1]
+        BreakingOff.answered = 0
+        with pytest.raises(Unreachable, match=r"IncompleteRead\(9 bytes read, \d+ more expected\)"):
+            Connection(connection.url, "", retries=0).json(STATE)
 
 
 @pytest.mark.filterwarnings("ignore")

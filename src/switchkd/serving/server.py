@@ -32,6 +32,7 @@ _MOST_JSON = 64_000_000
 # Seconds that a client may be silent in the middle of a request.
 _PATIENCE = 60
 _PIECE = 1 << 20
+_JSON = "application/json"
 
 
 class Served(Backend, Protocol):
@@ -99,9 +100,15 @@ class _Handler(BaseHTTPRequestHandler):
             )
         else:
             try:
-                handle()
+                body, kind = handle()
             except UserError as error:
                 self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+            except Exception as error:
+                # Whoever runs the server sees all of it, and the client what it is about.
+                self.server.handle_error(self.request, self.client_address)
+                self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
+            else:
+                self._send(HTTPStatus.OK, body, kind)
 
     def _allowed(self) -> bool:
         """Whether the client is who may ask; if not, it has been told."""
@@ -126,12 +133,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.unread = self.unread - len(piece) if piece else 0
         return piece
 
-    def _rollouts(self) -> None:
+    def _rollouts(self) -> tuple[bytes, str]:
         call, prompts, seed = request_of(self._body(_MOST_JSON))
-        body = save(dict(self.server.backend.rollouts(prompts, call, seed)))
-        self._send(HTTPStatus.OK, body, "application/octet-stream")
+        return save(dict(self.server.backend.rollouts(prompts, call, seed))), "application/octet-stream"
 
-    def _weights(self) -> None:
+    def _weights(self) -> tuple[bytes, str]:
         with tempfile.TemporaryDirectory(prefix="switchkd-serve-") as folder:
             path = Path(folder) / "weights.safetensors"
             with path.open("wb") as file:
@@ -144,10 +150,10 @@ class _Handler(BaseHTTPRequestHandler):
                 raise UserError(f"the weights are no safetensors file ({error})") from error
             if not names:
                 raise UserError("the weights are none at all")
-            self._json(HTTPStatus.OK, {"version": self.server.backend.load(path)})
+            return json.dumps({"version": self.server.backend.load(path)}).encode(), _JSON
 
     def _json(self, status: HTTPStatus, value: Mapping[str, Any]) -> None:
-        self._send(status, json.dumps(value).encode(), "application/json")
+        self._send(status, json.dumps(value).encode(), _JSON)
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
         if self.unread <= _PIECE:
