@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from sockets import running
 from switchkd.errors import Unreachable, UserError
-from switchkd.records import Prompt, Sampling
+from switchkd.methods.config import SwitchConfig
+from switchkd.records import Example, Prompt, Sampling
 from switchkd.rollout.law import Student
 from switchkd.rollout.policies import Switch
 from switchkd.rollout.reference import ReferenceEngine
@@ -25,7 +26,9 @@ from switchkd.serving.connection import Connection
 from switchkd.serving.engine import VllmEngine, vllm_settings
 from switchkd.serving.remote import RemoteVllm
 from switchkd.serving.server import PROTOCOL, ROLLOUTS, STATE, WEIGHTS, RolloutServer, request_of, request_to
+from switchkd.serving.started import Started, sizes_of
 from test_serving import PROMPTS, Recording, check_equal, pair
+from trainers import make_trainer
 
 SHORT = Sampling(max_new_tokens=4)
 
@@ -153,6 +156,69 @@ def test_a_moments_failure_is_survived(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert len(answer["lengths"]) == len(PROMPTS)
 
 
+# ------ what a run asks before its first step
+
+
+def started(**changes: Any) -> Started:
+    models = {role: sizes_of(model.config) for role, model in pair().models.items()}
+    return Started(**{"max_tokens": 64, "vocabulary_size": 64, "models": models, **changes})
+
+
+def test_a_server_with_other_models_is_refused_at_once() -> None:
+    assert sizes_of(pair().student.config) == {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    with serving(Recording(started())) as server:
+        assert VllmEngine(pair(), url_of(server)).backend.started == started()
+    wider = {**started().models, "student": {"hidden_size": 48, "num_hidden_layers": 2, "vocab_size": 64}}
+    told = "the student here, .*, has hidden_size 32, .* but that of vLLM hidden_size 48, num_hidden_layers 2, vocab_size 64"
+    for wrong, words in (({"models": wider}, told), ({"vocabulary_size": 60}, "share 64 ids, but those of vLLM 60")):
+        backend = Recording(started(**wrong))
+        with serving(backend) as server, pytest.raises(UserError, match=words):
+            VllmEngine(pair(), url_of(server))
+        assert not backend.loaded
+    with (
+        serving(Recording(started(models=["student"]))) as server,
+        pytest.raises(UserError, match="server's models is"),
+    ):
+        RemoteVllm(url_of(server))
+
+
+def test_weights_that_a_server_would_not_take_are_not_sent() -> None:
+    backend = Recording()
+    with serving(backend, most_weights=4000) as server:
+        with pytest.raises(UserError, match=r"takes 4000; start switchkd serve with a larger --weights-gib"):
+            VllmEngine(pair(), url_of(server)).generate(PROMPTS, Student(), SHORT)
+        status, said = asked(server, "POST", WEIGHTS, b"0" * 5000)
+    assert status == 413
+    assert "--weights-gib" in said["error"]
+    assert not backend.loaded
+
+
+LONG = [Example(Prompt((5,) * length, row), (7,) * 90) for row, length in enumerate((2, 55))]
+WRITING: dict[str, Any] = {"teacher_signal": {"top_k": 8}, "max_new_tokens": 10}
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_run_whose_texts_vllm_has_no_room_for_ends_before_its_first_step(here: bool, tmp_path: Path) -> None:
+    words = "come to 65 tokens, and vLLM takes 64; start it with a larger max_tokens"
+    with serving(Recording(started())) as server:
+        vllm = {"max_tokens": 64} if here else url_of(server)
+        with pytest.raises(UserError, match=words):
+            make_trainer(tmp_path, pair(), LONG, vllm=vllm, **WRITING)
+        with pytest.raises(UserError, match="one token long"):
+            make_trainer(tmp_path, pair(), [Example(Prompt((5,), 0), ())], vllm=vllm, **WRITING)
+        with pytest.raises(UserError, match=words):
+            make_trainer(tmp_path, pair(), LONG[:1], eval_dataset=[Example(LONG[1].prompt, ())], vllm=vllm, **WRITING)
+    with serving(Recording(started())) as server:
+        # What the data set answers is not written by vLLM, however long it is.
+        make_trainer(tmp_path, pair(), LONG[:1], eval_dataset=LONG[1:], vllm=url_of(server), **WRITING)
+
+
+def test_one_server_is_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SwitchConfig, "world_size", property(lambda args: 2))
+    with pytest.raises(UserError, match=r"the server http://127\.0\.0\.1:9, which serves one process, but there are 2"):
+        make_trainer(tmp_path, pair(), vllm="http://127.0.0.1:9", **WRITING)
+
+
 # ------ who may ask, and what
 
 
@@ -160,7 +226,7 @@ def test_only_this_machine_may_ask_where_there_is_no_key() -> None:
     with pytest.raises(UserError, match="SWITCHKD_SERVE_KEY"):
         RolloutServer(Recording(), "0.0.0.0", 0)
     with serving(Recording()) as server:
-        assert asked(server, "GET", STATE) == (200, {"protocol": PROTOCOL, "version": 0})
+        assert asked(server, "GET", STATE) == (200, {"protocol": PROTOCOL, "version": 0, "most_weights": 1 << 34})
         assert asked(server, "GET", STATE, Host="evil.example")[0] == 421
         assert asked(server, "POST", ROLLOUTS, b"{}", Origin="http://evil.example")[0] == 403
         assert asked(server, "GET", "/etc/passwd")[0] == 404

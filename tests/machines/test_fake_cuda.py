@@ -180,7 +180,9 @@ def test_objective(signal: str, dtype: torch.dtype) -> None:
 def test_a_block_is_read_back(policy: type[Policy], dtype: torch.dtype) -> None:
     """AdaSwitch's threshold is in float64 on the host, whatever type the models compute in."""
     seen = positions(B, T, greedy=True)
-    seen = replace(seen, **{name: getattr(seen, name).to(dtype) for name in ("divergence", "student_logp", "teacher_logp")})
+    seen = replace(
+        seen, **{name: getattr(seen, name).to(dtype) for name in ("divergence", "student_logp", "teacher_logp")}
+    )
     draft, decision = drafted(B, T, greedy=True), policy().decide(seen)
     compared = Compared(seen.teacher_logp, seen.divergence, seen.coin, torch.rand(B, T, device=DEVICE))
     verdict = Verdict(write(decision, draft, compared, greedy=True), seen.divergence, decision.threshold)

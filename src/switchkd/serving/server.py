@@ -27,6 +27,7 @@ from switchkd.web import is_loopback
 PROTOCOL = 1
 ROLLOUTS, WEIGHTS, STATE = "/v1/rollouts", "/v1/weights", "/v1/state"
 KEY_ENV = "SWITCHKD_SERVE_KEY"
+MORE_WEIGHTS = "start switchkd serve with a larger --weights-gib"
 # A million tokens of prompts are about 8 MB.
 _MOST_JSON = 64_000_000
 # Seconds that a client may be silent in the middle of a request.
@@ -77,7 +78,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._allowed():
             return
         if self.path == STATE:
-            self._json(HTTPStatus.OK, {"protocol": PROTOCOL, "version": self.server.backend.version})
+            backend, most = self.server.backend, self.server.most_weights
+            started = {} if backend.started is None else backend.started.to_json()
+            state = {"protocol": PROTOCOL, "version": backend.version, "most_weights": most}
+            self._json(HTTPStatus.OK, state | started)
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
 
@@ -95,9 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not has_length:
             self._refuse(HTTPStatus.LENGTH_REQUIRED, "say how long the request is")
         elif self.unread > most:
-            self._refuse(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request has {length} bytes; at most {most} are taken"
-            )
+            remedy = MORE_WEIGHTS if self.path == WEIGHTS else "ask for fewer rollouts at a time"
+            said = f"the request has {length} bytes; at most {most} are taken; {remedy}"
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, said)
         else:
             try:
                 body, kind = handle()
