@@ -83,7 +83,7 @@ def test_the_options_of_a_command_are_called_as_in_a_run_file() -> None:
         *("model", "prompt", "data", "limit", "no_repeat_ngram", "match", "force", "study_file", "workers", "dry_run"),
         *("gpus", "memory", "link", "cluster", "texts", "as_json"),
         *("runs", "rollouts", "port", "follow"),
-        *("host", "max_rows", "max_tokens", "cache_gib"),
+        *("host", "max_rows", "max_tokens", "cache_gib", "weights_gib"),
     }
     assert names - own - {"teacher_share"} <= HINTS.keys()
     assert "teacher_share" in settings_of(AutoThreshold)

@@ -15,13 +15,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from checks.rollouts import assert_same_rollouts
+from switchkd.distributions import shaping
 from switchkd.errors import UserError
 from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Sampling
-from switchkd.rollout import graphs
+from switchkd.rollout import graphs, speculative
 from switchkd.rollout.blends import Mix
 from switchkd.rollout.blocks import BlockChooser, BlockCost, Drafts, ForwardCost
 from switchkd.rollout.law import Policy, Student, Teacher
+from switchkd.rollout.log import RolloutLog
 from switchkd.rollout.metrics import RolloutMetrics
 from switchkd.rollout.policies import AdaSwitch, Switch
 from switchkd.rollout.reference import ReferenceEngine
@@ -114,6 +116,51 @@ def test_a_block_waits_for_the_device_six_times_at_most_whatever_the_rows(rows: 
     # costs once, its keys, its prompts and the ends of text, is 8.
     history = 2 * rows * blocks if policy.needs_history else 0  # made on the host, from lists
     assert 0 < sum(reads.counts.values()) - history <= 6 * blocks + 8, reads.counts
+
+
+def test_a_block_waits_once_for_the_teachers_likeliest_ids_whatever_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, prompts, policy = tiny_pair("llama", dtype=torch.float64), [[5 + row, 6] for row in range(6)], Student()
+    sizes: list[int] = []
+    table = shaping._top_table
+    monkeypatch.setattr(
+        shaping, "_top_table", lambda logits, top_k: sizes.append(len(logits)) or table(logits, top_k=top_k)
+    )
+    monkeypatch.setattr(speculative, "numbers_at_once", lambda device: 10 * pair.vocabulary_size)
+    cpu: dict[Any, int] = {}
+    for keep in ("hidden", 5):
+        blocks: list[int] = []
+        with HostReads() as reads:
+            rollouts = SpeculativeEngine(pair, 4).generate(
+                prompts, policy, SAMPLING, keep_teacher=keep, on_progress=blocks.append
+            )
+        cpu[keep] = reads.counts["cpu"]
+    assert cpu[5] == cpu["hidden"] + len(blocks)
+    # No logits of more positions at once than there is room for, and of none that a row does not keep.
+    assert max(sizes) == 10
+    assert sum(sizes) == sum(len(each.token_ids) for each in rollouts)
+    expected = ReferenceEngine(pair).generate(prompts, policy, SAMPLING, keep_teacher=5)
+    for ours, theirs in zip(rollouts, expected, strict=True):
+        assert ours.teacher_top is not None
+        assert theirs.teacher_top is not None
+        assert torch.equal(ours.teacher_top.ids, theirs.teacher_top.ids)
+        # Kept in float32.
+        torch.testing.assert_close(ours.teacher_top.logp, theirs.teacher_top.logp, rtol=1e-6, atol=1e-6)
+
+
+def test_kept_states_are_no_more_than_what_stands() -> None:
+    """A part of a block would keep the states of all its rows."""
+    pair, sizes = tiny_pair("llama"), []
+    kept = RolloutLog.rollout
+
+    def noted(log: RolloutLog, *given: Any) -> Any:
+        sizes.extend((len(each), each.untyped_storage().nbytes()) for each in log.teacher_hidden)
+        return kept(log, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RolloutLog, "rollout", noted)
+        SpeculativeEngine(pair, 4).generate(PROMPTS, SWITCH, SAMPLING, keep_teacher="hidden")
+    assert len({count for count, _ in sizes}) > 1
+    assert {stored // count for count, stored in sizes} == {4 * pair.teacher.config.hidden_size}
 
 
 # Tracing takes seconds a graph, so the quick suite has one blend, greedily; SWITCH at temperature 1 is in the test of warm graphs.
@@ -244,6 +291,37 @@ def test_what_compile_says() -> None:
     assert [graphs.bucket(least) for least in (1, 256, 257, 600)] == [256, 256, 512, 1024]
     with pytest.raises(UserError, match="compile is 'yes'"):
         SpeculativeEngine(tiny_pair("llama"), compile="yes")  # type: ignore[arg-type]
+
+
+def test_what_a_graph_has_seen_keeps_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one shape are checked once on CUDA, and their laws over the vocabulary are gone with them."""
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    pair = tiny_pair("llama")
+    laws: list[weakref.ref[Tensor]] = []
+
+    class Watched(Mix):
+        def decide(self, positions: Any) -> Any:
+            decision = super().decide(positions)
+            assert decision.blend is not None
+            laws.append(weakref.ref(decision.blend.logp))
+            return decision
+
+    engine = SpeculativeEngine(pair, 4, compile=True)
+    assert engine.graphs is not None
+    engine.graphs.shapes = "fixed"
+    write = graphs.Graph(graphs.written, torch.device("cuda"))
+    checked, alive = [], []
+
+    def count(done: int) -> None:
+        checked.append(len(write._checked))
+        alive.append(sum(law() is not None for law in laws))
+
+    monkeypatch.setattr(engine.graphs, "written", write)
+    engine.generate([[5, 6]] * 4, Watched(0.4), SAMPLING, on_progress=count)
+    assert checked == [1] * len(laws)
+    assert alive == [0] * len(laws)
+    assert len(laws) > 3
 
 
 def test_block_sizes_are_those_that_graphs_serve() -> None:

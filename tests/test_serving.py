@@ -25,6 +25,7 @@ from switchkd.serving.acceptance import Request, accept, propose
 from switchkd.serving.call import Call, answer_of, call_of, rollouts_of
 from switchkd.serving.engine import VllmEngine
 from switchkd.serving.heads import Padding, padded_copy, padding_of
+from switchkd.serving.started import Started
 from tiny import EOS_ID, tiny_pair
 
 POLICIES: list[Policy] = [
@@ -240,7 +241,8 @@ def test_an_answer_that_does_not_fit_is_refused(name: str, value: Tensor | None,
 class Recording:
     """A backend that takes weights and writes by the reference's rule, in the same process."""
 
-    def __init__(self) -> None:
+    def __init__(self, started: Started | None = None) -> None:
+        self.started = started
         self.version = 0
         self.loaded: list[dict[str, Tensor]] = []
 

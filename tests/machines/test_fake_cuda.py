@@ -7,6 +7,7 @@ cannot index them, nor go backward. Whole models cannot be moved to it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from switchkd.loss.signals import DenseTeacher, TopKTeacher
 from switchkd.loss.targets import Proximal
 from switchkd.models.heads import Head
 from switchkd.records import Prompt, Sampling
+from switchkd.rollout.block import Verdict, read_back
 from switchkd.rollout.law import Policy, Positions
 from switchkd.rollout.log import Compared
 from switchkd.rollout.policies import POLICIES
@@ -171,6 +173,21 @@ def test_objective(signal: str, dtype: torch.dtype) -> None:
     )
     gradients = torch.autograd.grad(loss, [hidden, student.projection.weight])
     assert {tensor.device for tensor in (loss, *gradients, report.cross_entropy_N)} == {DEVICE}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_a_block_is_read_back(policy: type[Policy], dtype: torch.dtype) -> None:
+    """AdaSwitch's threshold is in float64 on the host, whatever type the models compute in."""
+    seen = positions(B, T, greedy=True)
+    seen = replace(
+        seen, **{name: getattr(seen, name).to(dtype) for name in ("divergence", "student_logp", "teacher_logp")}
+    )
+    draft, decision = drafted(B, T, greedy=True), policy().decide(seen)
+    compared = Compared(seen.teacher_logp, seen.divergence, seen.coin, torch.rand(B, T, device=DEVICE))
+    verdict = Verdict(write(decision, draft, compared, greedy=True), seen.divergence, decision.threshold)
+    recorded = read_back(verdict, torch.tensor([1], device="cpu"))
+    assert {each.device.type for each in (recorded.ends, *recorded.columns)} == {"cpu"}
 
 
 class _OnTheHost(Policy):

@@ -366,3 +366,24 @@ def test_rows_are_compared_in_groups_of_that_size(numbers: int, limit: str, monk
         SpeculativeEngine(pair, 4).generate(PROMPTS, LOW_SWITCH, SAMPLING), expected, pair, LOW_SWITCH, SAMPLING
     )
     assert max(groups) == max(1, numbers // (4 * 64))
+
+
+def test_graphs_of_fixed_shapes_compare_as_many_rows_at_a_time_in_the_whole_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CUDA each other number of rows would be compiled again, for seconds to minutes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    pair, a_row, groups = tiny_pair("llama", dtype=torch.float64), 4 * 64, []
+    expected = ReferenceEngine(pair).generate(PROMPTS, LOW_SWITCH, SAMPLING)
+    engine = SpeculativeEngine(pair, 4, compile=True)
+    assert engine.graphs is not None
+    engine.graphs.shapes = "fixed"
+    free, shown = iter([7 * a_row, 5 * a_row, 1, 3 * a_row, *[9 * a_row] * 99]), switchkd.rollout.writer.observe
+    monkeypatch.setattr(switchkd.rollout.writer, "numbers_at_once", lambda device: next(free))
+    monkeypatch.setattr(switchkd.rollout.writer, "observe", lambda *args: groups.append(len(args[3])) or shown(*args))
+    assert_same_rollouts(engine.generate(PROMPTS, LOW_SWITCH, SAMPLING), expected, pair, LOW_SWITCH, SAMPLING)
+    # Five rows are padded to eight.
+    assert {*groups} == {4}
+    assert len(groups) > 4
+    engine.generate(PROMPTS, LOW_SWITCH, SAMPLING)
+    assert {*groups} == {4}

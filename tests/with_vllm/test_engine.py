@@ -20,6 +20,7 @@ pytest.importorskip("vllm")
 
 from switchkd.serving.colocated import VllmOptions
 from switchkd.serving.engine import VllmEngine
+from switchkd.serving.started import Started, sizes_of
 
 # Unequal lengths, more of them than rows in flight, and one that ends with the end of text itself.
 PROMPTS = [[5, 9, 11], [7, 8], [3, 4, 5, 6, 7, 8, 9], [20, 1], [30, 31, 32, 33], [40, 41], [5, 9, 11]]
@@ -65,6 +66,12 @@ def test_vllm_writes_what_the_reference_writes(
     sampling = Sampling(max_new_tokens=24, temperature=temperature)
     wanted = ReferenceEngine(pair).generate(PROMPTS, policy, sampling, seed=3)
     check_equal(engine.generate(PROMPTS, policy, sampling, seed=3), wanted)
+
+
+def test_vllm_says_what_it_was_started_with(engine: VllmEngine, pair: ModelPair) -> None:
+    models = {role: sizes_of(model.config) for role, model in pair.models.items()}
+    assert models["student"] == {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    assert engine.backend.started == Started(64, 64, models)
 
 
 def test_top_k_and_top_p_act_on_both_models(engine: VllmEngine, pair: ModelPair) -> None:

@@ -30,6 +30,7 @@ class Serving:
     max_rows: Annotated[int, option(_SERVER, "N", "Rollouts in flight; changes no token.", min=1)] = 64
     max_tokens: Annotated[int, option(_SERVER, "N", "Longest prompt and response together.", min=2)] = 1024
     cache_gib: Annotated[float, option(DEVICE, "GIB", "Memory of both models' caches.")] = 1.0
+    weights_gib: Annotated[float, option(DEVICE, "GIB", "Largest student that training may send.")] = 16.0
     dtype: Annotated[str, option(DEVICE, "TYPE", "Type of both models' weights: float32, bfloat16, auto.")] = "float32"
 
 
@@ -41,6 +42,8 @@ def serve(given: Serving) -> None:
     from switchkd.serving.server import KEY_ENV, RolloutServer
     from switchkd.web import key_in
 
+    if not given.weights_gib > 0:
+        raise UserError(f"weights_gib is {given.weights_gib}; it has to be above 0")
     options = VllmOptions(given.block_size, given.max_rows, given.max_tokens, given.dtype, given.cache_gib)
     sources = [find_source(name) for name in (given.teacher, given.student)]
     if packed := [
@@ -50,6 +53,7 @@ def serve(given: Serving) -> None:
     console = new_console()
     with console.status("vLLM starts ..."):
         backend = ColocatedVllm(sources[0].place, sources[1].place, options)
-    with RolloutServer(backend, given.host, given.port, key=key_in(KEY_ENV)) as server:
+    most = int(given.weights_gib * 2**30)
+    with RolloutServer(backend, given.host, given.port, key=key_in(KEY_ENV), most_weights=most) as server:
         console.print(Text(f"serving at http://{given.host}:{server.port}; stop with Ctrl-C"), soft_wrap=True)
         server.serve_forever()

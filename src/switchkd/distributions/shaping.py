@@ -5,7 +5,8 @@ Shape letters: B rows, V vocabulary; `...` is any leading shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,11 +47,26 @@ def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
 
 def top_logp(logits: Tensor, top_k: int) -> TopLogp:
     """The likeliest `top_k` ids at each position of logits (T, V), with their log-probabilities and the rest's, on the CPU."""
+    return top_logp_of_parts([logits], top_k)
+
+
+def top_logp_of_parts(logits: Iterable[Tensor], top_k: int) -> TopLogp:
+    """As `top_logp`, of logits that come in parts, one after another: one copy to the CPU for all of them."""
+    # By `map`, which lets go of a part before it asks for the next.
+    table = torch.cat([*map(partial(_top_table, top_k=top_k), logits)]).cpu()
+    kept = table.shape[1] // 2
+    ids, logp, rest = table.split([kept, kept, 1], dim=1)
+    # Copies, for a part of one would keep the whole table.
+    return TopLogp(ids.long(), logp.clone(), rest[:, 0].clone())
+
+
+def _top_table(logits: Tensor, top_k: int) -> Tensor:
+    """The columns of a `TopLogp`, side by side in float32, in which ids are exact up to 16 million."""
     logp = log_probabilities(logits, 1.0).float()
     kept, ids = logp.topk(min(top_k, logp.shape[-1]), dim=-1)
     # Not 1 - the sum of the kept, which rounding would leave without a digit where the rest is small.
-    rest = logp.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
-    return TopLogp(ids.cpu(), kept.cpu(), rest.cpu())
+    rest = logp.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([ids.to(logp.dtype), kept, rest], dim=-1)
 
 
 def entropy(logp: Tensor) -> Tensor:

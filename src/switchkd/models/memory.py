@@ -32,7 +32,8 @@ def numbers_in_cache(device: torch.device) -> int:
     return _IN_CACHE if device.type == "cpu" else numbers_at_once(device)
 
 
-def pieces(rows: int, numbers_a_row: int, at_once: int) -> list[slice]:
-    """The rows in pieces of at most that many numbers, but of at least one row."""
+def pieces(rows: int, numbers_a_row: int, at_once: int, *, of_few_sizes: bool = False) -> list[slice]:
+    """The rows in pieces of at most that many numbers, but of at least one row; `of_few_sizes`: of a power of two."""
     size = max(1, at_once // numbers_a_row)
+    size = 1 << (size.bit_length() - 1) if of_few_sizes else size
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

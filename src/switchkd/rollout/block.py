@@ -113,12 +113,14 @@ def read_back(verdict: Verdict, eos_ids: Tensor) -> Recorded:
     """The block on the host, in one copy: the only time that it waits for the device. `eos_ids` are on the host."""
     token, replaced, by_teacher, *logps = verdict.written
     measured = [verdict.divergence, *logps, *([] if verdict.margin is None else [verdict.margin])]
-    # A threshold in float64 is on the host already. Ids are exact in float32, up to 16 million.
-    apart = verdict.threshold.dtype == torch.float64 != verdict.divergence.dtype
-    sent = [token, replaced, by_teacher, *measured, *([] if apart else [verdict.threshold])]
-    table = torch.stack([each.to(verdict.divergence.dtype) for each in sent]).cpu()
+    # A threshold in float64 is on the host already, and other numbers may be of that type too. Ids are exact in float32, up to 16
+    # million.
+    threshold, divergence = verdict.threshold, verdict.divergence
+    apart = threshold.device != divergence.device or threshold.dtype == torch.float64 != divergence.dtype
+    sent = [token, replaced, by_teacher, *measured, *([] if apart else [threshold])]
+    table = torch.stack([each.to(divergence.dtype) for each in sent]).cpu()
     ids, parted, teachers = table[0].long(), table[1].bool(), table[2].bool()
-    threshold, numbers = (verdict.threshold.cpu(), table[3:]) if apart else (table[-1], table[3:-1])
+    threshold, numbers = (threshold.cpu(), table[3:]) if apart else (table[-1], table[3:-1])
     return Recorded(
         parted | torch.isin(ids, eos_ids), [ids, teachers, numbers[0], threshold, *numbers[1:].unbind(dim=0)]
     )

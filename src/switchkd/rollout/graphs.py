@@ -23,6 +23,7 @@ from switchkd.distributions.noise import Address, gumbel
 from switchkd.errors import UserError
 from switchkd.models.pair import ModelPair
 from switchkd.rollout.block import scored, student_step, teacher_states, written
+from switchkd.rollout.law import Blend, Decision
 
 Compile = Literal["auto", True, False]
 
@@ -136,7 +137,8 @@ class Graph(Generic[_P, _R]):
                 if open_ended:
                     torch._dynamo.mark_dynamic(value, dimension)
             return value.dtype, several, value.shape[2:], value.storage_offset() > 1
-        if isinstance(value, (Draft, Address)):
+        # A record of tensors is compared by which tensors it holds, which are other ones in each block, and would be kept.
+        if isinstance(value, (Draft, Address, Decision, Blend)):
             value = tuple(vars(value).values())
         return tuple(map(self._seen, value)) if isinstance(value, tuple) else value
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from switchkd.distributions.noise import row_keys
-from switchkd.distributions.shaping import top_logp
+from switchkd.distributions.shaping import top_logp_of_parts
 from switchkd.errors import UserError
 from switchkd.models.heads import evaluating
+from switchkd.models.memory import numbers_at_once, pieces
 from switchkd.models.pair import ModelPair
 from switchkd.records import Prompt, Rollout, Sampling
 from switchkd.rollout.block import (
@@ -285,18 +286,27 @@ class _Run:
         kept = kept_counts(block.ends[:rows], [self._room(row) for row in self.rows])
         # They become Python's numbers, which hold those of any type exactly.
         columns = [each[:rows].tolist() for each in block.columns]
+        if hidden is not None:
+            self._keep(hidden, [count for count, _ in kept])
         for place, (row, (count, ended)) in enumerate(zip(self.rows, kept, strict=True)):
             self.chooser.learn(row.drafts, count - ended, ended)
             row.log.extend(*(column[place][:count] for column in columns))
-            if hidden is not None:
-                self._keep(row.log, hidden[place, :count])
             row.length += count
             row.pending = row.log.token_ids[-1]
         return sum(count for count, _ in kept)
 
-    def _keep(self, log: RolloutLog, hidden_TH: Tensor) -> None:
-        """Put with a row what is kept of the teacher, from its hidden states at the tokens just written."""
+    def _keep(self, hidden: Tensor, counts: Sequence[int]) -> None:
+        """Put with each row what is kept of the teacher, from its hidden states (A, K, H) at the first tokens of the block."""
         if self.keep_teacher == "hidden":
-            log.teacher_hidden.append(hidden_TH)
+            for place, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+                # A copy: a part of the block would keep it whole until its slowest row ends.
+                row.log.teacher_hidden.append(hidden[place, :count].clone())
         elif self.keep_teacher:
-            log.teacher_top.append(top_logp(self.models["teacher"].head(hidden_TH), self.keep_teacher))
+            size, head = hidden.shape[1], self.models["teacher"].head
+            places = [place * size + at for place, count in enumerate(counts) for at in range(count)]
+            states_TH = hidden.flatten(0, 1)[torch.tensor(places, device=hidden.device)]
+            parts = pieces(len(places), head.vocabulary_size, numbers_at_once(hidden.device))
+            top, start = top_logp_of_parts((head(states_TH[part]) for part in parts), self.keep_teacher), 0
+            for row, count in zip(self.rows, counts, strict=True):
+                row.log.teacher_top.append(top.at(slice(start, start + count)))
+                start += count

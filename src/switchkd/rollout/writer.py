@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,6 +44,12 @@ class BlockWriter:
         self.student, self.teacher = self.models["student"], self.models.get("teacher")
         self.device = self.student.model.device
         self.weights = self.graphs.weights() if self.graphs else 0
+        self.fixed = self.graphs is not None and self.graphs.shapes == "fixed"
+
+    @cached_property
+    def _at_once(self) -> int:
+        """`numbers_at_once` as it is when the call first asks, with its caches in their place."""
+        return numbers_at_once(self.device)
 
     def block(self, size: int, state: State, longest: int, logs: list[RolloutLog]) -> tuple[Verdict, Tensor | None]:
         """The verdict on the next `size` positions of every row, and the teacher's hidden states (A, K, H) there.
@@ -73,7 +80,7 @@ class BlockWriter:
         for step in range(size):
             with self.metrics.timing("student"):
                 # Graphs of fixed shapes look as far in all of a block, so that it takes those of one width.
-                end = longest + (size if self.graphs and self.graphs.shapes == "fixed" else step + 1)
+                end = longest + (size if self.fixed else step + 1)
                 reading = Reading(token[:, None], state.length + step, self._width(end))
                 at = Address(state.key, state.position + step)
                 token, logp = self._step(reading, at, noise[step], logs)
@@ -112,7 +119,9 @@ class BlockWriter:
         """The policy's verdict on the whole block, in groups of rows where the vocabulary is large."""
         logs = logs + [RolloutLog(logs[0].prompt)] * (len(hidden) - len(logs))
         a_row, verdicts = draft.student_logp[0].numel(), []
-        for group in pieces(len(hidden), a_row, numbers_at_once(self.device)):
+        # Free memory goes up and down, and a graph of fixed shapes would be made for each number of rows that it leaves room for.
+        at_once = self._at_once if self.fixed else numbers_at_once(self.device)
+        for group in pieces(len(hidden), a_row, at_once, of_few_sizes=self.fixed):
             drafted = draft.rows(group)
             if self.graphs:
                 with self.metrics.timing("teacher"):

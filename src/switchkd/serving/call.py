@@ -22,6 +22,7 @@ from switchkd.records import FinishReason, Prompt, Rollout, Sampling, TopLogp
 from switchkd.rollout.law import Policy
 from switchkd.rollout.log import RolloutLog
 from switchkd.rollout.policies import POLICIES, POLICY
+from switchkd.serving.started import Started
 from switchkd.settings.typed import typed
 
 
@@ -48,7 +49,10 @@ class Call:
 
 
 class Backend(Protocol):
-    """What writes rollouts with weights that it was given."""
+    """What writes rollouts with weights that it was given; `started` is what is known of it beforehand."""
+
+    @property
+    def started(self) -> Started | None: ...  # noqa: D102
 
     def rollouts(
         self, prompts: Sequence[Prompt], call: Call, seed: int, on_progress: Callable[[int], None] | None = None

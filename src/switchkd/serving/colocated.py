@@ -24,6 +24,7 @@ from switchkd.errors import UserError
 from switchkd.records import Prompt
 from switchkd.serving.call import Call
 from switchkd.serving.heads import Padding, padded_copy, padding_of
+from switchkd.serving.started import Started, check_lengths
 
 # A lost draft is asked for again, and gives the same tokens; a cache that is too small loses it every time.
 _ATTEMPTS = 3
@@ -53,6 +54,10 @@ class VllmOptions:
                 raise UserError(f"{key} is {getattr(self, key)}; it has to be at least 1")
         if not self.cache_gib > 0:
             raise UserError(f"cache_gib is {self.cache_gib}; it has to be above 0")
+
+    def check_room(self, longest: int, shortest_prompt: int) -> None:
+        """As `VllmEngine.check_room`, before vLLM is started."""
+        check_lengths(self.max_tokens, longest, shortest_prompt)
 
 
 def check_prompts(prompts: Sequence[Prompt], call: Call, options: VllmOptions) -> None:
@@ -92,6 +97,8 @@ class ColocatedVllm:
         self.llm = _started(self._filled_up("teacher", teacher), self._filled_up("student", student), options)
         self.llm.collective_rpc("switchkd_begin")
         self.vocabulary_size = int(self.llm.model_config.get_vocab_size())
+        models = self.llm.collective_rpc("switchkd_sizes")[0]
+        self.started = Started(options.max_tokens, self.vocabulary_size, models)
         self._names = 0
 
     def _filled_up(self, role: str, place: str) -> str:

@@ -64,7 +64,7 @@ class Connection:
                 with error:
                     if error.code < 500 and error.code not in _PASSING:
                         raise Refused(f"{self.url} refuses: {self._reason(error)}", error.code) from None
-                    reason = f"error {error.code}"
+                    reason = self._reason(error)
             except (OSError, http.client.HTTPException) as error:
                 # URLError says the same twice.
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
@@ -89,6 +89,9 @@ class Connection:
                     raise UserError(
                         f"the answer of {self.url} has more than {_MOST_BYTES} bytes; ask for less at a time"
                     )
+                if response.length:
+                    # Of an answer that breaks off `read` returns the beginning, as if it were whole.
+                    raise http.client.IncompleteRead(found, response.length)
                 return found
         finally:
             if stream is not None:

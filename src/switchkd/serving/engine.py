@@ -22,6 +22,7 @@ from switchkd.rollout.law import Policy
 from switchkd.serving.call import Backend, Call, rollouts_of
 from switchkd.serving.colocated import ColocatedVllm, VllmOptions
 from switchkd.serving.remote import RemoteVllm
+from switchkd.serving.started import check_lengths
 from switchkd.settings.typed import typed
 
 # The word for vLLM in the trainer's own process.
@@ -35,7 +36,7 @@ class VllmEngine:
     docs/vllm.md). `url` is the address of a `switchkd serve`; without one vLLM is started in this process, with `options`,
     and reads the teacher from `teacher`, a folder or name, or from a copy that is saved for it. `backend` takes the place of both.
     Before a call the student's weights are sent, if they have changed since the last one.
-    Raises UserError for a pair without a teacher and for an adapter.
+    Raises UserError for a pair without a teacher, for an adapter, and for a server with other models.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class VllmEngine:
         self._version = -1
         remote = RemoteVllm(url) if url and backend is None else None
         self.backend: Backend = backend or remote or self._colocated(teacher, options)
+        if self.backend.started is not None:
+            self.backend.started.check_models(pair)
 
     def _colocated(self, teacher: str | None, options: VllmOptions) -> Backend:
         folder = self._folder
@@ -70,6 +73,11 @@ class VllmEngine:
             if role == "student" or teacher is None:
                 model.save_pretrained(folder / role)
         return ColocatedVllm(teacher or str(folder / "teacher"), str(folder / "student"), options)
+
+    def check_room(self, longest: int, shortest_prompt: int) -> None:
+        """Raise UserError where vLLM has no room for a prompt and its response of `longest` tokens, or a prompt is too short."""
+        if self.backend.started is not None:
+            check_lengths(self.backend.started.max_tokens, longest, shortest_prompt)
 
     def generate(
         self,

@@ -13,7 +13,9 @@ from switchkd.errors import UserError
 from switchkd.records import Prompt
 from switchkd.serving.call import Call
 from switchkd.serving.connection import Connection
-from switchkd.serving.server import KEY_ENV, PROTOCOL, ROLLOUTS, STATE, WEIGHTS, request_to
+from switchkd.serving.server import KEY_ENV, MORE_WEIGHTS, PROTOCOL, ROLLOUTS, STATE, WEIGHTS, request_to
+from switchkd.serving.started import started_of
+from switchkd.settings.typed import typed
 
 
 class RemoteVllm:
@@ -31,6 +33,8 @@ class RemoteVllm:
             raise UserError(
                 f"{self.url} speaks protocol {found.get('protocol')}, not {PROTOCOL}; install one switchkd on both"
             )
+        self.started = started_of(found)
+        self._most_weights = typed("the server's most_weights", found.get("most_weights"), int | None)
 
     def rollouts(
         self, prompts: Sequence[Prompt], call: Call, seed: int, on_progress: Callable[[int], None] | None = None
@@ -48,7 +52,11 @@ class RemoteVllm:
         return answer
 
     def load(self, path: Path) -> int:
-        """See `Backend`."""
+        """See `Backend`. Raises UserError for weights that the server would not take."""
+        size, most = path.stat().st_size, self._most_weights
+        if most is not None and size > most:
+            # A server that refuses closes the connection, so that whoever still sends does not hear why.
+            raise UserError(f"the student's weights are {size} bytes, and {self.url} takes {most}; {MORE_WEIGHTS}")
         version = self._server.json(WEIGHTS, path).get("version")
         if not isinstance(version, int):
             raise UserError(f"{self.url} did not say which version its weights are; is it a server of switchkd?")

@@ -27,11 +27,13 @@ from switchkd.web import is_loopback
 PROTOCOL = 1
 ROLLOUTS, WEIGHTS, STATE = "/v1/rollouts", "/v1/weights", "/v1/state"
 KEY_ENV = "SWITCHKD_SERVE_KEY"
+MORE_WEIGHTS = "start switchkd serve with a larger --weights-gib"
 # A million tokens of prompts are about 8 MB.
 _MOST_JSON = 64_000_000
 # Seconds that a client may be silent in the middle of a request.
 _PATIENCE = 60
 _PIECE = 1 << 20
+_JSON = "application/json"
 
 
 class Served(Backend, Protocol):
@@ -76,7 +78,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._allowed():
             return
         if self.path == STATE:
-            self._json(HTTPStatus.OK, {"protocol": PROTOCOL, "version": self.server.backend.version})
+            backend, most = self.server.backend, self.server.most_weights
+            started = {} if backend.started is None else backend.started.to_json()
+            state = {"protocol": PROTOCOL, "version": backend.version, "most_weights": most}
+            self._json(HTTPStatus.OK, state | started)
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
 
@@ -94,14 +99,20 @@ class _Handler(BaseHTTPRequestHandler):
         if not has_length:
             self._refuse(HTTPStatus.LENGTH_REQUIRED, "say how long the request is")
         elif self.unread > most:
-            self._refuse(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request has {length} bytes; at most {most} are taken"
-            )
+            remedy = MORE_WEIGHTS if self.path == WEIGHTS else "ask for fewer rollouts at a time"
+            said = f"the request has {length} bytes; at most {most} are taken; {remedy}"
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, said)
         else:
             try:
-                handle()
+                body, kind = handle()
             except UserError as error:
                 self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+            except Exception as error:
+                # Whoever runs the server sees all of it, and the client what it is about.
+                self.server.handle_error(self.request, self.client_address)
+                self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
+            else:
+                self._send(HTTPStatus.OK, body, kind)
 
     def _allowed(self) -> bool:
         """Whether the client is who may ask; if not, it has been told."""
@@ -126,12 +137,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.unread = self.unread - len(piece) if piece else 0
         return piece
 
-    def _rollouts(self) -> None:
+    def _rollouts(self) -> tuple[bytes, str]:
         call, prompts, seed = request_of(self._body(_MOST_JSON))
-        body = save(dict(self.server.backend.rollouts(prompts, call, seed)))
-        self._send(HTTPStatus.OK, body, "application/octet-stream")
+        return save(dict(self.server.backend.rollouts(prompts, call, seed))), "application/octet-stream"
 
-    def _weights(self) -> None:
+    def _weights(self) -> tuple[bytes, str]:
         with tempfile.TemporaryDirectory(prefix="switchkd-serve-") as folder:
             path = Path(folder) / "weights.safetensors"
             with path.open("wb") as file:
@@ -144,10 +154,10 @@ class _Handler(BaseHTTPRequestHandler):
                 raise UserError(f"the weights are no safetensors file ({error})") from error
             if not names:
                 raise UserError("the weights are none at all")
-            self._json(HTTPStatus.OK, {"version": self.server.backend.load(path)})
+            return json.dumps({"version": self.server.backend.load(path)}).encode(), _JSON
 
     def _json(self, status: HTTPStatus, value: Mapping[str, Any]) -> None:
-        self._send(status, json.dumps(value).encode(), "application/json")
+        self._send(status, json.dumps(value).encode(), _JSON)
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
         if self.unread <= _PIECE:

@@ -23,6 +23,7 @@ from switchkd.errors import UserError
 from switchkd.records import Prompt
 from switchkd.serving.acceptance import NO_TOKEN, Request, accept, propose
 from switchkd.serving.call import answer_of, call_of
+from switchkd.serving.started import sizes_of
 
 # The key of a request's extra_args that holds what it asks of us.
 ARGUMENTS = "switchkd"
@@ -42,6 +43,12 @@ class SwitchWorker:
         if self.vllm_config.scheduler_config.async_scheduling:
             raise UserError("the server schedules ahead of the tokens; set async_scheduling to false")
         self.switchkd = Rule(self.model_runner)
+
+    def switchkd_sizes(self) -> dict[str, dict[str, int]]:
+        """The sizes of both models by role; see `sizes_of`."""
+        student = self.vllm_config.speculative_config.draft_model_config
+        models = {"teacher": self.vllm_config.model_config, "student": student}
+        return {role: sizes_of(model.hf_config) for role, model in models.items()}
 
     def switchkd_take(self, names: list[str]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
         """Hand over finished rollouts: the answer for those of `names` that are whole, and why the others are lost or faulty."""

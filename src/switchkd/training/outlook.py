@@ -12,6 +12,8 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.methods.remote_teacher import check_remote_teacher
 from switchkd.models.pair import ModelPair, counted, name_of, parameter_count, rounded
 from switchkd.records import Example
+from switchkd.serving.colocated import VllmOptions
+from switchkd.serving.engine import VllmEngine, vllm_settings
 from switchkd.serving.teacher import is_address
 from switchkd.training.rewriting import check_rewrite
 from switchkd.training.taught import Taught, check_several_teachers, check_teacher_column
@@ -35,6 +37,7 @@ def check_call(args: SwitchConfig, model: object, teacher_model: object, unknown
     brings_one = isinstance(model, ModelPair) and model.teacher is not None
     if args.plan.needs_teacher and teacher_model is None and not brings_one:
         raise UserError(f"method {args.method_name!r} learns from a teacher, but none was given; set teacher_model")
+    _check_alone_with_server(args)
     several = isinstance(teacher_model, Mapping)
     if brings_one and (several or is_address(teacher_model)):
         given = (
@@ -49,6 +52,16 @@ def check_call(args: SwitchConfig, model: object, teacher_model: object, unknown
         check_teacher_column(args)
 
 
+def _check_alone_with_server(args: SwitchConfig) -> None:
+    """Raise UserError where several processes would send their weights to one server of rollouts."""
+    url = vllm_settings(args.vllm)[0] if args.vllm else None
+    if url is not None and args.world_size > 1:
+        raise UserError(
+            f"vllm is the server {url}, which serves one process, but there are {args.world_size}; start the run in one, or leave "
+            f"vllm out"
+        )
+
+
 def check_room(
     taught: Mapping[str, Taught], args: SwitchConfig, train: Sequence[Example] | None, held_out: Held
 ) -> None:
@@ -59,6 +72,9 @@ def check_room(
         # A prompt alone is rolled out in an evaluation too.
         written = args.max_new_tokens if rolls_out or not response else 0
         longest = max(longest, prompt + max(response, written))
+    if args.vllm and (settings := vllm_settings(args.vllm))[0] is None:
+        # To start it here takes minutes.
+        check_writing_room(settings[2], args, train, held_out)
     longest_prompt = max((each.prompt for each in train or ()), key=lambda it: len(it.token_ids), default=None)
     for pair, remote in taught.values():
         pair.check_room(longest)
@@ -66,6 +82,19 @@ def check_room(
             remote.check_room(longest)
         if plan.rewrite and longest_prompt:
             check_rewrite(plan.rewrite, longest_prompt, pair, args)
+
+
+def check_writing_room(
+    vllm: VllmEngine | VllmOptions, args: SwitchConfig, train: Sequence[Example] | None, held_out: Held
+) -> None:
+    """Raise UserError where vLLM has no room for what it is going to write."""
+    sets = list(held_out.values()) if isinstance(held_out, Mapping) else [held_out or ()]
+    writes = args.plan.rolls_out or bool(args.plan.teacher_text)
+    prompts = [prompt for prompt, _ in lengths_of(train or ()) if writes]
+    # As an evaluation writes; see `check_room`.
+    prompts += [prompt for prompt, response in chain(*map(lengths_of, sets)) if args.eval_scores or not response]
+    if prompts:
+        vllm.check_room(max(prompts) + args.max_new_tokens, min(prompts))
 
 
 def teachers_in_words(taught: Mapping[str, Taught]) -> str:

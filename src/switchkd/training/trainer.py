@@ -20,6 +20,7 @@ from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
 from switchkd.records import Rollout
 from switchkd.rollout.engine import Engine
+from switchkd.serving.engine import VllmEngine
 from switchkd.training.card import model_card, origins_of, write_card
 from switchkd.training.checkpoints import FOLDER_PREFIX, checkpoint_to_resume, writing_checkpoint
 from switchkd.training.costs import Costs
@@ -30,7 +31,7 @@ from switchkd.training.learning_rate import learning_rate_for
 from switchkd.training.loaded_steps import LoadedStep, loaded_steps, steps_at_once
 from switchkd.training.machine import check_one_device, warn_if_weights_stand_still
 from switchkd.training.meters import Meters
-from switchkd.training.outlook import check_call, check_room, describe_training, teachers_in_words
+from switchkd.training.outlook import check_call, check_room, check_writing_room, describe_training, teachers_in_words
 from switchkd.training.step_loss import StepLoss
 from switchkd.training.step_text import TEXT_MEASURES, StepText, WrittenText
 from switchkd.training.taught import TeacherModel, first_pair, keep_ends, named, taught_student
@@ -125,6 +126,8 @@ class SwitchTrainer(EvaluatingTrainer):
         reading = self._read_whole(self.taught)
         with self.reading():
             self.engine = engine or engine_of(reading, args, in_parts=self.in_parts)
+            if isinstance(self.engine, VllmEngine):
+                check_writing_room(self.engine, args, self.train_dataset, self.eval_dataset)
             self._loss = StepLoss(self.taught, plan, rows=args.train_batch_size, reading=reading)
         self.costs = Costs(args)
         self._loss.on_forward = self.costs.count
