@@ -18,6 +18,7 @@ import transformers.modeling_utils
 
 from runs import save, switchkd, write_rows, write_run
 from switchkd.run.callbacks import read_log
+from switchkd.settings.mapping import read_mapping
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.trainer import SwitchTrainer
 from tiny import WORDS, tiny_model, tiny_tokenizer
@@ -55,6 +56,23 @@ def test_broken_yaml_names_file_and_line(refused: Refused, tmp_path: Path) -> No
     path = tmp_path / "run.yaml"
     path.write_text("student: a\nteacher: [b\nmethod: kd\n")
     assert f"{path}:3 is not YAML" in refused("train", path)
+
+
+def test_a_key_that_stands_twice_names_both_lines(refused: Refused, models: Path, tmp_path: Path) -> None:
+    path = write_run(models, tmp_path)
+    before = len(path.read_text().splitlines())
+    path.write_text(path.read_text() + "teacher: other\n")
+    assert f"{path}:{before + 1}: the key 'teacher' stands twice, first in line 2" in refused("train", path)
+    path.write_text("student: a\nstages:\n- {method: kd, max_steps: 1, max_steps: 2}\n")
+    assert f"{path}:3: the key 'max_steps' stands twice" in refused("train", path)
+    run = write_run(models, tmp_path)
+    assert "'r' stands twice" in refused("train", run, "--set", "peft={r: 1, r: 2}")
+
+
+def test_a_key_that_replaces_one_of_an_anchor_is_none_that_stands_twice(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, y: 3}\n")
+    assert read_mapping(path)["c"] == {"x": 2, "y": 3}
 
 
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "1: 2"])

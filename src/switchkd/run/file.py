@@ -20,6 +20,8 @@ from switchkd.rollout.policies import Switch
 from switchkd.run.recipes import RECIPE, recipe_file
 from switchkd.serving.teacher import is_address
 from switchkd.settings.components import setting, settings_of
+from switchkd.settings.mapping import KeyTwice, StrictLoader
+from switchkd.settings.mapping import read_mapping as read_mapping
 from switchkd.settings.typed import typed
 from switchkd.settings.unknown import unknown_setting
 from switchkd.training.taught import check_several_teachers, check_teacher_column
@@ -273,31 +275,15 @@ def read_run(path: str | Path, assignments: Sequence[str] = ()) -> RunConfig:
     )
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises UserError that names the file, and the line of a fault."""
-    try:
-        # Safe: a run file from somebody else must not run code.
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no run file {path}; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}; correct it") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path} has to hold settings, one `key: value` a line")
-    return values
-
-
 def _assign(values: dict[str, Any], assignment: str) -> None:
     """Set the value that `key=value` or `key.key=value` names; the value is read as YAML."""
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise UserError(f"--set {assignment!r} cannot be read; write --set key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=StrictLoader)
+    except KeyTwice as twice:
+        raise UserError(f"--set {assignment!r}: {twice.problem}; give it once") from None
     except yaml.YAMLError:
         raise UserError(f"--set {assignment!r}: the value is not YAML; quote it") from None
     target: Any = values
