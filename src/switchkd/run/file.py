@@ -16,6 +16,7 @@ from switchkd.methods.inherited import in_plain_words
 from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold
 from switchkd.methods.remote_teacher import check_remote_teacher
+from switchkd.models.load import revision_in
 from switchkd.rollout.policies import Switch
 from switchkd.run.recipes import RECIPE, recipe_file
 from switchkd.serving.teacher import is_address
@@ -119,6 +120,16 @@ class RunConfig:
             return {name: each for name, each in self.teachers.items() if not is_address(each)}
         return {"": str(self.teacher)} if self.is_teacher_named else {}
 
+    @property
+    def student_revision(self) -> str | None:
+        """The revision that is pinned for the student."""
+        return revision_in(self.training.get("model_init_kwargs"))
+
+    @property
+    def teacher_revision(self) -> str | None:
+        """The revision that is pinned for the teacher, or for all teachers."""
+        return revision_in(self.training.get("teacher_model_init_kwargs"))
+
     def _check_teachers(self, config: SwitchConfig) -> None:
         """Raise UserError unless there is a teacher, or several, that can do what the method asks, or it asks for nothing."""
         if self.teachers is not None and self.teacher is not None:
@@ -172,7 +183,8 @@ class RunConfig:
         the last one's model goes to the run's folder. Raises UserError for a bad value in any of them.
         """
         if not self.stages:
-            return [Stage("", self, self.config(), Path(self.output_dir), tokenizer=self.student)]
+            stage = Stage("", self, self.config(), Path(self.output_dir), self.student, self.student_revision)
+            return [stage]
         stages: list[Stage] = []
         base = replace(self, stages=())
         for number, changes in enumerate(self.stages, start=1):
@@ -182,17 +194,17 @@ class RunConfig:
             # The next stage starts from a whole model.
             adapter = run.adapter if number == len(self.stages) else "merge"
             run = replace(run, output_dir=str(folder), adapter=adapter)
-            tokenizer = run.student
+            tokenizer, revision = run.student, run.student_revision
             if stages and "student" not in changes:
                 # Layers that an earlier stage removed, and its adapter, are part of the student that it leaves.
                 run = replace(
                     run, student=str(stages[-1].model_folder), student_drop_layers=changes.get("student_drop_layers")
                 )
-                tokenizer = stages[-1].tokenizer
+                tokenizer, revision = stages[-1].tokenizer, stages[-1].tokenizer_revision
             # What the run is for lies where the run is; the models on the way to it lie deeper.
             model_folder = Path(self.output_dir) if number == len(self.stages) else folder
             before = tuple(stage.name for stage in stages)
-            stages.append(Stage(name, run, run.config(), model_folder, tokenizer, before))
+            stages.append(Stage(name, run, run.config(), model_folder, tokenizer, revision, before))
         return stages
 
     def changed(self, changes: Mapping[str, Any], origin: str) -> RunConfig:
@@ -206,8 +218,8 @@ class RunConfig:
 class Stage:
     """One training of a run: `run` has no stages and writes into the stage's folder; `config` is what its trainer gets.
 
-    `model_folder` is where its model goes; `tokenizer` names a model that exists before the run starts; `before` names the
-    stages before it.
+    `model_folder` is where its model goes; `tokenizer` names a model that exists before the run starts, with the revision that
+    was pinned for it; `before` names the stages before it.
     """
 
     name: str
@@ -215,6 +227,7 @@ class Stage:
     config: SwitchConfig
     model_folder: Path
     tokenizer: str
+    tokenizer_revision: str | None = None
     before: tuple[str, ...] = ()
 
     @property

@@ -107,13 +107,16 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
         sources.append((stage, _peft_config(run), train, held_out))
     prepared = []
     for stage, peft_config, train, held_out in sources:
-        tokenizer = load_tokenizer(stage.tokenizer, trust_remote_code=stage.run.trust_remote_code)
+        tokenizer = load_tokenizer(
+            stage.tokenizer, trust_remote_code=stage.run.trust_remote_code, revision=stage.tokenizer_revision
+        )
         asked = stage.config.plan.needs_teacher
         theirs = load_tokenizers(
             stage.run.teachers_here if asked else {},
             # Before a model is loaded; of a single teacher, the pair says it.
             tokenizer if stage.run.teachers else None,
             trust_remote_code=stage.run.trust_remote_code,
+            revision=stage.run.teacher_revision,
         )
         set_template(tokenizer, theirs.get("") or _for_its_template(stage), stage.config.template_from)
         for each in theirs.values():
@@ -129,7 +132,8 @@ def _for_its_template(stage: Stage) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a teacher that brings its chat template, where the method asks nothing else of it."""
     if stage.config.template_from != "teacher" or not stage.run.is_teacher_named:
         return None
-    return load_tokenizer(str(stage.run.teacher), trust_remote_code=stage.run.trust_remote_code)
+    trusted, revision = stage.run.trust_remote_code, stage.run.teacher_revision
+    return load_tokenizer(str(stage.run.teacher), trust_remote_code=trusted, revision=revision)
 
 
 def _rows_needed(stage: Stage) -> int | None:
