@@ -216,6 +216,50 @@ def test_nothing_to_resume(refused: Refused, models: Path, tmp_path: Path) -> No
     assert "to resume" in refused("train", write_run(models, tmp_path), "--resume")
 
 
+def test_a_run_that_is_shortened_to_less_than_it_has_is_no_shorter_run(
+    refused: Refused, models: Path, tmp_path: Path
+) -> None:
+    run = write_run(models, tmp_path)
+    assert switchkd("train", run) == 0
+    for steps in (2, 3):
+        said = refused("train", run, "--resume", "--set", f"max_steps={steps}")
+        assert f"would have {steps} steps now, but {tmp_path / 'out' / 'checkpoint-4'} is from a run of 4" in said
+    # 6 steps an epoch.
+    said = refused("train", run, "--resume", "--set", "max_steps=-1", "--set", "num_train_epochs=0.5")
+    assert "would have 3 steps now" in said
+
+
+def test_without_a_checkpoint_a_finished_model_stays_and_a_begun_run_says_that_it_begins_again(
+    refused: Refused, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = write_run(models, tmp_path, max_steps=1, save_strategy="no"), tmp_path / "out"
+    assert switchkd("train", run) == 0
+    assert "no checkpoint to go on from" in refused("train", run, "--resume", "--set", "max_steps=2")
+    # As one that was killed before its end.
+    (folder / "finished.json").unlink()
+    capsys.readouterr()
+    assert switchkd("train", run, "--resume") == 0
+    assert "There is no checkpoint: it begins again at step 0." in " ".join(capsys.readouterr().out.split())
+
+
+def test_ctrl_c_says_where_nothing_goes_on(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(models, tmp_path, save_only_model=True)
+
+    def interrupted(trainer: SwitchTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return compute_loss(trainer, *args, **kwargs)
+
+    compute_loss = SwitchTrainer.compute_loss
+    monkeypatch.setattr(SwitchTrainer, "compute_loss", interrupted)
+    assert switchkd("train", run) == 130
+    assert "nothing goes on from it" in capsys.readouterr().err
+    assert switchkd("train", run, "--resume") == 2
+    assert "holds no optimizer" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------- disk, and Ctrl-C
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -331,9 +332,12 @@ def stage_in(folder: Path) -> Stage:
     return run_from_values(values, "in a test").in_stages()[0]
 
 
-def test_a_final_save_that_fails_leaves_the_old_model(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError, RuntimeError, SafetensorError])
+def test_a_final_save_that_fails_leaves_the_old_model(
+    error: type[Exception], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: PreTrainedTokenizerFast, folder: Path) -> None:
-        raise OSError("no space left on device")
+        raise error("no space left on device")
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
     before = {entry.name: entry.read_bytes() for entry in saved.iterdir()}
