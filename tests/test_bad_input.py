@@ -18,6 +18,7 @@ import transformers.modeling_utils
 
 from runs import save, switchkd, write_rows, write_run
 from switchkd.run.callbacks import read_log
+from switchkd.settings.mapping import read_mapping
 from switchkd.training.checkpoints import last_complete_checkpoint
 from switchkd.training.trainer import SwitchTrainer
 from tiny import WORDS, tiny_model, tiny_tokenizer
@@ -55,6 +56,23 @@ def test_broken_yaml_names_file_and_line(refused: Refused, tmp_path: Path) -> No
     path = tmp_path / "run.yaml"
     path.write_text("student: a\nteacher: [b\nmethod: kd\n")
     assert f"{path}:3 is not YAML" in refused("train", path)
+
+
+def test_a_key_that_stands_twice_names_both_lines(refused: Refused, models: Path, tmp_path: Path) -> None:
+    path = write_run(models, tmp_path)
+    before = len(path.read_text().splitlines())
+    path.write_text(path.read_text() + "teacher: other\n")
+    assert f"{path}:{before + 1}: the key 'teacher' stands twice, first in line 2" in refused("train", path)
+    path.write_text("student: a\nstages:\n- {method: kd, max_steps: 1, max_steps: 2}\n")
+    assert f"{path}:3: the key 'max_steps' stands twice" in refused("train", path)
+    run = write_run(models, tmp_path)
+    assert "'r' stands twice" in refused("train", run, "--set", "peft={r: 1, r: 2}")
+
+
+def test_a_key_that_replaces_one_of_an_anchor_is_none_that_stands_twice(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, y: 3}\n")
+    assert read_mapping(path)["c"] == {"x": 2, "y": 3}
 
 
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "1: 2"])
@@ -196,6 +214,50 @@ def test_a_folder_that_holds_something_else(refused: Refused, models: Path, tmp_
 
 def test_nothing_to_resume(refused: Refused, models: Path, tmp_path: Path) -> None:
     assert "to resume" in refused("train", write_run(models, tmp_path), "--resume")
+
+
+def test_a_run_that_is_shortened_to_less_than_it_has_is_no_shorter_run(
+    refused: Refused, models: Path, tmp_path: Path
+) -> None:
+    run = write_run(models, tmp_path)
+    assert switchkd("train", run) == 0
+    for steps in (2, 3):
+        said = refused("train", run, "--resume", "--set", f"max_steps={steps}")
+        assert f"would have {steps} steps now, but {tmp_path / 'out' / 'checkpoint-4'} is from a run of 4" in said
+    # 6 steps an epoch.
+    said = refused("train", run, "--resume", "--set", "max_steps=-1", "--set", "num_train_epochs=0.5")
+    assert "would have 3 steps now" in said
+
+
+def test_without_a_checkpoint_a_finished_model_stays_and_a_begun_run_says_that_it_begins_again(
+    refused: Refused, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = write_run(models, tmp_path, max_steps=1, save_strategy="no"), tmp_path / "out"
+    assert switchkd("train", run) == 0
+    assert "no checkpoint to go on from" in refused("train", run, "--resume", "--set", "max_steps=2")
+    # As one that was killed before its end.
+    (folder / "finished.json").unlink()
+    capsys.readouterr()
+    assert switchkd("train", run, "--resume") == 0
+    assert "There is no checkpoint: it begins again at step 0." in " ".join(capsys.readouterr().out.split())
+
+
+def test_ctrl_c_says_where_nothing_goes_on(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(models, tmp_path, save_only_model=True)
+
+    def interrupted(trainer: SwitchTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return compute_loss(trainer, *args, **kwargs)
+
+    compute_loss = SwitchTrainer.compute_loss
+    monkeypatch.setattr(SwitchTrainer, "compute_loss", interrupted)
+    assert switchkd("train", run) == 130
+    assert "nothing goes on from it" in capsys.readouterr().err
+    assert switchkd("train", run, "--resume") == 2
+    assert "holds no optimizer" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- disk, and Ctrl-C

@@ -53,7 +53,7 @@ def test_a_push_sends_our_card(llama_pair: ModelPair, tmp_path: Path, monkeypatc
         def upload_folder(self, *, folder_path: str, **ignored: object) -> None:
             sent.append((Path(folder_path) / "README.md").read_text())
 
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr("switchkd.training.pushing_trainer.HfApi", Hub)
     trainer = make_trainer(tmp_path / "mine", llama_pair, hub_model_id="me/mine")
     trainer.hub_model_id = "me/mine"
     trainer.push_to_hub()

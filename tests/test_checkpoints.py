@@ -11,11 +11,19 @@ import pytest
 import transformers.modeling_utils
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from switchkd.errors import UserError
-from switchkd.training.checkpoints import FOLDER_PREFIX, STATE_FILE, last_complete_checkpoint, writing_checkpoint
+from switchkd.training.checkpoints import (
+    FOLDER_PREFIX,
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    STATE_FILE,
+    has_optimizer,
+    last_complete_checkpoint,
+    writing_checkpoint,
+)
 from tiny import tiny_pair
 from trainers import (
     RecordingEngine,
@@ -110,6 +118,19 @@ def test_resuming_without_a_whole_checkpoint_says_so(tmp_path: Path) -> None:
         make_trainer(tmp_path, tiny_pair("llama"), method="sft").train(resume_from_checkpoint=True)
 
 
+def test_nothing_goes_on_from_weights_alone(tmp_path: Path) -> None:
+    options = {"method": "sft", "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    make_trainer(tmp_path, tiny_pair("llama"), **options, max_steps=2).train()
+    with pytest.raises(UserError, match=r"checkpoint-2 holds no optimizer and scheduler state \(save_only_model"):
+        make_trainer(tmp_path, tiny_pair("llama"), **options, max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_what_deepspeed_keeps_is_a_state_to_go_on_from(tmp_path: Path) -> None:
+    assert not has_optimizer(tmp_path)
+    (tmp_path / "global_step4").mkdir()
+    assert has_optimizer(tmp_path)
+
+
 def test_a_checkpoint_whose_state_was_cut_off_is_no_complete_one(tmp_path: Path) -> None:
     for step, state in ((2, "{}"), (4, '{"epoch": 1, "glo')):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -199,3 +220,4 @@ def test_an_overwritten_checkpoint_that_is_cut_off_is_no_complete_one(tmp_path: 
 
 def test_the_names_are_those_of_transformers() -> None:
     assert (FOLDER_PREFIX, STATE_FILE) == (PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME)
+    assert (OPTIMIZER_FILE, SCHEDULER_FILE) == (OPTIMIZER_NAME, SCHEDULER_NAME)

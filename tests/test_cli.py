@@ -178,6 +178,10 @@ def test_stages_run_in_turn_and_resuming_leaves_out_what_is_finished(
     capsys.readouterr()
     assert switchkd("train", path, "--resume") == 0
     assert "nothing to do" in capsys.readouterr().out
+    kept = (folder / "run.yaml").read_text()
+    assert switchkd("train", path, "--resume", "--set", "stages.0.max_steps=2") == 2
+    assert "stage 1-kd is to be trained, but 2-gkd has already begun" in " ".join(capsys.readouterr().err.split())
+    assert (folder / "run.yaml").read_text() == kept
     assert switchkd("train", path, "--resume", "--set", "stages.1.max_steps=2") == 0
     assert [e["step"] for e in read_log(folder / "log.jsonl") if e["stage"] == "2-gkd" and "loss" in e] == [1, 2]
 

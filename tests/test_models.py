@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -18,13 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import switchkd.models.heads
 import switchkd.models.load
 import switchkd.models.pair
+import switchkd.training.trained_pair
 from runs import save
 from switchkd.errors import UserError
+from switchkd.methods.config import SwitchConfig
 from switchkd.models.heads import Head, backbone, cache_argument
 from switchkd.models.layers import remove_layers
-from switchkd.models.load import load_model, load_pair, load_tokenizer
+from switchkd.models.load import CHATML, load_model, load_pair, load_teachers, load_tokenizer
 from switchkd.models.pair import ModelPair, check_tokenizers_agree, parameter_count
 from switchkd.models.sources import find_source
+from switchkd.run import launch
 from switchkd.run.file import Stage, run_from_values
 from switchkd.run.folder import FINISHED_FILE, save_final
 from switchkd.training.card import CARD_FILE
@@ -328,9 +332,12 @@ def stage_in(folder: Path) -> Stage:
     return run_from_values(values, "in a test").in_stages()[0]
 
 
-def test_a_final_save_that_fails_leaves_the_old_model(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError, RuntimeError, SafetensorError])
+def test_a_final_save_that_fails_leaves_the_old_model(
+    error: type[Exception], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: PreTrainedTokenizerFast, folder: Path) -> None:
-        raise OSError("no space left on device")
+        raise error("no space left on device")
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
     before = {entry.name: entry.read_bytes() for entry in saved.iterdir()}
@@ -578,3 +585,44 @@ def test_a_noisy_copy_shares_nothing_with_its_original() -> None:
     copied = noisy_copy(model, 0.5)
     assert not torch.equal(logits_of(copied, some_ids()), before)
     assert torch.equal(logits_of(model, some_ids()), before)
+
+
+def test_a_pinned_revision_is_that_of_the_tokenizer_too(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def from_pretrained(place: str, revision: str | None = None, **_: Any) -> PreTrainedTokenizerFast:
+        asked.append((Path(place).name, revision))
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = CHATML
+        return tokenizer
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(switchkd.models.load.AutoTokenizer, "from_pretrained", from_pretrained)
+    # The tokenizers are asked for first.
+    for module in (switchkd.models.load, switchkd.training.trained_pair):
+        monkeypatch.setattr(module, "load_model", stop)
+    teacher = saved.rename(saved.parent / "teacher")
+    student = save(tiny_model("llama"), tiny_tokenizer(), saved.parent / "student")
+    pinned: dict[str, Any] = {
+        "model_init_kwargs": {"revision": "s"},
+        "teacher_model_init_kwargs": {"revision": "t"},
+    }
+    args = SwitchConfig(output_dir=str(saved), use_cpu=True, **pinned)
+    with pytest.raises(RuntimeError, match="far enough"):
+        switchkd.training.trained_pair.trained_pair(str(student), str(teacher), None, None, args)
+    with pytest.raises(RuntimeError, match="far enough"):
+        load_teachers({"": str(teacher)}, None, init_kwargs={"revision": "t"})
+    # A run, whose second stage has the tokenizer of the first one's student.
+    data = saved.parent / "data.jsonl"
+    data.write_text('{"prompt": "one", "completion": "two"}\n')
+    named = {"student": str(student), "teacher": str(teacher), "train_data": str(data), "output_dir": str(saved)}
+    stages = [pinned, {"model_init_kwargs": None, "teacher_model_init_kwargs": {"revision": "t"}}]
+    run = run_from_values(
+        {**named, "threshold": 0.3, "use_cpu": True, "template_from": "teacher", "stages": stages}, "x"
+    )
+    launch._prepare(run.in_stages())
+    several = {**named, **pinned, "teacher": None, "teachers": {"one": str(teacher)}, "method": "gkd", "use_cpu": True}
+    launch._prepare(run_from_values({**several, "train_data": {"path": str(data), "teacher": "one"}}, "x").in_stages())
+    assert set(asked) == {("student", "s"), ("teacher", "t")}

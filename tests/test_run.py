@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from switchkd.methods.parts import HEADLINE
 from switchkd.report.terminal import duration
 from switchkd.rollout.blends import Interleave
 from switchkd.rollout.policies import AdaSwitch, Switch
+from switchkd.run import resume
 from switchkd.run.callbacks import LogFile, read_log
 from switchkd.run.file import HINTS, OWN_HINTS, RunConfig, read_run, run_from_values, typed_setting
 from switchkd.run.folder import check_output_dir, record_run
@@ -215,6 +217,10 @@ def test_what_is_saved_makes_the_same_plan(tmp_path: Path, given_values: dict[st
         ({"threshold": 0.2}, r"threshold is 0.2.*started with .*auto"),
         ({"weight_decay": 0.5}, r"weight_decay is 0.5.*started with 0.0"),
         ({"stages": [{"method": "kd"}]}, r"0 stages, this run file 1"),
+        # Where and how it is computed, as our own messages recommend.
+        ({"activation_checkpointing": True, "teacher_offload": "cpu", "compile": False, "block_size": 4}, None),
+        ({"gradient_checkpointing": True, "vllm": "http://127.0.0.1:8000"}, None),
+        ({"teacher_quantization": "4bit"}, r"teacher_quantization is '4bit'.*started with None"),
         # On half of the processes, or twice as many.
         ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, None),
         ({"gradient_accumulation_steps": 2}, r"a step of this run had 8 rows when it began, and has 16 now"),
@@ -232,6 +238,59 @@ def test_a_resumed_run_may_change_its_length_but_not_its_nature(
         return
     with pytest.raises(UserError, match=refused):
         check_output_dir(run(**changes), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("begun", "teacher", "is_same"),
+    [
+        ("http://a:8000", "http://b:9000", True),
+        ("http://a:8000#big", "http://b:8000#big", True),
+        ("http://a:8000#big", "http://a:8000#small", False),
+        ("http://a:8000", "b", False),
+    ],
+)
+def test_a_server_may_be_at_another_address(tmp_path: Path, begun: str, teacher: str, is_same: bool) -> None:
+    def run(**changes: Any) -> RunConfig:
+        base = {key: value for key, value in BASE.items() if key != "teacher"}
+        return run_from_values({**base, "output_dir": str(tmp_path / "x"), **changes}, "in a test")
+
+    for named in ({"teacher": begun}, {"teachers": {"one": begun, "two": "c"}}):
+        record_run(run(**named))
+        now_named = {"teacher": teacher} if "teacher" in named else {"teachers": {"one": teacher, "two": "c"}}
+        if is_same:
+            check_output_dir(run(**now_named), resume=True)
+            continue
+        with pytest.raises(UserError, match=r"teachers? is .*the run in"):
+            check_output_dir(run(**now_named), resume=True)
+
+
+def test_tokens_are_not_written_and_may_be_given_again(tmp_path: Path) -> None:
+    secrets = {"hub_token": "hf_secret", "model_init_kwargs": {"token": "hf_secret", "revision": "main"}}
+    stages = [{"hub_token": "hf_secret", "teacher_model_init_kwargs": {"token": "hf_secret"}}]
+    run = run_from_values({**BASE, "output_dir": str(tmp_path / "x"), **secrets, "stages": stages}, "in a test")
+    record_run(run)
+    text = (tmp_path / "x" / "run.yaml").read_text()
+    assert "hf_secret" not in text
+    assert yaml.safe_load(text)["model_init_kwargs"] == {"revision": "main"}
+    check_output_dir(run, resume=True)
+    check_output_dir(read_run(tmp_path / "x" / "run.yaml"), resume=True)
+    # The run goes on with the token that it was given; only what is written lacks it.
+    assert run.training["hub_token"] == "hf_secret"
+
+
+def test_the_processes_go_on_from_the_checkpoint_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen from a second process, which stands for a machine with a disk of its own."""
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    monkeypatch.setattr(resume, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(resume, "gather_object", lambda there: [True, *there])
+    for chosen, expected in (("checkpoint-2", tmp_path / "checkpoint-2"), (None, None)):
+        monkeypatch.setattr(resume, "broadcast_object_list", lambda _, name=chosen: [name])
+        assert resume.agreed_checkpoint(tmp_path) == expected
+    monkeypatch.setattr(resume, "broadcast_object_list", lambda _: ["checkpoint-6"])
+    with pytest.raises(UserError, match=r"goes on from .*checkpoint-6, which process 1 does not have"):
+        resume.agreed_checkpoint(tmp_path)
 
 
 def test_of_a_run_that_kept_no_rows_a_step_the_batch_stays(tmp_path: Path) -> None:

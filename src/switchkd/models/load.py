@@ -54,12 +54,12 @@ def load_pair(
     teacher_kwargs = place.init_kwargs(settings.pop("teacher_model_init_kwargs", None))
     if placement is not None and settings:
         raise UserError(f"{next(iter(settings))} is given beside a placement, which has decided it; give one of them")
-    tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code, revision=student_kwargs.get("revision"))
+    tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code, revision=revision_in(student_kwargs))
     teacher_model = teacher_tokenizer = None
     if teacher is not None:
         # Before any weight is read: these may take minutes, and the wrong teacher shows at once.
         teacher_tokenizer = load_tokenizer(
-            teacher, trust_remote_code=trust_remote_code, revision=teacher_kwargs.get("revision")
+            teacher, trust_remote_code=trust_remote_code, revision=revision_in(teacher_kwargs)
         )
         check_tokenizers_agree(tokenizer, teacher_tokenizer, min(id_count(tokenizer), id_count(teacher_tokenizer)))
     student_model = load_model(
@@ -103,7 +103,8 @@ def load_teachers(
     What stands under two names is loaded once. Raises UserError, before any weight is read, where a teacher's tokenizer differs
     from `tokenizer`, the student's.
     """
-    tokenizers = load_tokenizers(names, tokenizer, trust_remote_code=trust_remote_code)
+    revision = revision_in(options.get("init_kwargs"))
+    tokenizers = load_tokenizers(names, tokenizer, trust_remote_code=trust_remote_code, revision=revision)
     models = {
         source: load_model(source, trust_remote_code=trust_remote_code, **options)
         for source in dict.fromkeys(names.values())
@@ -112,12 +113,19 @@ def load_teachers(
 
 
 def load_tokenizers(
-    names: Mapping[str, str], tokenizer: PreTrainedTokenizerBase | None, *, trust_remote_code: bool = False
+    names: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> dict[str, PreTrainedTokenizerBase]:
-    """The tokenizers of teachers by name. Raises UserError, naming the teacher, where one differs from the student's."""
+    """The tokenizers of teachers by name, all of one revision where it is given.
+
+    Raises UserError, naming the teacher, where one differs from the student's.
+    """
     found = {}
     for name, source in names.items():
-        found[name] = theirs = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        found[name] = theirs = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
         if tokenizer is not None:
             try:
                 check_tokenizers_agree(tokenizer, theirs, min(id_count(tokenizer), id_count(theirs)))
@@ -217,6 +225,11 @@ def load_tokenizer(
         if source.gguf_file is not None:
             _mend_gguf_tokenizer(tokenizer, Path(source.place) / source.gguf_file)
     return tokenizer
+
+
+def revision_in(init_kwargs: Mapping[str, Any] | None) -> str | None:
+    """The revision that the keywords of `from_pretrained` pin a model to: its tokenizer has to be of the same."""
+    return (init_kwargs or {}).get("revision")
 
 
 @contextmanager

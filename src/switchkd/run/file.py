@@ -16,10 +16,13 @@ from switchkd.methods.inherited import in_plain_words
 from switchkd.methods.parts import AUTO, COMPONENTS, HEADLINE, check_not_moved
 from switchkd.methods.plan import AutoThreshold
 from switchkd.methods.remote_teacher import check_remote_teacher
+from switchkd.models.load import revision_in
 from switchkd.rollout.policies import Switch
 from switchkd.run.recipes import RECIPE, recipe_file
 from switchkd.serving.teacher import is_address
 from switchkd.settings.components import setting, settings_of
+from switchkd.settings.mapping import KeyTwice, StrictLoader
+from switchkd.settings.mapping import read_mapping as read_mapping
 from switchkd.settings.typed import typed
 from switchkd.settings.unknown import unknown_setting
 from switchkd.training.taught import check_several_teachers, check_teacher_column
@@ -122,6 +125,16 @@ class RunConfig:
             return {name: each for name, each in self.teachers.items() if not is_address(each)}
         return {"": str(self.teacher)} if self.is_teacher_named else {}
 
+    @property
+    def student_revision(self) -> str | None:
+        """The revision that is pinned for the student."""
+        return revision_in(self.training.get("model_init_kwargs"))
+
+    @property
+    def teacher_revision(self) -> str | None:
+        """The revision that is pinned for the teacher, or for all teachers."""
+        return revision_in(self.training.get("teacher_model_init_kwargs"))
+
     def _check_teachers(self, config: SwitchConfig) -> None:
         """Raise UserError unless there is a teacher, or several, that can do what the method asks, or it asks for nothing."""
         if self.teachers is not None and self.teacher is not None:
@@ -175,7 +188,8 @@ class RunConfig:
         the last one's model goes to the run's folder. Raises UserError for a bad value in any of them.
         """
         if not self.stages:
-            return [Stage("", self, self.config(), Path(self.output_dir), tokenizer=self.student)]
+            stage = Stage("", self, self.config(), Path(self.output_dir), self.student, self.student_revision)
+            return [stage]
         stages: list[Stage] = []
         base = replace(self, stages=())
         for number, changes in enumerate(self.stages, start=1):
@@ -185,17 +199,17 @@ class RunConfig:
             # The next stage starts from a whole model.
             adapter = run.adapter if number == len(self.stages) else "merge"
             run = replace(run, output_dir=str(folder), adapter=adapter)
-            tokenizer = run.student
+            tokenizer, revision = run.student, run.student_revision
             if stages and "student" not in changes:
                 # Layers that an earlier stage removed, and its adapter, are part of the student that it leaves.
                 run = replace(
                     run, student=str(stages[-1].model_folder), student_drop_layers=changes.get("student_drop_layers")
                 )
-                tokenizer = stages[-1].tokenizer
+                tokenizer, revision = stages[-1].tokenizer, stages[-1].tokenizer_revision
             # What the run is for lies where the run is; the models on the way to it lie deeper.
             model_folder = Path(self.output_dir) if number == len(self.stages) else folder
             before = tuple(stage.name for stage in stages)
-            stages.append(Stage(name, run, run.config(), model_folder, tokenizer, before))
+            stages.append(Stage(name, run, run.config(), model_folder, tokenizer, revision, before))
         return stages
 
     def changed(self, changes: Mapping[str, Any], origin: str) -> RunConfig:
@@ -209,8 +223,8 @@ class RunConfig:
 class Stage:
     """One training of a run: `run` has no stages and writes into the stage's folder; `config` is what its trainer gets.
 
-    `model_folder` is where its model goes; `tokenizer` names a model that exists before the run starts; `before` names the
-    stages before it.
+    `model_folder` is where its model goes; `tokenizer` names a model that exists before the run starts, with the revision that
+    was pinned for it; `before` names the stages before it.
     """
 
     name: str
@@ -218,6 +232,7 @@ class Stage:
     config: SwitchConfig
     model_folder: Path
     tokenizer: str
+    tokenizer_revision: str | None = None
     before: tuple[str, ...] = ()
 
     @property
@@ -278,31 +293,15 @@ def read_run(path: str | Path, assignments: Sequence[str] = ()) -> RunConfig:
     )
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises UserError that names the file, and the line of a fault."""
-    try:
-        # Safe: a run file from somebody else must not run code.
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no run file {path}; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}; correct it") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path} has to hold settings, one `key: value` a line")
-    return values
-
-
 def _assign(values: dict[str, Any], assignment: str) -> None:
     """Set the value that `key=value` or `key.key=value` names; the value is read as YAML."""
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise UserError(f"--set {assignment!r} cannot be read; write --set key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=StrictLoader)
+    except KeyTwice as twice:
+        raise UserError(f"--set {assignment!r}: {twice.problem}; give it once") from None
     except yaml.YAMLError:
         raise UserError(f"--set {assignment!r}: the value is not YAML; quote it") from None
     target: Any = values

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors import SafetensorError
 
-from switchkd.data.sources import sources_of
 from switchkd.errors import UserError
 from switchkd.files import now, write_atomically
 from switchkd.models.heads import base_of
-from switchkd.run.file import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage, read_mapping, run_from_values
+from switchkd.run.file import OWN_HINTS, SWITCH_FIELDS, RunConfig, Stage
+from switchkd.run.resume import check_same_run, length_of, rows_a_step, without_tokens
 from switchkd.run.written import DEFAULTS_MARK
 from switchkd.run.written import ENVIRONMENT_FILE as ENVIRONMENT_FILE
 from switchkd.run.written import FINISHED_FILE as FINISHED_FILE
@@ -26,28 +26,10 @@ from switchkd.run.written import LOG_FILE as LOG_FILE
 from switchkd.run.written import RUN_FILE as RUN_FILE
 from switchkd.training.card import versions, write_card
 from switchkd.training.checkpoints import last_complete_checkpoint
+from switchkd.training.pushing_trainer import ADAPTER_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# What a run may change when it goes on: how long it is, what is logged, kept and evaluated, and where things are.
-_CHANGEABLE = [
-    "max_steps",
-    "num_train_epochs",
-    "max_seconds",
-    "max_generated_tokens",
-    "rollout_rows",
-    "show_rollouts_every",
-    "measure_every",
-    "teacher_text",
-    "data_dir",
-    "report_to",
-    "run_name",
-    "dataloader_num_workers",
-]
-# Their product with the number of processes stays.
-_ROWS_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_CHANGEABLE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_")
 
 
 def check_output_dir(run: RunConfig, resume: bool) -> None:
@@ -64,8 +46,7 @@ def check_output_dir(run: RunConfig, resume: bool) -> None:
     if resume:
         if not saved.is_file():
             raise UserError(f"there is no run in {folder} to resume (no {RUN_FILE}); leave --resume out")
-        begun = run_from_values(read_mapping(saved), f"in {saved}")
-        _check_same_run(begun, run, _check_same_steps(folder, run))
+        check_same_run(saved, run)
         return
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if saved.is_file():
@@ -89,87 +70,23 @@ def _state_of(folder: Path) -> str:
     return f"unfinished, last checkpoint {kept}" if kept else "unfinished, without a checkpoint"
 
 
-def _rows_a_step(run: RunConfig) -> list[int]:
-    """Of each stage, the rows of an optimizer step over all processes."""
-    # From the values, not from a config: another of these would reset accelerate's state under a trainer.
-    settings, processes = run.effective_settings(), int(os.environ.get("WORLD_SIZE", "1"))
-    stages = [{**settings, **stage} for stage in run.stages or [{}]]
-    return [math.prod(int(values[key]) for key in _ROWS_A_STEP) * processes for values in stages]
-
-
-def _check_same_steps(folder: Path, run: RunConfig) -> bool:
-    """Whether the run is known to have the rows a step that it began with, on however many processes.
-
-    Raises UserError where it has others: each step would get other rows.
-    """
-    try:
-        begun = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("rows_a_step")
-    except (OSError, ValueError):
-        begun = None
-    now_there = _rows_a_step(run)
-    if begun not in (None, now_there):
-        raise UserError(
-            f"a step of this run had {_listed(begun)} rows when it began, and has {_listed(now_there)} now "
-            f"(per_device_train_batch_size x gradient_accumulation_steps x processes); set these so that there are as many, or "
-            f"give another output_dir"
-        )
-    return begun is not None
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, dict.fromkeys(numbers)))
-
-
-def _check_same_run(saved: RunConfig, run: RunConfig, same_rows: bool) -> None:
-    """Raise UserError for a setting that a run must not change on its way; `same_rows` as `_check_same_steps` found."""
-    changeable = [*_CHANGEABLE, *(_ROWS_A_STEP if same_rows else ())]
-    parts = [("", saved.effective_settings(), run.effective_settings())]
-    if len(saved.stages) != len(run.stages):
-        raise UserError(
-            f"the run in {run.output_dir} has {len(saved.stages)} stages, this run file {len(run.stages)}; resume with the "
-            f"same stages, or give another output_dir"
-        )
-    pairs = zip(saved.stages, run.stages, strict=True)
-    parts += [(f" of stage {number}", dict(old), dict(new)) for number, (old, new) in enumerate(pairs, start=1)]
-    for place, old, new in parts:
-        for key in dict.fromkeys([*old, *new]):
-            if key == "max_steps" and old.get(key) != new.get(key) and _streams(run.train_data):
-                raise UserError(
-                    f"max_steps{place} is {new.get(key)}, but was {old.get(key)}, and a stream is read as far as max_steps asks: "
-                    f"other steps would get other rows; set it back to resume, or give another output_dir"
-                )
-            if key in changeable or key.startswith(_CHANGEABLE_PREFIXES) or old.get(key) == new.get(key):
-                continue
-            # Left open, it follows the student, which has not changed.
-            if key == "learning_rate" and new.get(key) is None:
-                continue
-            # It was found here: its folder was moved, or is named from another working folder.
-            if key == "output_dir":
-                continue
-            raise UserError(
-                f"{key}{place} is {new.get(key)!r}, but the run in {run.output_dir} was started with {old.get(key)!r}; set it "
-                f"back to resume, or give another output_dir"
-            )
-
-
-def _streams(train_data: Any) -> bool:
-    return any(source.streaming for source in sources_of(train_data))
-
-
 def record_run(run: RunConfig) -> None:
-    """Write run.yaml, itself a run file with every value in force, and environment.json with the versions."""
+    """Write run.yaml, itself a run file with every value in force, and environment.json with the versions.
+
+    Tokens are left out: the folder is shown to others. They come from the environment, or are given again.
+    """
     folder = Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    values = run.effective_settings()
+    values = without_tokens(run.effective_settings())
     chosen = {key: values.pop(key) for key in (*OWN_HINTS, *SWITCH_FIELDS) if key in values}
     text = _as_yaml({**chosen, **{key: values.pop(key) for key in run.training if key in values}})
     if run.stages:
-        text += _as_yaml({"stages": [dict(stage) for stage in run.stages]})
+        text += _as_yaml({"stages": [without_tokens(stage) for stage in run.stages]})
     # Defaults may change between versions; a run that is resumed keeps those that it began with. From its own file, all are set.
     if values:
         text += f"\n{DEFAULTS_MARK}\n{_as_yaml(values)}"
     write_atomically(folder / RUN_FILE, text)
-    environment = {**_environment(), "rows_a_step": _rows_a_step(run)}
+    environment = {**_environment(), "rows_a_step": rows_a_step(run)}
     write_atomically(folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
 
 
@@ -195,23 +112,12 @@ def git_commit() -> str | None:
         return None
 
 
-def is_finished(stage: Stage) -> bool:
-    """Whether the stage was trained to its end, as long as it is now asked for, and its model is in place."""
-    path = stage.folder / FINISHED_FILE
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["length"] == _length(stage)
-
-
-def _length(stage: Stage) -> dict[str, float]:
-    budget = {"max_seconds": stage.config.max_seconds, "max_generated_tokens": stage.config.max_generated_tokens}
-    steps = {"max_steps": stage.config.max_steps, "num_train_epochs": stage.config.num_train_epochs}
-    return steps | {key: value for key, value in budget.items() if value is not None}
-
-
-def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, stage: Stage, card: str) -> None:
-    """Put the stage's model, with its card, into its folder and mark the stage as finished, in this order.
+def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, stage: Stage, card: str) -> list[str]:
+    """Put the stage's model, with its card, into its folder and mark the stage as finished, in this order; returns the files.
 
     The files are staged in a folder beside them and moved in one by one: until all are written, an earlier model stays as it
-    was, and nothing else in the run's folder is ever touched. Raises UserError if they cannot be written.
+    was, and nothing else in the run's folder is ever touched but an adapter's files: whoever loads a whole model would put
+    those onto it. Raises UserError if they cannot be written.
     """
     staged = stage.model_folder / "model.partial"
     try:
@@ -225,11 +131,17 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
             tokenizer.save_pretrained(staged)
         # Over that of an adapter, which peft writes.
         write_card(staged, card)
-        for file in staged.iterdir():
-            file.replace(stage.model_folder / file.name)
+        files = sorted(file.name for file in staged.iterdir())
+        for name in files:
+            (staged / name).replace(stage.model_folder / name)
         staged.rmdir()
-        write_atomically(stage.folder / FINISHED_FILE, json.dumps({"length": _length(stage), "finished": now()}) + "\n")
-    except (OSError, RuntimeError) as error:
+        for name in ADAPTER_FILES if ADAPTER_FILES[0] not in files else ():
+            (stage.model_folder / name).unlink(missing_ok=True)
+        write_atomically(
+            stage.folder / FINISHED_FILE, json.dumps({"length": length_of(stage), "finished": now()}) + "\n"
+        )
+        return files
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
         kept = last_complete_checkpoint(stage.folder)
         raise UserError(

@@ -26,15 +26,18 @@ from switchkd.report.plots import save_curves
 from switchkd.report.terminal import run_table
 from switchkd.run.callbacks import ConsoleProgress, LogFile, StopCleanly
 from switchkd.run.file import RunConfig, Stage
-from switchkd.run.folder import check_output_dir, is_finished, record_run, save_final
+from switchkd.run.folder import check_output_dir, record_run, save_final
+from switchkd.run.resume import agreed_checkpoint, check_length, check_order, check_start, is_finished
 from switchkd.run.rollout_view import RolloutView
 from switchkd.run.written import LOG_FILE, ROLLOUTS_FILE, RUN_FILE, read_log
 from switchkd.training.card import Origins
-from switchkd.training.checkpoints import last_complete_checkpoint
+from switchkd.training.checkpoints import has_optimizer, last_complete_checkpoint
 from switchkd.training.dataset import evaluated, tokenized, warn_of_templates
 from switchkd.training.taught import TeacherModel
 from switchkd.training.teachers import loading_options
 from switchkd.training.trainer import SwitchTrainer
+
+_NO_CHECKPOINT = " There is no checkpoint: it begins again at step 0."
 
 
 @dataclass(frozen=True)
@@ -63,30 +66,26 @@ def train_run(run: RunConfig, console: Console, *, resume: bool = False) -> None
     if not to_do:
         console.print(f"The run in {run.output_dir} is finished; there is nothing to do.", markup=False, soft_wrap=True)
         return
-    _check_order(to_do)
+    check_order(to_do[0], stages[stages.index(to_do[0]) + 1 :])
+    if resume and is_main_process:
+        check_start(to_do[0])
     if any(stage.config.push_to_hub for stage in to_do) and offline_at_once():
         raise UserError(
             "push_to_hub is true, but the hub cannot be reached from here; leave it out, and push afterwards"
         )
-    for number, prepared in enumerate(_prepare(to_do)):
+    all_prepared = _prepare(to_do)
+    if resume and is_main_process:
+        check_length(to_do[0], len(all_prepared[0].train))
+    for number, prepared in enumerate(all_prepared):
         if number:
             # A trainer may be in reference cycles, and its models and optimizer fill the device that this stage needs.
             clear_device_cache(garbage_collection=True)
-        _train_stage(prepared, run, console, is_main_process, resume)
+        # What comes after the first has never begun.
+        _train_stage(prepared, run, console, is_main_process, resume and not number)
     if is_main_process:
         events = read_log(Path(run.output_dir) / LOG_FILE)
         console.print(run_table(events, Path(run.output_dir)))
         save_curves(events, Path(run.output_dir) / "curves.png")
-
-
-def _check_order(to_do: Sequence[Stage]) -> None:
-    """Raise UserError where a later stage has begun from a student that is now to be trained again."""
-    for stage in to_do[1:]:
-        if last_complete_checkpoint(stage.folder):
-            raise UserError(
-                f"stage {to_do[0].name} is to be trained, but {stage.name} has already begun from it; set its max_steps and "
-                f"num_train_epochs back, or give another output_dir"
-            )
 
 
 def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
@@ -107,13 +106,16 @@ def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
         sources.append((stage, _peft_config(run), train, held_out))
     prepared = []
     for stage, peft_config, train, held_out in sources:
-        tokenizer = load_tokenizer(stage.tokenizer, trust_remote_code=stage.run.trust_remote_code)
+        tokenizer = load_tokenizer(
+            stage.tokenizer, trust_remote_code=stage.run.trust_remote_code, revision=stage.tokenizer_revision
+        )
         asked = stage.config.plan.needs_teacher
         theirs = load_tokenizers(
             stage.run.teachers_here if asked else {},
             # Before a model is loaded; of a single teacher, the pair says it.
             tokenizer if stage.run.teachers else None,
             trust_remote_code=stage.run.trust_remote_code,
+            revision=stage.run.teacher_revision,
         )
         set_template(tokenizer, theirs.get("") or _for_its_template(stage), stage.config.template_from)
         for each in theirs.values():
@@ -129,7 +131,8 @@ def _for_its_template(stage: Stage) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a teacher that brings its chat template, where the method asks nothing else of it."""
     if stage.config.template_from != "teacher" or not stage.run.is_teacher_named:
         return None
-    return load_tokenizer(str(stage.run.teacher), trust_remote_code=stage.run.trust_remote_code)
+    trusted, revision = stage.run.trust_remote_code, stage.run.teacher_revision
+    return load_tokenizer(str(stage.run.teacher), trust_remote_code=trusted, revision=revision)
 
 
 def _rows_needed(stage: Stage) -> int | None:
@@ -158,11 +161,12 @@ def _train_stage(
     stage = prepared.stage
     with console.status(f"loading {stage.run.student} ..."):
         trainer, stopper, progress = _trainer(prepared, run, console)
-    checkpoint = last_complete_checkpoint(stage.folder) if resume else None
+    checkpoint = agreed_checkpoint(stage.folder) if resume else None
     if is_main_process:
         # Only now that everything has loaded: once the folder is marked as a run, another attempt without --resume is refused.
         record_run(run if run.stages else _with_rate(run, trainer.args.learning_rate))
-        console.print(_first_lines(trainer, stage, checkpoint), highlight=False, markup=False, soft_wrap=True)
+        starts = f" Goes on from {checkpoint}." if checkpoint else _NO_CHECKPOINT if resume else ""
+        console.print(_first_lines(trainer, stage) + starts, highlight=False, markup=False, soft_wrap=True)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
@@ -183,9 +187,11 @@ def _train_stage(
             if prepared.peft_config is not None and stage.run.adapter == "merge":
                 model = model.merge_and_unload()
             is_adapter = prepared.peft_config is not None and stage.run.adapter == "keep"
-            save_final(model, trainer.pair.tokenizer, stage, trainer.card(is_adapter=is_adapter))
+            files = save_final(model, trainer.pair.tokenizer, stage, trainer.card(is_adapter=is_adapter))
     # The next stage reads what was saved.
     trainer.accelerator.wait_for_everyone()
+    if is_main_process and stage.config.push_to_hub:
+        trainer.push_final(stage.model_folder, files)
 
 
 def _trainer(
@@ -259,10 +265,9 @@ def _teacher_names(trainer: SwitchTrainer, stage: Stage) -> str | dict[str, str 
     return names.get("") if "" in names else names
 
 
-def _first_lines(trainer: SwitchTrainer, stage: Stage, checkpoint: Path | None) -> str:
-    starts = f" Goes on from {checkpoint}." if checkpoint else ""
+def _first_lines(trainer: SwitchTrainer, stage: Stage) -> str:
     computes = f"Computes {stage.config.placement.describe()}: {describe_objective(stage.config)}."
-    return f"{trainer.describe()}.\n{computes}\n{_marks(trainer)} Writes to {stage.model_folder}.{starts}"
+    return f"{trainer.describe()}.\n{computes}\n{_marks(trainer)} Writes to {stage.model_folder}."
 
 
 def _with_rate(run: RunConfig, rate: float | None) -> RunConfig:
@@ -280,6 +285,10 @@ def _marks(trainer: SwitchTrainer) -> str:
 
 def _how_to_resume(run: RunConfig, stage: Stage, what: str) -> str:
     kept = last_complete_checkpoint(stage.folder)
-    keeps = f"{kept} is kept" if kept else "there is no checkpoint yet"
     place = f" of stage {stage.name}" if stage.name else ""
+    if kept and not has_optimizer(kept):
+        return (
+            f"{what}{place}: {kept} is kept, but nothing goes on from it, since save_only_model left its optimizer out"
+        )
+    keeps = f"{kept} is kept" if kept else "there is no checkpoint yet"
     return f"{what}{place}: {keeps}; go on with: switchkd train {Path(run.output_dir) / RUN_FILE} --resume"

@@ -25,7 +25,7 @@ from switchkd.run.launch import train_run
 from switchkd.study.measure import measure
 from switchkd.study.plan import StudyRun
 from switchkd.study.rows import COSTS, ROW_FILE, TRAINING, WHENCE, kept_models
-from switchkd.training.checkpoints import last_complete_checkpoint
+from switchkd.training.checkpoints import has_optimizer, last_complete_checkpoint
 
 ANSWERS = "answers"
 
@@ -73,7 +73,8 @@ def _train(run: RunConfig, folder: Path) -> None:
     else:
         # The teacher's text is kept as it is written.
         has_text = (folder / RUN_FILE).is_file() and any(folder.glob("teacher_text*.jsonl"))
-        goes_on = has_text or last_complete_checkpoint(folder) is not None
+        checkpoint = last_complete_checkpoint(folder)
+        goes_on = has_text or (checkpoint is not None and has_optimizer(checkpoint))
     if folder.exists() and not goes_on:
         # What an attempt has left that ended before its first checkpoint.
         shutil.rmtree(folder)

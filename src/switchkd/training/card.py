@@ -48,11 +48,15 @@ _INHERITED = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
 )  # fmt: skip
-# Paths and addresses of this machine, keywords that may hold a token, and what changes nothing that was learned.
+# What changes nothing that is learned: where and how it is computed, what is measured and kept.
+TEACHES_NOTHING = (
+    "teacher_text", "rollout_rows", "block_size", "compile", "measure_every", "show_rollouts_every", "teacher_offload", "vllm",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+)  # fmt: skip
+# And paths and addresses of this machine, and keywords that may hold a token.
 _NOT_SHOWN = (
-    "teacher_text", "template_from", "model_init_kwargs", "teacher_model_init_kwargs", "rollout_rows", "block_size", "compile",
-    "measure_every", "show_rollouts_every", "teacher_offload", "skip_bad_rows", "save_total_limit", "logging_steps",
-    "dataloader_pin_memory", "report_to", "bf16", "plan", "placement", "method", "vllm",
+    *TEACHES_NOTHING, "template_from", "model_init_kwargs", "teacher_model_init_kwargs", "skip_bad_rows", "save_total_limit",
+    "logging_steps", "dataloader_pin_memory", "report_to", "bf16", "plan", "placement", "method",
 )  # fmt: skip
 _SWITCH_PAPER = """@inproceedings{koo-etal-2025-switch,
   title = {{SWITCH}: Studying with Teacher for Knowledge Distillation of Large Language Models},

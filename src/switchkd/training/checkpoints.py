@@ -18,6 +18,7 @@ from switchkd.errors import UserError
 # As transformers names them. The state is written last: without it, the writing was cut off.
 FOLDER_PREFIX = "checkpoint"
 STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -35,15 +36,34 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds what the optimizer and its schedule were at, beside the weights."""
+    # DeepSpeed keeps both in a folder of its own.
+    if any(checkpoint.glob("global_step*")):
+        return True
+    return (checkpoint / OPTIMIZER_FILE).is_file() and (checkpoint / SCHEDULER_FILE).is_file()
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Raise UserError for a checkpoint of weights alone: transformers would begin a new optimizer and schedule, and not say so."""
+    if not has_optimizer(checkpoint):
+        raise UserError(
+            f"{checkpoint} holds no optimizer and scheduler state (save_only_model writes none), so a run cannot go on from it; "
+            f"name it as student of a new run, or resume from another checkpoint"
+        )
+
+
 def checkpoint_to_resume(named: str | None, folder: str | Path) -> Path:
     """The named checkpoint, or else the last complete one in `folder`.
 
-    Raises UserError where it is not complete: transformers would load its weights and start again at step 0.
+    Raises UserError where it is not complete, since transformers would load its weights and start again at step 0; and where
+    weights are all that it holds.
     """
     found = Path(named) if named else last_complete_checkpoint(folder)
     if found is None or not is_complete(found):
         place = found or folder
         raise UserError(f"there is no complete checkpoint in {place}; name another, or train without resuming")
+    check_resumable(found)
     return found
 
 

@@ -110,10 +110,16 @@ def _in_words(taught: Taught) -> str:
     return "" if pair.teacher is None else f"{name_of(pair.teacher)} ({rounded(teacher_size(pair))})"
 
 
+def steps_of(args: SwitchConfig, count: int) -> int:
+    """The optimizer steps over `count` rows of data."""
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(count / rows))
+
+
 def describe_training(pair: ModelPair, args: SwitchConfig, count: int, learns_from: str) -> str:
     """One line: models and sizes (parameters), steps, sequences, tokens, and `count` rows of data; see `teachers_in_words`."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(count / rows))
+    steps = steps_of(args, count)
     share = args.plan.rollout_share
     writes = f"{share:.0%} rolled out" if share else "the data set's text"
     size, most = rounded(parameter_count(pair.student)), rounded(steps * rows * args.max_new_tokens)

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.training.machine import check_sharding, set_up_sharding, sharding_of
+from switchkd.training.pushing_trainer import PushingTrainer
 from switchkd.training.taught import Taught, first_pair
 from switchkd.training.teachers import TeacherPlace
 from switchkd.training.whole_student import WholeHead, WholeStudent, load_optimizer_state, whole_optimizer_state
 
 
-class ShardedTrainer(Trainer):
+class ShardedTrainer(PushingTrainer):
     """A trainer that reads and saves its student whole. Without parts it is `transformers.Trainer`."""
 
     args: SwitchConfig

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.chat import set_template
-from switchkd.models.load import load_model, load_tokenizer
+from switchkd.models.load import load_model, load_tokenizer, revision_in
 from switchkd.models.pair import ModelPair
 from switchkd.training.machine import autocast_dtype_of
 from switchkd.training.teachers import SELF, loading_options, self_teacher
@@ -48,9 +49,9 @@ def trained_pair(
     else:
         # A model that was made on the spot has no name, and needs no tokenizer for data that is token ids.
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
-        tokenizer = load_tokenizer(name) if tokenizer is None and name else tokenizer
+        tokenizer = _tokenizer(name, args.model_init_kwargs) if tokenizer is None else tokenizer
         named = teacher_model if isinstance(teacher_model, str) and teacher_model != SELF else None
-        teacher_tokenizer = load_tokenizer(named) if named else None
+        teacher_tokenizer = _tokenizer(named, args.teacher_model_init_kwargs)
         place, kwargs = args.placement, args.placement.init_kwargs(args.model_init_kwargs)
         student = (
             load_model(model, dtype=place.student_dtype, device=place.device, init_kwargs=kwargs)
@@ -67,6 +68,10 @@ def trained_pair(
         place, kwargs = args.placement, args.placement.init_kwargs(loading_options(args))
         teacher = load_model(teacher, dtype=place.teacher_dtype, device=place.device, init_kwargs=kwargs)
     return ModelPair(student, teacher, tokenizer, teacher_tokenizer, autocast_dtype)
+
+
+def _tokenizer(name: str | None, init_kwargs: Mapping[str, Any] | None) -> PreTrainedTokenizerBase | None:
+    return load_tokenizer(name, revision=revision_in(init_kwargs)) if name else None
 
 
 def _check_trainable(student: PreTrainedModel) -> None:

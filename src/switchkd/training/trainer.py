@@ -309,7 +309,4 @@ class SwitchTrainer(EvaluatingTrainer):
                 self._text.replay.save(folder)
             if self.args.should_save:
                 write_card(folder, self.card())
-            if self.args.push_to_hub:
-                # What is pushed meanwhile is the output folder.
-                self.create_model_card()
             super()._save_checkpoint(model, trial)
