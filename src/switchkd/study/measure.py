@@ -88,7 +88,9 @@ def _loaded(row: StudyRun, run: RunConfig, model: str, *, with_teacher: bool) ->
     )
     if row.kind == "start" and run.is_teacher_named:
         assert pair.tokenizer is not None
-        teacher_tokenizer = load_tokenizer(str(run.teacher), trust_remote_code=run.trust_remote_code)
+        teacher_tokenizer = load_tokenizer(
+            str(run.teacher), trust_remote_code=run.trust_remote_code, revision=run.teacher_revision
+        )
         set_template(pair.tokenizer, teacher_tokenizer, config.template_from)
     return pair
 
