@@ -357,16 +357,27 @@ def test_the_demo_shows_its_table_and_replaces_an_earlier_one(
     model = suggested[suggested.index("--student") + 1]
     assert AutoModelForCausalLM.from_pretrained(model).config.model_type == "llama"
     # It is finished, so the next demo starts from nothing.
-    (folder / "of-the-earlier").touch()
-    make_room(folder, "seeds: [1]\n")
-    assert [path.name for path in folder.iterdir()] == ["demo.yaml"]
-    # Unless a user has made a study of it.
-    with (folder / "demo.yaml").open("a") as file:
-        file.write("methods: {mine: {method: kd}}\n")
-    (folder / "of-the-user").touch()
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # Unless a user has put something there: a study of a copy of demo.yaml, which names this folder, leaves runs and rows.
+    mine = folder / "runs" / "switch-11-0123abcd"
+    mine.mkdir()
+    with pytest.raises(UserError, match=f"did not write .runs/{mine.name}., so it is not replaced"):
+        make_room(folder, "seeds: [1]\n")
+    mine.rmdir()
+    rows = folder / "rows.jsonl"
+    row = json.loads(rows.read_text().splitlines()[0])
+    rows.write_text(rows.read_text() + json.dumps({**row, "identity": "mine"}) + "\n")
+    with pytest.raises(UserError, match=r"rows of other runs in rows\.jsonl"):
+        make_room(folder, "seeds: [1]\n")
+    rows.write_bytes(kept[rows])
+    study = folder / "demo.yaml"
+    study.write_bytes(kept[study] + b"methods: {mine: {method: kd}}\n")
     with pytest.raises(UserError, match="was changed since the demo wrote it"):
         make_room(folder, "seeds: [1]\n")
-    assert (folder / "of-the-user").exists()
+    study.write_bytes(kept[study])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
+    make_room(folder, "seeds: [1]\n")
+    assert [path.name for path in folder.iterdir()] == ["demo.yaml"]
 
 
 @pytest.mark.parametrize(
