@@ -328,6 +328,14 @@ def test_ctrl_c_outside_of_a_run(
         ),
         (["rollout", "--student", "{m}/student", "--prompt", "one", "--threshold"], "option --threshold needs a value"),
         (["rollout", "--student", "{m}/student", "--prompt", "one", "two"], "there is no option 'two'"),
+        (
+            ["rollout", "--student", "{m}/student", "--prompt", "one", "--threshold", "["],
+            "--threshold is '[', which cannot",
+        ),
+        (
+            ["rollout", "--student", "a", "--policy", "student", "--prompt", "one", "--output", "{m}/data.jsonl"],
+            "data.jsonl is there already; give another --output, or --force to replace it",
+        ),
         (["calibrate", "--student", "a", "--teacher", "b", "--threshold", "1"], "is what calibrate finds"),
         (
             ["rollout", "--student", "{m}/student", "--policy", "student", "--prompt", "one", "--top-p", "2"],

@@ -236,14 +236,25 @@ def test_a_policy_takes_its_settings_and_refuses_others(
     record = json.loads(output.read_text())
     assert record["written_by_teacher"] == [at >= students for at in range(6)]
     capsys.readouterr()
-    assert switchkd(*call, "--threshold", "0.2") == 2
+    assert switchkd(*call, "--threshold", "0.2", "--force") == 2
     assert f"policy '{policy}' takes" in capsys.readouterr().err
 
 
 def test_greedy_interleaving_with_the_best_token_alone_is_the_teachers_text(models: Path, tmp_path: Path) -> None:
     output = tmp_path / "rollouts.jsonl"
     pair = ("--student", models / "student", "--teacher", models / "teacher", "--output", output)
-    call = ("rollout", *pair, "--prompt", "one two", "--max-new-tokens", "12", "--temperature", "0", "--policy")
+    call = (
+        "rollout",
+        *pair,
+        "--prompt",
+        "one two",
+        "--max-new-tokens",
+        "12",
+        "--temperature",
+        "0",
+        "--force",
+        "--policy",
+    )
     records = []
     for policy in (("interleave", "--keep-top-k", "1"), ("teacher",)):
         assert switchkd(*call, *policy) == 0
