@@ -64,7 +64,8 @@ def _is_same_model(ours: str, theirs: str, folder: Path) -> bool:
 
 def read_evaluation(path: Path) -> Evaluation:
     """The evaluation that an eval.json holds. Raises OSError, ValueError, TypeError, KeyError or AttributeError for others."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values: Any = json.loads(path.read_text(encoding="utf-8"))
+    rendering: dict[str, Any] = values.get("rendering", {})
     return Evaluation(
         values["model"],
         values["date"],
@@ -74,7 +75,7 @@ def read_evaluation(path: Path) -> Evaluation:
         {name: _set_result(each) for name, each in values["sets"].items()},
         # Files of earlier versions say less.
         values.get("match", "text"),
-        Rendering(**{key: tuple(v) if key == "teachers" else v for key, v in values.get("rendering", {}).items()}),
+        Rendering(**{**rendering, "teachers": tuple(rendering.get("teachers", ()))}),
         values.get("limit"),
     )
 
