@@ -224,6 +224,7 @@ def test_without_models_it_shows_the_pairs_it_knows(capsys: pytest.CaptureFixtur
     [
         (("Qwen2.5-0.5B",), "needs a student and a teacher"),
         (("--memory", "80 bananas"), "write a size such as 80GiB"),
+        (("--memory", "1.2.3GiB"), "memory is '1.2.3GiB'; write a size"),
         (("--link", "string"), "choose nvlink or pcie, or give GB/s"),
         (("--link", "-3"), "link of the cluster is -3.0; give a number above 0"),
     ],
@@ -240,6 +241,27 @@ def test_an_unknown_key_of_a_cluster_gets_the_nearest(tmp_path: Path, capsys: py
     path.write_text("gpu: 4")
     assert command("--cluster", str(path)) == 2
     assert "did you mean 'gpus'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"link: null", "link is None; choose nvlink or pcie, or give GB/s"),
+        (b"link: [1]", "link is [1]; choose"),
+        (b"gpus: 2.5", "gpus of the cluster is 2.5; give a whole number"),
+        (b"gpus: true", "gpus of the cluster is True; give a number above 0"),
+        (b"bandwidth: .inf", "bandwidth of the cluster is inf; give a number above 0"),
+        (b"1: 2", "has a key 1, which is none of a cluster"),
+        (b"gpus: \xff", "cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_a_cluster_file_that_cannot_be_one_is_refused(
+    text: bytes, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_bytes(text)
+    assert command("--cluster", str(path)) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_sizes_of_memory() -> None:
