@@ -151,7 +151,8 @@ def bytes_by_part(pair: ModelPair, *, rows: int, slots: int, tokens: int) -> dic
     computing = pair.autocast_dtype or pair.student.dtype
     read = pair.student.dtype if pair.teacher is None else pair.teacher.dtype
     numbers = Bytes(pair.student.dtype.itemsize, read.itemsize, computing.itemsize)
-    load = Load(rows, slots - tokens, tokens, rows, rows, block=0)
+    graphs = pair.student.device.type == "cuda"
+    load = Load(rows, slots - tokens, tokens, rows, rows, block=0, graphs=graphs)
     return lasting(student, teacher, load, Split(), numbers) | {
         "gradients": backward(student, load, Split(), numbers)["gradients"]
     }

@@ -43,8 +43,8 @@ SMALLER_RUN: dict[str, Any] = {
 }
 SMALLER_COMMANDS: dict[str, tuple[str, ...]] = {
     "train": tuple(part for key, value in SMALLER_RUN.items() for part in ("--set", f"{key}={str(value).lower()}")),
-    "eval": ("--limit", "2", "--seeds", "1", "--max-new-tokens", "8"),
-    "rollout": ("--max-new-tokens", "8"),
+    "eval": ("--limit", "2", "--seeds", "1", "--max-new-tokens", "8", "--force"),
+    "rollout": ("--max-new-tokens", "8", "--force"),
     # A threshold of its own spares a calibration.
     "diagnose": ("--limit", "2", "--max-new-tokens", "8", "--threshold", "0.3"),
     "calibrate": ("--limit", "4", "--max-new-tokens", "12"),

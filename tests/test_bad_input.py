@@ -52,6 +52,16 @@ def test_a_missing_run_file(refused: Refused, tmp_path: Path) -> None:
     assert f"no run file {tmp_path / 'none.yaml'}" in refused("train", tmp_path / "none.yaml")
 
 
+def test_a_path_may_have_an_equals_sign(refused: Refused, tmp_path: Path) -> None:
+    folder = tmp_path / "lr=1e-5"
+    folder.mkdir()
+    for path, said in ((folder / "run.yaml", "no run file"), (folder, "")):
+        told = refused("train", path, "--resume")
+        assert "--set" not in told
+        assert said in told
+    assert "write --set max_steps=3" in refused("train", "run.yaml", "max_steps=3")
+
+
 def test_broken_yaml_names_file_and_line(refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("student: a\nteacher: [b\nmethod: kd\n")
@@ -390,6 +400,14 @@ def test_ctrl_c_outside_of_a_run(
         ),
         (["rollout", "--student", "{m}/student", "--prompt", "one", "--threshold"], "option --threshold needs a value"),
         (["rollout", "--student", "{m}/student", "--prompt", "one", "two"], "there is no option 'two'"),
+        (
+            ["rollout", "--student", "{m}/student", "--prompt", "one", "--threshold", "["],
+            "--threshold is '[', which cannot",
+        ),
+        (
+            ["rollout", "--student", "a", "--policy", "student", "--prompt", "one", "--output", "{m}/data.jsonl"],
+            "data.jsonl is there already; give another --output, or --force to replace it",
+        ),
         (["calibrate", "--student", "a", "--teacher", "b", "--threshold", "1"], "is what calibrate finds"),
         (
             ["rollout", "--student", "{m}/student", "--policy", "student", "--prompt", "one", "--top-p", "2"],

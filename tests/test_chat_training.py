@@ -131,7 +131,7 @@ def test_commands_render_chats_as_they_are_told(
 ) -> None:
     (path := tmp_path / "t.jinja").write_text(TURN.replace("<|turn|> {{", "<|turn|> {{ mood }} {{"))
     rollout = ["rollout", "--student", models / "student", "--teacher", models / "teacher", "--policy", "student"]
-    rollout += ["--data", models / "data.jsonl", "--max-new-tokens", "2", "--output", tmp_path / "r.jsonl"]
+    rollout += ["--data", models / "data.jsonl", "--max-new-tokens", "2", "--output", tmp_path / "r.jsonl", "--force"]
     assert switchkd(*rollout, "--template-from", path, "--chat-template-kwargs", "{mood: blue}") == 0
     first = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])
     assert first["prompt"] == "<|turn|> blue one w24 <|stop|> <|turn|>"

@@ -240,14 +240,25 @@ def test_a_policy_takes_its_settings_and_refuses_others(
     record = json.loads(output.read_text())
     assert record["written_by_teacher"] == [at >= students for at in range(6)]
     capsys.readouterr()
-    assert switchkd(*call, "--threshold", "0.2") == 2
+    assert switchkd(*call, "--threshold", "0.2", "--force") == 2
     assert f"policy '{policy}' takes" in capsys.readouterr().err
 
 
 def test_greedy_interleaving_with_the_best_token_alone_is_the_teachers_text(models: Path, tmp_path: Path) -> None:
     output = tmp_path / "rollouts.jsonl"
     pair = ("--student", models / "student", "--teacher", models / "teacher", "--output", output)
-    call = ("rollout", *pair, "--prompt", "one two", "--max-new-tokens", "12", "--temperature", "0", "--policy")
+    call = (
+        "rollout",
+        *pair,
+        "--prompt",
+        "one two",
+        "--max-new-tokens",
+        "12",
+        "--temperature",
+        "0",
+        "--force",
+        "--policy",
+    )
     records = []
     for policy in (("interleave", "--keep-top-k", "1"), ("teacher",)):
         assert switchkd(*call, *policy) == 0
@@ -361,16 +372,27 @@ def test_the_demo_shows_its_table_and_replaces_an_earlier_one(
     model = suggested[suggested.index("--student") + 1]
     assert AutoModelForCausalLM.from_pretrained(model).config.model_type == "llama"
     # It is finished, so the next demo starts from nothing.
-    (folder / "of-the-earlier").touch()
-    make_room(folder, "seeds: [1]\n")
-    assert [path.name for path in folder.iterdir()] == ["demo.yaml"]
-    # Unless a user has made a study of it.
-    with (folder / "demo.yaml").open("a") as file:
-        file.write("methods: {mine: {method: kd}}\n")
-    (folder / "of-the-user").touch()
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # Unless a user has put something there: a study of a copy of demo.yaml, which names this folder, leaves runs and rows.
+    mine = folder / "runs" / "switch-11-0123abcd"
+    mine.mkdir()
+    with pytest.raises(UserError, match=f"did not write .runs/{mine.name}., so it is not replaced"):
+        make_room(folder, "seeds: [1]\n")
+    mine.rmdir()
+    rows = folder / "rows.jsonl"
+    row = json.loads(rows.read_text().splitlines()[0])
+    rows.write_text(rows.read_text() + json.dumps({**row, "identity": "mine"}) + "\n")
+    with pytest.raises(UserError, match=r"rows of other runs in rows\.jsonl"):
+        make_room(folder, "seeds: [1]\n")
+    rows.write_bytes(kept[rows])
+    study = folder / "demo.yaml"
+    study.write_bytes(kept[study] + b"methods: {mine: {method: kd}}\n")
     with pytest.raises(UserError, match="was changed since the demo wrote it"):
         make_room(folder, "seeds: [1]\n")
-    assert (folder / "of-the-user").exists()
+    study.write_bytes(kept[study])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
+    make_room(folder, "seeds: [1]\n")
+    assert [path.name for path in folder.iterdir()] == ["demo.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -127,3 +127,36 @@ def test_names_are_checked_before_the_first_model_answers(models: Path, capsys: 
         assert switchkd("eval", student, *more, *sets) == 2
         assert said in capsys.readouterr().err
     assert not (student / "eval").exists()
+
+
+def test_an_evaluation_is_added_to_an_equal_one_and_never_put_over_another(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more, folder = tmp_path / "more.jsonl", tmp_path / "eval"
+    more.write_text((models / "data.jsonl").read_text())
+    call = ("eval", models / "student", "--output", folder, "--seeds", "1", "--max-new-tokens", "4")
+    assert switchkd(*call, "--sets", models / "data.jsonl", "--limit", "2") == 0
+    first = json.loads((folder / "eval.json").read_text())
+    assert switchkd(*call, "--sets", more, "--limit", "2") == 0
+    both = json.loads((folder / "eval.json").read_text())
+    assert [*both["sets"]] == [str(models / "data.jsonl"), str(more)]
+    assert both["sets"].items() >= first["sets"].items()
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    for other, said in (
+        (("--limit", "3"), "limit was 2 and is 3 now"),
+        (("--limit", "2", "--temperature", "0.5"), "temperature was 1.0 and is 0.5 now"),
+        (("--limit", "2", "--seeds", "1,2"), "seeds was [1] and is [1, 2] now"),
+        (("--limit", "2", "--add-bos", "never"), "add_bos was auto and is never now"),
+    ):
+        assert switchkd(*call, "--sets", more, *other) == 2
+        err = " ".join(capsys.readouterr().err.split())
+        assert said in err
+        assert "give another --output, or --force to replace" in err
+    teacher = ("eval", models / "teacher", *call[2:])
+    assert switchkd(*teacher, "--sets", more, "--limit", "2") == 2
+    assert "model was" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == kept
+    assert switchkd(*call, "--sets", more, "--limit", "3", "--force") == 0
+    forced = json.loads((folder / "eval.json").read_text())
+    assert (forced["limit"], [*forced["sets"]]) == (3, [str(more)])

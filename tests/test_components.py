@@ -71,7 +71,7 @@ def test_a_policy_from_outside_rolls_out(models: Path, tmp_path: Path, module: s
         "4",
     )
     for given in ([f"{module}:EveryThird", "--period", "2"], [f"{{name: '{module}:EveryThird', period: 2}}"]):
-        assert switchkd("rollout", *pair, "--policy", *given) == 0
+        assert switchkd("rollout", *pair, "--force", "--policy", *given) == 0
         assert '"written_by_teacher": [false, true' in (tmp_path / "rollouts.jsonl").read_text()
 
 

@@ -15,6 +15,7 @@ from switchkd.data.examples import to_examples
 from switchkd.data.rows import read_rows
 from switchkd.errors import UserError
 from switchkd.evaluation.generate import generate_answers
+from switchkd.evaluation.kept import read_evaluation
 from switchkd.evaluation.measures import SCORES, AnswerScore, exact_match, rouge_l, scores_named
 from switchkd.evaluation.score import SEEDS, EvaluationSettings, evaluate
 from switchkd.records import FinishReason, Rollout, Sampling
@@ -323,6 +324,9 @@ def test_prompts_alone_are_scored_by_a_function_of_ones_own(tokenizer, tmp_path)
     # JSON has no NaN, and many readers take none.
     saved = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
     assert saved["sets"]["x"]["overall"]["mean"]["exact_match"] is None
+    # What is read is what was saved: NaN, buckets, seeds and all.
+    read_evaluation(tmp_path / "eval.json").save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "eval.json").read_text()) == saved
     console = Console(width=120)
     with console.capture() as captured:
         console.print(evaluation.table())

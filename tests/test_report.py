@@ -20,7 +20,7 @@ from sockets import running
 from switchkd.errors import UserError
 from switchkd.report.curves import charts
 from switchkd.report.page import page
-from switchkd.report.tables import csv_table, values_table
+from switchkd.report.tables import csv_table, evaluation_table, values_table
 from switchkd.run.follow import FollowServer
 from switchkd.run.gathered import ReportData, files_read, gather, sources_of
 
@@ -232,6 +232,28 @@ def test_tables() -> None:
     values = values_table("", {"a": {"x": {"k": [1, 2]}, "y": True}, "b": {"y": True, "z": 1e-3, "n": 1}})
     assert values["rows"] == [["x", "{k: [1, 2]}", "–"], ["y", "true", "true"], ["z", "–", "0.001"], ["n", "–", "1"]]
     assert values["marked"] == [0, 2, 3]
+
+
+def test_scores_of_ones_own_are_shown_and_what_could_not_be_scored_is_a_dash() -> None:
+    ours = {"rouge_l": None, "exact_match": None, "response_tokens": 5.0, "ended_share": 1.0}
+    prompts = {
+        "rows": 2,
+        "mean": {**ours, "own": {"words": 3.0, "odd": None}},
+        "deviation": {**ours, "own": {"words": 0.5}},
+    }
+    plain = {"rows": 1, "mean": {**ours, "rouge_l": 12.0}, "deviation": None}
+    table = evaluation_table(
+        {
+            "a": {"sets": {"x": {"overall": prompts, "by_bucket": ["no mapping"]}, "y": {"overall": {"mean": 3}}}},
+            "b": {"sets": {"x": {"overall": plain, "by_bucket": {"long": None}}}},
+        }
+    )
+    assert table["columns"][3:] == ["ROUGE-L", "exact match", "tokens", "ended", "words", "odd"]
+    assert table["numeric"] == [*range(2, 9)]
+    assert table["rows"] == [
+        ["a", "x", "2", "–", "–", "5.00 ± 5.00", "1.00 ± 1.00", "3.00 ± 0.50", "–"],
+        ["b", "x", "1", "12.00", "–", "5.00", "1.00", "–", "–"],
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- following a run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from switchkd.positions import ByPosition
 from switchkd.report.plots import save_demo
 from switchkd.report.terminal import print_rollouts
 from switchkd.rollout.speculative import SpeculativeEngine
+from switchkd.study import launch
 from switchkd.study.file import StudyConfig, study_from_values
-from switchkd.study.launch import run_study
 from switchkd.study.plan import StudyRun, plan_of
-from switchkd.study.rows import RUNS, TRAINING
+from switchkd.study.pool import place_of
+from switchkd.study.rows import CSV_FILE, ROWS_FILE, RUNS, TRAINING, finished_rows
 from switchkd.study.summary import ALL, Line, summarize_study
 from switchkd.study.tables import bounds, scores_grid
 from switchkd.training.dataset import tokenized
@@ -35,6 +36,7 @@ START, ON_POLICY, SWITCH, TEACHER = "start", "on_policy", "switch", "teacher"
 SHOWN = (START, ON_POLICY, SWITCH, TEACHER)
 # In the demo's folder: the study that it is, which marks the folder, and its result, written last.
 STUDY_FILE, RESULT_FILE, PLOT_FILE = "demo.yaml", "demo.json", "demo.png"
+_OURS = (STUDY_FILE, RESULT_FILE, PLOT_FILE, RUNS, ROWS_FILE, CSV_FILE, launch.REPORT_FILE, launch.PLOT_FILE)
 _MARK = "# The study of a switchkd demo, as it wrote it: "
 SHOWN_ROLLOUTS = 2
 # Enough for a curve by position, in a second or two.
@@ -44,8 +46,8 @@ _ROLLOUTS = 48
 def run_demo(changes: Mapping[str, Any], console: Console) -> None:
     """Run the study of assets/demo.yaml with some of its values changed, and show what came of it.
 
-    `changes` may hold output_dir, steps, seed, device and limit. A folder with a finished demo is replaced, a demo that was
-    stopped goes on, and any other folder is refused (UserError).
+    `changes` may hold output_dir, steps, seed, device and limit. A folder with a finished demo and nothing else is replaced, a
+    demo that was stopped goes on, and any other folder is refused (UserError).
     """
     values = _values(changes)
     study = study_from_values(values, "of the demo")
@@ -58,7 +60,7 @@ def run_demo(changes: Mapping[str, Any], console: Console) -> None:
         ),
         soft_wrap=True,
     )
-    rows = run_study(study, console)
+    rows = launch.run_study(study, console)
     (set_name,) = study.evaluation.sets
     by_name = {line.name: line for line in summarize_study(rows, set_name, "exact_match", ON_POLICY)}
     lines = {name: by_name[name] for name in SHOWN}
@@ -87,7 +89,10 @@ def _values(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_room(folder: Path, study: str) -> None:
-    """Make the folder that of a demo of this study; raises UserError where anything but a demo is in it."""
+    """Make the folder that of a demo of this study. A demo that is finished, or of another study, is removed.
+
+    Raises UserError, and removes nothing, where the folder holds anything that no demo wrote.
+    """
     text = _marked(study)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder with --output")
@@ -95,21 +100,43 @@ def make_room(folder: Path, study: str) -> None:
     if there:
         file = folder / STUDY_FILE
         found = file.read_text(encoding="utf-8") if file.is_file() else ""
-        # A demo that is repeated must never delete somebody's own work: neither another folder nor a study made of a demo.
         if not found.startswith(_MARK):
-            names = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
-            raise UserError(f"{folder} is not empty ({names}) and holds no demo; give another folder with --output")
+            raise UserError(
+                f"{folder} is not empty ({_few(there)}) and holds no demo; give another folder with --output"
+            )
+        # A study made of a demo goes into the demo's folder, and is somebody's own work.
         if found != _marked(found.partition("\n")[2]):
             raise UserError(
                 f"{file} was changed since the demo wrote it, so its runs may be yours; go on with "
                 f"switchkd compare {file}, or give another folder with --output"
             )
         if (folder / RESULT_FILE).is_file() or found != text:
+            _check_all_ours(folder, study_from_values(yaml.safe_load(found), f"in {file}"))
             shutil.rmtree(folder)
     try:
         write_atomically(folder / STUDY_FILE, text)
     except OSError as error:
         raise UserError(f"nothing can be written to {folder} ({error.strerror}); give another --output") from None
+
+
+def _check_all_ours(folder: Path, study: StudyConfig) -> None:
+    """Raise UserError where the folder holds more than the demo of this study wrote."""
+    planned = plan_of(study)
+    ours = {folder / name for name in _OURS} | {place_of(row, folder / RUNS) for row in planned}
+    others = [
+        str(path.relative_to(folder)) for path in [*folder.iterdir(), *(folder / RUNS).glob("*")] if path not in ours
+    ]
+    if finished_rows(folder).keys() - {row.identity for row in planned}:
+        others.append(f"rows of other runs in {ROWS_FILE}")
+    if others:
+        raise UserError(
+            f"{folder} holds what the demo did not write ({_few(sorted(others))}), so it is not replaced; move that elsewhere, "
+            f"or give another folder with --output"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _marked(study: str) -> str:

@@ -24,7 +24,7 @@ from switchkd.errors import UserError
 if TYPE_CHECKING:
     from switchkd.data.examples import Rendering
     from switchkd.data.rows import SourceRow
-    from switchkd.evaluation.score import Evaluation, EvaluationSettings
+    from switchkd.evaluation.score import Evaluation, EvaluationSettings, SetResult
 
 START, TEACHER = "start", "teacher"
 
@@ -33,8 +33,9 @@ START, TEACHER = "start", "teacher"
 def evaluate(options: EvaluationOptions) -> None:
     """Score answers: ROUGE-L and exact match over seeds, of one model or of several on the same rows."""
     from switchkd.data.sets import resolve
-    from switchkd.evaluation.answers import answers_file, read_answers
+    from switchkd.evaluation.answers import answers_file, check_files, read_answers
     from switchkd.evaluation.comparison import compare_answers
+    from switchkd.evaluation.kept import sets_that_stay
     from switchkd.models.sources import find_source
 
     quiet_transformers()
@@ -50,10 +51,20 @@ def evaluate(options: EvaluationOptions) -> None:
         find_source(model)
     rows = {name: resolve(name, "eval", data_dir=options.data_dir, limit=options.limit) for name in names}
     folders = _folders(models, options)
+    how = {
+        label: replace(settings, rendering=_rendering_of(model if label == model else options.models[0], options))
+        for label, model in models.items()
+    }
+    # All folders are looked into before the first model answers.
+    stay = {
+        label: sets_that_stay(folders[label], model, how[label], options.limit, force=options.force)
+        for label, model in models.items()
+    }
+    for label, folder in folders.items():
+        check_files([*stay[label], *names], folder)
     console = new_console()
     for label, model in models.items():
-        rendering = _rendering_of(model if label == model else options.models[0], options)
-        evaluation = _evaluated(model, rows, replace(settings, rendering=rendering), options, folders[label], console)
+        evaluation = _evaluated(model, rows, how[label], stay[label], options, folders[label], console)
         if len(models) == 1:
             console.print(evaluation.table())
     if len(models) > 1:
@@ -149,6 +160,7 @@ def _evaluated(
     model: str,
     rows: Mapping[str, Sequence[SourceRow]],
     settings: EvaluationSettings,
+    earlier: Mapping[str, SetResult],
     options: EvaluationOptions,
     folder: Path,
     console: Console,
@@ -176,6 +188,8 @@ def _evaluated(
         out_folder=folder,
         show_progress=console.is_terminal,
     )
+    evaluation = replace(evaluation, sets={**earlier, **evaluation.sets}, limit=options.limit)
+    evaluation.save(folder)
     _onto_card(Path(model), evaluation, console)
     return evaluation
 

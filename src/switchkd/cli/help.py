@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -75,7 +76,8 @@ def _check_names(args: list[str], known: set[str]) -> None:
     takes_settings = "--set" in known
     for before, word in zip(["", *args], args, strict=False):
         name = word.partition("=")[0]
-        if takes_settings and name != word and not word.startswith("-") and not before.startswith("-"):
+        is_setting = name != word and not word.startswith("-") and not before.startswith("-")
+        if takes_settings and is_setting and not _is_path(word):
             raise UserError(f"{word!r} is not expected; to put a setting over the run file's, write --set {word}")
         if name.startswith("--") and name not in known:
             if not takes_settings:
@@ -85,6 +87,11 @@ def _check_names(args: list[str], known: set[str]) -> None:
             raise UserError(
                 f"there is no option {name!r}{here}; a run's settings stand in its file, or are put over it by --set KEY=VALUE"
             )
+
+
+def _is_path(word: str) -> bool:
+    """Whether it is meant as a run file or a folder: names of these may have an = in them."""
+    return word.endswith((".yaml", ".yml")) or Path(word).exists()
 
 
 class Commands(TyperGroup):

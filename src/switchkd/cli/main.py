@@ -180,6 +180,7 @@ def rollout(
     output: Annotated[Path, option(OUTPUT, "FILE", "The file of rollouts, one JSON object a line.")] = Path(
         "rollouts.jsonl"
     ),
+    force: Annotated[bool, option(OUTPUT, "", "Replace a file that is there.", "--force")] = False,
     show: Annotated[
         int,
         option(
@@ -199,6 +200,9 @@ def rollout(
     writer = policy_named(policy, context)
     if writer.needs_teacher and options.teacher is None:
         raise UserError(f"--policy {policy} needs a teacher; give --teacher, or --policy student")
+    # In a run's folder, this may be the file of the run itself.
+    if output.exists() and not force:
+        raise UserError(f"{output} is there already; give another --output, or --force to replace it")
     sampling = options.sampling
     pair, prompts = options.load()
     assert pair.tokenizer is not None

@@ -198,6 +198,7 @@ class EvaluationOptions:
     output: Annotated[
         Path | None, option(OUTPUT, "FOLDER", "Folder for eval.json and the answers; by default MODEL/eval.")
     ] = None
+    force: Annotated[bool, option(OUTPUT, "", "Replace another evaluation that is there.", "--force")] = False
     device: Device = "auto"
     precision: Precision = "auto"
     dtype: Dtype = None
@@ -272,7 +273,10 @@ def policy_settings(context: typer.Context, policy: str) -> dict[str, Any]:
             raise UserError(f"there is no option {word!r}{did_you_mean(word, every)}")
         if text is None:
             raise UserError(f"option {word} needs a value")
-        settings[key] = yaml.safe_load(text)
+        try:
+            settings[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{word} is {text!r}, which cannot be read; give a value as in a run file") from None
     return settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -102,26 +103,28 @@ def _cluster(path: Path | None, given: dict[str, Any]) -> Cluster:
     if path is not None:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"--cluster {path} cannot be read: {error}") from error
         if not isinstance(values, dict):
             raise UserError(f"--cluster {path} holds no mapping; write gpus: 8, memory: 80GiB, link: nvlink")
     known = {each.name for each in fields(Cluster)}
     for key in values:
         if key not in known:
-            raise UserError(f"--cluster has a key {key!r}, which is none of a cluster{did_you_mean(key, known)}")
+            raise UserError(f"--cluster has a key {key!r}, which is none of a cluster{did_you_mean(str(key), known)}")
     values |= given
     values |= {"memory": size_in_bytes(values["memory"])} if "memory" in values else {}
     values |= {"link": _link(values["link"])} if "link" in values else {}
     for key, value in values.items():
-        if not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{key} of the cluster is {value!r}; give a number above 0")
+    if not isinstance(gpus := values.get("gpus", 1), int):
+        raise UserError(f"gpus of the cluster is {gpus!r}; give a whole number")
     return Cluster(**values)
 
 
 def size_in_bytes(text: str | int) -> int:
     """The bytes that "80GiB" or "24 GB" means. Raises UserError where it cannot be read."""
-    found = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", str(text).strip())
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)", str(text).strip())
     if found is None or found[2].upper() not in _UNITS:
         raise UserError(f"memory is {text!r}; write a size such as 80GiB or 24GB")
     size = int(float(found[1]) * _UNITS[found[2].upper()])
@@ -130,10 +133,10 @@ def size_in_bytes(text: str | int) -> int:
     return size
 
 
-def _link(text: str | float) -> float:
+def _link(text: Any) -> float:
     from switchkd.scale.cost import LINKS
 
     try:
         return LINKS[text] if isinstance(text, str) and text in LINKS else float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         raise UserError(f"link is {text!r}; choose {' or '.join(LINKS)}, or give GB/s") from None

@@ -51,7 +51,7 @@ def check_files(names: Iterable[str], folder: Path) -> None:
         other = by_file.setdefault(answers_file(folder, name), name)
         if other != name:
             raise UserError(
-                f"the answers to {other} and {name} would share a file; rename one, or evaluate them in two calls"
+                f"the answers to {other} and {name} would share a file; rename one, or evaluate them into two folders"
             )
 
 

@@ -114,7 +114,10 @@ class SetResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was evaluated, how, when (UTC), and what came out for each set. `save` and `table` show it."""
+    """What was evaluated, how, when (UTC), and what came out for each set. `save` and `table` show it.
+
+    `limit` says that the first rows of each set were taken alone, this many.
+    """
 
     model: str
     date: str
@@ -124,6 +127,7 @@ class Evaluation:
     sets: dict[str, SetResult]
     match: Match = "text"
     rendering: Rendering = Rendering()
+    limit: int | None = None
 
     def save(self, folder: Path) -> Path:
         """Write eval.json into the folder, whole or not at all, and return its path."""

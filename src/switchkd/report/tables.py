@@ -51,19 +51,20 @@ _SCORES = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "response_tokens"
 
 def evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row for each set, and each bucket of it, of each eval.json, by its name: means ± deviations over the seeds."""
-    rows = []
+    found = []
     for name, evaluation in evaluations.items():
         for label, summary in _summaries(evaluation):
             try:
-                rows.append([name, label, str(summary["rows"]), *_scores(summary)])
+                found.append(([name, label, str(summary["rows"])], _scores(summary)))
             except (AttributeError, KeyError, TypeError, ValueError):
                 continue
+    columns = _SCORES | {key: key for _, scores in found for key in scores if key not in _SCORES}
     return {
         "title": "Evaluations",
         "note": "Means ± sample deviations over the seeds. ROUGE-L and exact match: 0 to 100. Ended: share, 0 to 1.",
-        "columns": ["evaluated", "set", "rows", *_SCORES.values()],
-        "numeric": [2, 3, 4, 5, 6],
-        "rows": rows,
+        "columns": ["evaluated", "set", "rows", *columns.values()],
+        "numeric": [*range(2, 3 + len(columns))],
+        "rows": [[*names, *(scores.get(key, _ABSENT) for key in columns)] for names, scores in found],
         "marked": [],
     }
 
@@ -74,12 +75,25 @@ def _summaries(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str
         if isinstance(result, dict):
             yield name, result.get("overall", {})
             buckets = result.get("by_bucket")
-            yield from ((f"{name}, {bucket}", each) for bucket, each in (buckets or {}).items())
+            for bucket, each in buckets.items() if isinstance(buckets, dict) else ():
+                yield f"{name}, {bucket}", each
 
 
-def _scores(summary: Mapping[str, Any]) -> list[str]:
-    mean, deviation = summary["mean"], summary.get("deviation")
-    return [f"{mean[key]:.2f}" + (f" ± {deviation[key]:.2f}" if deviation else "") for key in _SCORES]
+def _scores(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The means ± deviations by name, those of one's own too. Where answers could not be scored, eval.json has null."""
+    mean, deviation = _flat(summary["mean"]), _flat(summary.get("deviation") or {})
+    return {
+        key: _ABSENT
+        if value is None
+        else f"{value:.2f}" + ("" if deviation.get(key) is None else f" ± {deviation[key]:.2f}")
+        for key, value in mean.items()
+    }
+
+
+def _flat(scores: Mapping[str, Any]) -> dict[str, Any]:
+    own = scores.get("own")
+    ours = {key: scores[key] for key in _SCORES if key in scores}
+    return {**(own if isinstance(own, dict) else {}), **ours}
 
 
 def csv_table(title: str, text: str) -> Table:

@@ -59,7 +59,7 @@ class Clock:
         waves = -(-load.written_at_once // load.rollout_rows) * calls
         rows = min(load.rollout_rows, load.written_at_once)
         blocks = waves * load.response / self.assumed.kept_of_block
-        in_graph = split.spread != "fsdp2" and split.teacher not in ("shared", "device_map")
+        in_graph = load.graphs and split.teacher != "device_map"
         read = load.texts * load.prompt
         drafting = blocks * load.block * self._decoding(student, load, rows, rows, in_graph)
         checking = blocks * self._decoding(teacher, load, rows, rows * load.block, in_graph)
@@ -67,8 +67,11 @@ class Clock:
             "student writes": drafting + self._products(2 * student.multiplied_a_token * read),
             "teacher reads": checking + self._products(2 * teacher.multiplied_a_token * read),
             "training": self._training(student, load),
-            # Weights and gradients once, both moments there and back.
-            "optimizer": 28 * student.trained / (self.cluster.bandwidth * 1e9 * self.assumed.bandwidth_reached),
+            # Weights and gradients once, both moments there and back; but for DDP, each process has a part of them.
+            "optimizer": 28
+            * student.trained
+            / (1 if split.spread == "ddp" else split.processes)
+            / (self.cluster.bandwidth * 1e9 * self.assumed.bandwidth_reached),
             "gradients sent": self._sent(self._gradient_bytes(student, load, split)),
         }
         if split.spread == "fsdp2":

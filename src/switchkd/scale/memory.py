@@ -11,6 +11,7 @@ from typing import Literal
 
 from switchkd.loss.chunked import PIECES_OF_A_CHUNK_ON_CPU
 from switchkd.models.memory import AT_LEAST, BYTES_A_NUMBER
+from switchkd.rollout.graphs import bucket
 from switchkd.scale.sizes import ModelSize
 
 # How the student is spread: a copy on each process, with ZeRO's parts of optimizer and gradients, or in parts itself.
@@ -43,7 +44,8 @@ class Load:
     """What one process does in a step: its `texts` of prompt and response, in tokens, and how many of them at once.
 
     `rollout_rows` are in flight in a rollout, `rows` in a training forward; `checkpointing` keeps the inputs of layers only.
-    `keeps_states` is off for methods that compare with no teacher. The texts of `rollout_steps` steps are written at once.
+    `keeps_states` is off for methods that compare with no teacher. The texts of `rollout_steps` steps are written at once. `block`
+    tokens are drafted at a time, and at most `largest` (None: as many). `graphs` says that CUDA writes with graphs.
     """
 
     texts: int
@@ -55,6 +57,8 @@ class Load:
     block: int = 4
     keeps_states: bool = True
     rollout_steps: int = 1
+    largest: int | None = None
+    graphs: bool = False
 
     @property
     def written_at_once(self) -> int:
@@ -64,7 +68,15 @@ class Load:
     @property
     def slots(self) -> int:
         """The positions of a cache's row."""
-        return self.prompt + self.response + self.block
+        least = self.prompt + self.response + (self.block if self.largest is None else self.largest)
+        return bucket(least) if self.graphs else least
+
+    @property
+    def cached_rows(self) -> int:
+        """The rows of a cache, with those that hold nothing."""
+        rows = min(self.rollout_rows, self.written_at_once)
+        # As `Graphs.rows` pads them.
+        return 1 << (rows - 1).bit_length() if self.graphs else rows
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ class Split:
     processes: int = 1
     teacher: TeacherAt = "each"
     devices: int = 1
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a run's text is written with graphs on CUDA: these need weights that stay where they are."""
+        return self.spread != "fsdp2" and self.teacher != "shared"
 
 
 def lasting(student: ModelSize, teacher: ModelSize | None, load: Load, split: Split, numbers: Bytes) -> Parts:
@@ -89,15 +106,15 @@ def lasting(student: ModelSize, teacher: ModelSize | None, load: Load, split: Sp
         # The tensors that it sums over the processes are copies of the gradients.
         parts["gradients in flight"] = student.trained * numbers.student
     if teacher is not None:
-        layers = teacher.layers * teacher.layer
+        layers, whole = teacher.layers * teacher.layer, teacher.weight_bytes(numbers.teacher)
         weights = {
-            "each": teacher.parameters,
-            "cpu": teacher.head,
-            "shared": layers // among + teacher.outside,
-            "device_map": teacher.parameters // split.devices,
+            "each": whole,
+            "cpu": teacher.head * numbers.teacher,
+            "shared": (layers // among + teacher.outside) * numbers.teacher,
+            "device_map": whole // split.devices,
         }[split.teacher]
         parts |= {
-            "teacher weights": weights * numbers.teacher,
+            "teacher weights": weights,
             "teacher cache": cache_bytes(teacher, load, numbers) // split.devices,
         }
         if load.keeps_states:
@@ -107,7 +124,7 @@ def lasting(student: ModelSize, teacher: ModelSize | None, load: Load, split: Sp
 
 def cache_bytes(model: ModelSize, load: Load, numbers: Bytes) -> int:
     """The keys and values of a model's texts in flight."""
-    return model.cached(min(load.rollout_rows, load.written_at_once), load.slots) * numbers.computing
+    return model.cached(load.cached_rows, load.slots) * numbers.computing
 
 
 def rolling_out(student: ModelSize, teacher: ModelSize | None, load: Load, split: Split, numbers: Bytes) -> Parts:
@@ -125,7 +142,7 @@ def rolling_out(student: ModelSize, teacher: ModelSize | None, load: Load, split
     if teacher is not None and split.teacher == "shared":
         parts["a layer of the teacher"] = teacher.layer * numbers.teacher
     # At most half of the free memory, so this is what it can do with.
-    compared = min(load.rollout_rows, load.written_at_once) * load.block * student.vocabulary
+    compared = load.cached_rows * load.block * student.vocabulary
     parts["comparison"] = min(compared, AT_LEAST) * BYTES_A_NUMBER
     return parts
 

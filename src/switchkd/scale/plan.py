@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any, get_args
 
 from switchkd.errors import UserError
+from switchkd.rollout.blocks import BlockChooser, BlockCost, ForwardCost
 from switchkd.scale.cost import Clock, Cluster
 from switchkd.scale.memory import (
     Load,
@@ -24,6 +25,8 @@ from switchkd.scale.memory import (
 from switchkd.scale.sizes import ModelSize
 
 _MOST_ROWS = 256
+# Times this near to each other are no reason for a split that needs more: no assumption is that exact.
+_ALIKE = 1.02
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,30 @@ class Option:
 
 
 def plan(student: ModelSize, teacher: ModelSize, job: Job, clock: Clock) -> list[Option]:
-    """An option for every split, those that fit first, the fastest first. Raises UserError where the vocabularies are far apart."""
+    """An option for every split, those that fit first, the fastest first; of those within 2 % of it, the plainest.
+
+    Raises UserError where the vocabularies are far apart, and for a student with quantized weights.
+    """
     if min(student.vocabulary, teacher.vocabulary) < 0.9 * max(student.vocabulary, teacher.vocabulary):
         raise UserError(
             f"{student.name} scores {student.vocabulary:,} ids and {teacher.name} {teacher.vocabulary:,}: they are not of one "
             f"tokenizer's family; take a pair that is"
         )
-    options = [_best_of(student, teacher, job, clock, split) for split in splits(clock.cluster)]
-    return sorted(options, key=lambda each: (not each.fits, each.time if each.fits else each.bytes))
+    if student.packed:
+        raise UserError(
+            f"{student.name} has quantized weights, which do not train; give the model that it was made from"
+        )
+    options = [
+        _best_of(student, teacher, job, clock, split)
+        for split in splits(clock.cluster)
+        # Quantized weights stay where they were loaded.
+        if not (teacher.packed and split.teacher in ("cpu", "shared"))
+    ]
+    fastest = min((each.time for each in options if each.fits), default=0.0)
+    # Stable: what is as good as the fastest stands as `splits` has it, DDP first.
+    return sorted(
+        options, key=lambda each: (not each.fits, max(each.time, _ALIKE * fastest) if each.fits else each.bytes)
+    )
 
 
 def splits(cluster: Cluster) -> Iterator[Split]:
@@ -113,8 +132,22 @@ def _best_of(student: ModelSize, teacher: ModelSize, job: Job, clock: Clock, spl
 def _loads(job: Job, split: Split) -> Iterator[Load]:
     texts = -(-job.texts // split.processes)
     written, trained = (_sizes(most) for most in (texts * job.rollout_steps, texts))
+    graphs = split.compiles
+    largest = BlockChooser(
+        "auto", job.response, cost=BlockCost(ForwardCost()), graphs="fixed" if graphs else None
+    ).largest
     for rollout_rows, rows, checkpointing in product(written, trained, (False, True)):
-        yield Load(texts, job.prompt, job.response, rollout_rows, rows, checkpointing, rollout_steps=job.rollout_steps)
+        yield Load(
+            texts,
+            job.prompt,
+            job.response,
+            rollout_rows,
+            rows,
+            checkpointing,
+            rollout_steps=job.rollout_steps,
+            largest=largest,
+            graphs=graphs,
+        )
 
 
 def _sizes(most: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,8 @@ class ModelSize:
     `parameters` counts tied weights once, `trained` those that get a gradient, and `linear` the
     weights of linear layers that are no embedding as well. `layer` is the largest decoder layer. `outside`
     are the weights in no layer: embeddings, last norm and head. `idle` are those of the experts that a token passes by. `heads` x
-    `head_size` is as wide as the queries, `kv_heads` x `head_size` as the keys.
+    `head_size` is as wide as the queries, `kv_heads` x `head_size` as the keys. `cached_a_layer` are the numbers that a layer keeps
+    of a position. Of quantized weights, `packed` are in `bits` bits.
     """
 
     name: str
@@ -44,6 +45,9 @@ class ModelSize:
     head_size: int
     vocabulary: int
     tied: bool
+    cached_a_layer: int
+    packed: int = 0
+    bits: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSize:
@@ -71,9 +75,10 @@ class ModelSize:
             inner=_first_of(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size,
             heads=heads,
             kv_heads=_first_of(config, "num_key_value_heads") or heads,
-            head_size=_first_of(config, "head_dim") or config.hidden_size // heads,
+            head_size=_first_of(config, "qk_head_dim", "head_dim") or config.hidden_size // heads,
             vocabulary=head_rows(model),
             tied=base_of(model).get_output_embeddings().weight is embedding.weight,
+            cached_a_layer=_cached_a_layer(model, config),
         )
 
     @property
@@ -93,11 +98,28 @@ class ModelSize:
 
     def cached(self, rows: int, slots: int) -> int:
         """The numbers in the keys and values of `rows` texts of `slots` positions."""
-        return 2 * self.layers * rows * slots * self.kv_heads * self.head_size
+        return self.layers * rows * slots * self.cached_a_layer
+
+    def weight_bytes(self, each: int) -> int:
+        """The bytes of all weights, `each` for one that is not packed; the scales of packed ones are not counted."""
+        return (self.parameters - self.packed) * each + self.packed * self.bits // 8
 
 
 def _count(module: nn.Module) -> int:
     return sum(each.numel() for each in module.parameters())
+
+
+def _cached_a_layer(model: PreTrainedModel, config: PreTrainedConfig) -> int:
+    heads = config.num_attention_heads
+    rank = _first_of(config, "kv_lora_rank")
+    if rank is None:
+        head_size = _first_of(config, "head_dim") or config.hidden_size // heads
+        return 2 * (_first_of(config, "num_key_value_heads") or heads) * head_size
+    # DeepSeek's attention: a vector for all heads is kept, and made into keys and values when it is read.
+    if any(hasattr(each, "expand_kv") for each in model.modules()):
+        return rank + int(config.qk_rope_head_dim)
+    # Earlier versions of transformers made them first.
+    return int(heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim))
 
 
 def _idle(model: PreTrainedModel, config: PreTrainedConfig) -> int:
@@ -134,13 +156,34 @@ def size_of(name: str) -> ModelSize:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         model.name_or_path = known.get(name, name)
-        return ModelSize.of(model)
+        size, bits = ModelSize.of(model), _bits(config, name)
+        layers = decoder_layers(model) if bits else None
+        packed = sum(each.numel() for each in layers.parameters() if each.ndim > 1) if layers else 0
+        return replace(size, packed=packed, bits=bits)
     except UserError:
         raise
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{name} is no causal language model that can be planned ({type(error).__name__}: {error})"
         ) from None
+
+
+def _bits(config: PreTrainedConfig, name: str) -> int:
+    """The bits of the weights in layers where these are quantized, else 0. Raises UserError where they cannot be told."""
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return 0
+    values = given if isinstance(given, dict) else given.to_dict()
+    if values.get("load_in_4bit"):
+        return 4
+    if values.get("load_in_8bit") or values.get("quant_method") == "fp8":
+        return 8
+    if (bits := values.get("bits", values.get("w_bit"))) in (4, 8):
+        return int(bits)
+    raise UserError(
+        f"{name} has quantized weights ({values.get('quant_method')}) whose bits cannot be told; give the configuration of the "
+        f"model that it was made from"
+    )
 
 
 def _configuration(name: str) -> PreTrainedConfig:
