@@ -126,6 +126,8 @@ def _check_all_ours(folder: Path, study: StudyConfig) -> None:
     others = [
         str(path.relative_to(folder)) for path in [*folder.iterdir(), *(folder / RUNS).glob("*")] if path not in ours
     ]
+    # Where `switchkd eval` writes.
+    others += [str(path.relative_to(folder)) for path in (folder / RUNS).glob(f"*/{TRAINING}/eval")]
     if finished_rows(folder).keys() - {row.identity for row in planned}:
         others.append(f"rows of other runs in {ROWS_FILE}")
     if others:

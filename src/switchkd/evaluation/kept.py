@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,23 @@ def sets_that_stay(
     }
     if not _is_same_model(earlier.model, model, folder):
         pairs["model"] = earlier.model, model
-    differing = [f"{name} was {one} and is {other} now" for name, (one, other) in pairs.items() if one != other]
+    differing = [
+        f"{name} was {_word(one)} and is {_word(other)} now" for name, (one, other) in pairs.items() if one != other
+    ]
+    if _written(Path(model)) > datetime.fromisoformat(earlier.date).timestamp():
+        differing.append(f"the model was written after it, which is of {earlier.date}")
     if differing and not force:
-        raise UserError(f"{path} holds another evaluation ({'; '.join(differing).replace('None', 'none')}); {_REMEDY}")
+        raise UserError(f"{path} holds another evaluation ({'; '.join(differing)}); {_REMEDY}")
     return {} if differing else earlier.sets
+
+
+def _word(value: Any) -> Any:
+    return "none" if value is None else value
+
+
+def _written(model: Path) -> float:
+    """When the newest weights of a model's folder were written, in seconds since 1970; 0 where it is no folder of weights."""
+    return max((path.stat().st_mtime for path in model.glob("*.safetensors")), default=0.0) if model.is_dir() else 0.0
 
 
 def _is_same_model(ours: str, theirs: str, folder: Path) -> bool:

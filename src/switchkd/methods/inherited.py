@@ -48,6 +48,7 @@ _UNREAD = {
     "label_smoothing_factor": "the loss smooths no labels",
     "label_names": "rows are read by columns of their own (docs/data.md)",
     "average_tokens_across_devices": "the loss is divided by the tokens of all processes in any case",
+    "hub_always_push": "each push to the hub waits for the one before it",
     "length_column_name": "sequences of like length share a forward in any case",
     **dict.fromkeys(
         (*_OF_LOGITS, "eval_use_gather_object"), "an evaluation keeps no logits (eval_scores scores answers)"

@@ -36,11 +36,6 @@ def _unread(
     if method.divergence is None:
         for key in ("teacher_text_divergence", "target", "start_weight"):
             yield key, f"method {name!r} has no divergence; set one, or leave it out"
-        if given["loss_temperature"] != 1:
-            yield (
-                "loss_temperature",
-                f"method {name!r} has no divergence, and cross-entropy is taken at 1; leave it out",
-            )
     if not (method.student_share or method.share_rise):
         for key in OF_ROLLOUTS:
             yield key, f"method {name!r} has no rollouts here; leave it out"
@@ -48,5 +43,3 @@ def _unread(
         yield "teacher_text_divergence", "no token of the rollouts is the teacher's; leave it out"
     if not method.start_weight:
         yield "start_divergence", "start_weight is 0; set it, or leave the divergence out"
-    if not method.cross_entropy_weight and given["cross_entropy_on"] in ("data+teacher", "all"):
-        yield "cross_entropy_on", "cross_entropy_weight is 0; set it, or leave this out"

@@ -66,6 +66,11 @@ def many_graphs() -> Iterator[None]:
         yield
 
 
+def weights_stay(*, in_parts: bool, teacher_offload: str) -> bool:
+    """Whether weights stay where they are, as a graph needs them: not those of a student in parts, or of a teacher that moves."""
+    return not in_parts and teacher_offload == "none"
+
+
 class Graph(Generic[_P, _R]):
     """A function of tensors, compiled for each new shape at its first call; run as it is, after a warning, where that fails.
 

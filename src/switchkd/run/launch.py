@@ -76,16 +76,21 @@ def train_run(run: RunConfig, console: Console, *, resume: bool = False) -> None
     all_prepared = _prepare(to_do)
     if resume and is_main_process:
         check_length(to_do[0], len(all_prepared[0].train))
+    not_pushed: list[str] = []
     for number, prepared in enumerate(all_prepared):
         if number:
             # A trainer may be in reference cycles, and its models and optimizer fill the device that this stage needs.
             clear_device_cache(garbage_collection=True)
         # What comes after the first has never begun.
-        _train_stage(prepared, run, console, is_main_process, resume and not number)
+        problem = _train_stage(prepared, run, console, is_main_process, resume and not number)
+        not_pushed += [problem] if problem else []
     if is_main_process:
         events = read_log(Path(run.output_dir) / LOG_FILE)
         console.print(run_table(events, Path(run.output_dir)))
         save_curves(events, Path(run.output_dir) / "curves.png")
+    # Last, for the models are trained, and the other processes have ended.
+    if not_pushed:
+        raise UserError("; ".join(not_pushed))
 
 
 def _prepare(to_do: Sequence[Stage]) -> list[PreparedStage]:
@@ -157,7 +162,8 @@ def _peft_config(config: RunConfig) -> Any:
 
 def _train_stage(
     prepared: PreparedStage, run: RunConfig, console: Console, is_main_process: bool, resume: bool
-) -> None:
+) -> str | None:
+    """Train a stage and save its model. Returns why that was not pushed, where it was to be."""
     stage = prepared.stage
     with console.status(f"loading {stage.run.student} ..."):
         trainer, stopper, progress = _trainer(prepared, run, console)
@@ -190,8 +196,7 @@ def _train_stage(
             files = save_final(model, trainer.pair.tokenizer, stage, trainer.card(is_adapter=is_adapter))
     # The next stage reads what was saved.
     trainer.accelerator.wait_for_everyone()
-    if is_main_process and stage.config.push_to_hub:
-        trainer.push_final(stage.model_folder, files)
+    return trainer.push_final(stage.model_folder, files) if is_main_process and stage.config.push_to_hub else None
 
 
 def _trainer(

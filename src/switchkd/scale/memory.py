@@ -11,7 +11,7 @@ from typing import Literal
 
 from switchkd.loss.chunked import PIECES_OF_A_CHUNK_ON_CPU
 from switchkd.models.memory import AT_LEAST, BYTES_A_NUMBER
-from switchkd.rollout.graphs import bucket
+from switchkd.rollout.graphs import bucket, weights_stay
 from switchkd.scale.sizes import ModelSize
 
 # How the student is spread: a copy on each process, with ZeRO's parts of optimizer and gradients, or in parts itself.
@@ -90,8 +90,9 @@ class Split:
 
     @property
     def compiles(self) -> bool:
-        """Whether a run's text is written with graphs on CUDA: these need weights that stay where they are."""
-        return self.spread != "fsdp2" and self.teacher != "shared"
+        """Whether a run's text is written with graphs on CUDA."""
+        offload = self.teacher if self.teacher in ("cpu", "shared") else "none"
+        return weights_stay(in_parts=self.spread == "fsdp2", teacher_offload=offload)
 
 
 def lasting(student: ModelSize, teacher: ModelSize | None, load: Load, split: Split, numbers: Bytes) -> Parts:

@@ -73,8 +73,10 @@ def _train(run: RunConfig, folder: Path) -> None:
     else:
         # The teacher's text is kept as it is written.
         has_text = (folder / RUN_FILE).is_file() and any(folder.glob("teacher_text*.jsonl"))
-        checkpoint = last_complete_checkpoint(folder)
-        goes_on = has_text or (checkpoint is not None and has_optimizer(checkpoint))
+        while (checkpoint := last_complete_checkpoint(folder)) and not has_optimizer(checkpoint):
+            # Of save_only_model: nothing goes on from it.
+            shutil.rmtree(checkpoint)
+        goes_on = has_text or checkpoint is not None
     if folder.exists() and not goes_on:
         # What an attempt has left that ended before its first checkpoint.
         shutil.rmtree(folder)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
 from switchkd.models.pair import ModelPair
-from switchkd.rollout.graphs import Compile
+from switchkd.rollout.graphs import Compile, weights_stay
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of each weight tensor, enough for a share to a percent.
@@ -83,7 +83,7 @@ def compile_of(pair: ModelPair, args: SwitchConfig, *, in_parts: bool) -> Compil
     """`compile` as the engine takes it. Raises UserError where graphs were asked for and weights do not stay where they are."""
     # A teacher that is its own student has no weights to move.
     has_weights = pair.teacher is not None and next(pair.teacher.parameters(), None) is not None
-    if not in_parts and (args.teacher_offload == "none" or not has_weights):
+    if weights_stay(in_parts=in_parts, teacher_offload=args.teacher_offload if has_weights else "none"):
         return args.compile
     if args.compile is True:
         of = (

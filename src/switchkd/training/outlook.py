@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 
 from switchkd.data.packed import lengths_of
-from switchkd.errors import UserError
+from switchkd.errors import UserError, did_you_mean
 from switchkd.methods.config import SwitchConfig
 from switchkd.methods.remote_teacher import check_remote_teacher
 from switchkd.models.pair import ModelPair, counted, name_of, parameter_count, rounded
@@ -19,19 +19,32 @@ from switchkd.training.rewriting import check_rewrite
 from switchkd.training.taught import Taught, check_several_teachers, check_teacher_column
 from switchkd.training.teachers import teacher_size
 
+_KEYWORDS = (
+    "model",
+    "teacher_model",
+    "args",
+    "train_dataset",
+    "eval_dataset",
+    "processing_class",
+    "callbacks",
+    "peft_config",
+)
 Held = Sequence[Example] | Mapping[str, Sequence[Example]] | None
 
 
 def check_call(args: SwitchConfig, model: object, teacher_model: object, unknown: Collection[str] = ()) -> None:
     """Raise UserError for arguments of another kind, and for a teacher that is missing or cannot do what the method asks of it.
 
-    `unknown` are keywords that are no trainer's here, though transformers may take them.
+    `unknown` are keywords of a trainer that are none here, though transformers may take them.
     """
-    if unknown:
-        raise UserError(
-            f"SwitchTrainer takes no {', '.join(sorted(unknown))}: what is trained and measured are the method's objective and "
-            f"eval_scores; leave it out"
-        )
+    for name in sorted(unknown):
+        if name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            raise UserError(
+                f"SwitchTrainer takes no {name}: what is trained and measured are the method's objective and eval_scores; leave it "
+                f"out"
+            )
+        instead = "; it is processing_class" if name == "tokenizer" else did_you_mean(name, _KEYWORDS)
+        raise UserError(f"SwitchTrainer takes no {name}{instead}")
     if not isinstance(args, SwitchConfig):
         raise UserError(f"args is a {type(args).__name__}; pass a SwitchConfig, which takes the same settings and ours")
     brings_one = isinstance(model, ModelPair) and model.teacher is not None

@@ -18,7 +18,6 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from switchkd.errors import UserError
 from switchkd.training.card import CARD_FILE
 from switchkd.training.checkpoints import OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE
 
@@ -40,6 +39,8 @@ def files_among(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 class PushingTrainer(Trainer):
     """As in `transformers.Trainer`, but for what it pushes: nothing beside the model, its tokenizer and its card."""
+
+    _hub: HfApi | None = None
 
     def push_to_hub(
         self,
@@ -64,10 +65,10 @@ class PushingTrainer(Trainer):
         given = {"token": token, "revision": revision, "run_as_future": not blocking}
         return self._upload(folder, files_among(folder, _MODEL_FILES), commit_message, **given)
 
-    def push_final(self, folder: Path, files: Sequence[str]) -> None:
+    def push_final(self, folder: Path, files: Sequence[str]) -> str | None:
         """Push these files of a trained model, by the main process alone. An adapter that was merged into it leaves the hub.
 
-        Raises UserError, with the command that pushes them, where the hub does not take them.
+        Where the hub does not take them, returns why, with the command that pushes them.
         """
         self._finish_current_push()
         merged = [] if ADAPTER_FILES[0] in files else [*ADAPTER_FILES]
@@ -77,10 +78,11 @@ class PushingTrainer(Trainer):
         except Exception as error:
             said = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
             named = " ".join(f"--include {shlex.quote(name)}" for name in files)
-            raise UserError(
+            return (
                 f"the trained model is whole in {folder}, but was not pushed to {self.hub_model_id} ({said}); push it with: "
                 f"hf upload {self.hub_model_id} {shlex.quote(str(folder))} . {named}"
-            ) from error
+            )
+        return None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -100,7 +102,9 @@ class PushingTrainer(Trainer):
     def _upload(self, folder: Path, files: Sequence[str], message: str | None, **given: Any) -> Any:
         given = {key: value for key, value in given.items() if value}
         own = {"token": self.args.hub_token, "revision": self.args.hub_revision}
-        return HfApi().upload_folder(
+        # One for all pushes: it sends those of the background in their order.
+        self._hub = self._hub or HfApi()
+        return self._hub.upload_folder(
             repo_id=str(self.hub_model_id),
             folder_path=str(folder),
             allow_patterns=[*files],

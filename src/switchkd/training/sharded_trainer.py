@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 
 from switchkd.errors import UserError
 from switchkd.methods.config import SwitchConfig
+from switchkd.training.checkpoints import OPTIMIZER_FILE, SCHEDULER_FILE
 from switchkd.training.machine import check_sharding, set_up_sharding, sharding_of
 from switchkd.training.pushing_trainer import PushingTrainer
 from switchkd.training.taught import Taught, first_pair
@@ -127,8 +127,8 @@ class ShardedTrainer(PushingTrainer):
         assert self.lr_scheduler is not None
         state = whole_optimizer_state(self.optimizer, here=self.args.should_save)
         if state is not None:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled or checkpoint is None:
@@ -139,7 +139,7 @@ class ShardedTrainer(PushingTrainer):
         # The file's pages, which the processes of a machine share, and not a copy of the whole state for each.
         read = [
             torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True, mmap=True)
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+            for name in (OPTIMIZER_FILE, SCHEDULER_FILE)
         ]
         load_optimizer_state(self.optimizer, read[0])
         self.lr_scheduler.load_state_dict(read[1])

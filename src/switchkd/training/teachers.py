@@ -137,7 +137,6 @@ class TeacherPlace:
         self._moved = {name: each for name, each in teacher.named_parameters() if id(each) not in head}
         if offload == "disk" and self._moved:
             folder.mkdir(parents=True, exist_ok=True)
-            # With a `_`, which transformers never pushes to the hub.
             place = tempfile.mkdtemp(prefix="_teacher-", dir=folder)
             weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
             self._file = Path(place) / "weights.safetensors"
