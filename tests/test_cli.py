@@ -33,6 +33,8 @@ from switchkd.run.callbacks import read_log
 from switchkd.run.file import HINTS
 from switchkd.run.recipes import recipes
 from switchkd.settings.components import settings_of
+from switchkd.study.file import read_study
+from switchkd.study.plan import plan_of
 from switchkd.study.summary import Line
 
 COMMANDS = get_command(app).commands
@@ -379,6 +381,11 @@ def test_the_demo_shows_its_table_and_replaces_an_earlier_one(
     with pytest.raises(UserError, match=f"did not write .runs/{mine.name}., so it is not replaced"):
         make_room(folder, "seeds: [1]\n")
     mine.rmdir()
+    evaluated = folder / "runs" / plan_of(read_study(folder / "demo.yaml"))[0].folder_name / "run" / "eval"
+    evaluated.mkdir(parents=True)
+    with pytest.raises(UserError, match="run/eval"):
+        make_room(folder, "seeds: [1]\n")
+    evaluated.rmdir()
     rows = folder / "rows.jsonl"
     row = json.loads(rows.read_text().splitlines()[0])
     rows.write_text(rows.read_text() + json.dumps({**row, "identity": "mine"}) + "\n")

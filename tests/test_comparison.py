@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +158,12 @@ def test_an_evaluation_is_added_to_an_equal_one_and_never_put_over_another(
     teacher = ("eval", models / "teacher", *call[2:])
     assert switchkd(*teacher, "--sets", more, "--limit", "2") == 2
     assert "model was" in capsys.readouterr().err
+    trained = models / "student" / "model.safetensors"
+    written = trained.stat().st_mtime
+    os.utime(trained, (written, time.time() + 60))
+    assert switchkd(*call, "--sets", more, "--limit", "2") == 2
+    assert "the model was written after it" in " ".join(capsys.readouterr().err.split())
+    os.utime(trained, (written, written))
     assert {path: path.read_bytes() for path in folder.iterdir()} == kept
     assert switchkd(*call, "--sets", more, "--limit", "3", "--force") == 0
     forced = json.loads((folder / "eval.json").read_text())

@@ -451,10 +451,20 @@ def test_args_of_transformers_alone_are_refused() -> None:
         SwitchTrainer(pair, args=TrainingArguments(output_dir="x", use_cpu=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("keyword", ["compute_loss_func", "compute_metrics"])
-def test_a_loss_and_metrics_of_ones_own_are_refused_and_not_ignored(keyword: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keyword", "advice"),
+    [
+        ("compute_loss_func", ": .*; leave it out"),
+        ("compute_metrics", ": .*; leave it out"),
+        ("tokenizer", "; it is processing_class"),
+        ("calbacks", ".*callbacks"),
+    ],
+)
+def test_keywords_that_nothing_here_reads_are_refused_and_not_ignored(
+    keyword: str, advice: str, tmp_path: Path
+) -> None:
     args = SwitchConfig(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(UserError, match=f"SwitchTrainer takes no {keyword}: .*; leave it out"):
+    with pytest.raises(UserError, match=f"SwitchTrainer takes no {keyword}.*{advice}"):
         SwitchTrainer(tiny_pair("llama"), args=args, train_dataset=EXAMPLES, **{keyword: lambda *_: 0.0})
 
 
