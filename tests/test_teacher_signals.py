@@ -211,7 +211,7 @@ def test_a_part_over_single_ids_leaves_all_others_out() -> None:
     teacher_logp, both = logp(teacher), Objective(ForwardKL(), weights=(Trust(top_k=4),))
     counted = Counted(student, torch.zeros(len(student), dtype=torch.long), other_share_N=torch.ones(len(student)))
     dense, kept, fewer = (
-        distillation_loss(counted, identity_head(student.shape[-1]), both, teacher=signal, denominator=1.0)[0]
+        distillation_loss(counted, identity_head(student.shape[-1]), both, teacher=signal, denominator=1.0)[0].detach()
         for signal in (LogpTeacher(teacher_logp), top_k(teacher_logp, 4, with_rest=True), top_k(teacher_logp, 3))
     )
     # float64, and sums of four terms.

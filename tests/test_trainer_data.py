@@ -243,7 +243,7 @@ def test_keywords_of_transformers_reach_its_trainer(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(pair.student.parameters(), lr=0.1)
     trainer = SwitchTrainer(pair, args=args, train_dataset=EXAMPLES, optimizers=(optimizer, None))
     assert trainer.optimizer is optimizer
-    with pytest.raises(TypeError, match="no_such_option"):
+    with pytest.raises(UserError, match="SwitchTrainer takes no no_such_option"):
         SwitchTrainer(pair, args=args, train_dataset=EXAMPLES, no_such_option=1)
 
 
