@@ -69,7 +69,7 @@ class Connection:
                 # URLError says the same twice.
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
         raise Unreachable(
-            f"the server at {self.url} gives no answer ({reason}), {self.retries + 1} times; start it again"
+            f"the server at {self.url} does not answer ({reason}), {self.retries + 1} times; start it again"
         )
 
     def _ask_once(self, place: str, body: bytes | Path | None, kind: str) -> bytes:
