@@ -142,7 +142,7 @@ class Graph(Generic[_P, _R]):
                 if open_ended:
                     torch._dynamo.mark_dynamic(value, dimension)
             return value.dtype, several, value.shape[2:], value.storage_offset() > 1
-        # A record of tensors is compared by which tensors it holds, which are other ones in each block, and would be kept.
+        # Each block makes new records. As they are, none would equal an earlier one, and all would be kept in memory.
         if isinstance(value, (Draft, Address, Decision, Blend)):
             value = tuple(vars(value).values())
         return tuple(map(self._seen, value)) if isinstance(value, tuple) else value

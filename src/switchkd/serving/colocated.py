@@ -63,21 +63,12 @@ class VllmOptions:
 def check_prompts(prompts: Sequence[Prompt], call: Call, options: VllmOptions) -> None:
     """Raise UserError for prompts that vLLM cannot continue as every engine does."""
     for place, prompt in enumerate(prompts):
-        if len(prompt.token_ids) < 2:
-            raise UserError(
-                f"prompt {place} is one token long, and vLLM drafts from a prompt's second token on; begin prompts with a "
-                f"begin-of-text token (add_bos: always)"
-            )
         if any(not 0 <= token_id < call.vocabulary_size for token_id in prompt.token_ids):
             raise UserError(f"prompt {place} holds an id outside the vocabulary of {call.vocabulary_size} ids")
         if not 0 <= prompt.begun < call.sampling.max_new_tokens:
             raise UserError(f"prompt {place} has {prompt.begun} tokens of a response already; leave something to write")
         tokens = len(prompt.token_ids) - prompt.begun + call.sampling.max_new_tokens
-        if tokens > options.max_tokens:
-            raise UserError(
-                f"prompt {place} and its response come to {tokens} tokens, and vLLM was started with max_tokens "
-                f"{options.max_tokens}; start it with more"
-            )
+        check_lengths(options.max_tokens, tokens, len(prompt.token_ids), f"prompt {place}")
 
 
 class ColocatedVllm:

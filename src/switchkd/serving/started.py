@@ -57,17 +57,20 @@ def sizes_of(config: Any) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
-def check_lengths(max_tokens: int, longest: int, shortest_prompt: int) -> None:
-    """Raise UserError for texts that vLLM, started with `max_tokens`, cannot write; `longest` is a prompt and its response."""
+def check_lengths(max_tokens: int, longest: int, shortest_prompt: int, prompt: str = "a prompt") -> None:
+    """Raise UserError for texts that vLLM, started with `max_tokens`, cannot write; `longest` is a prompt and its response.
+
+    `prompt` names what is too long or too short in the message.
+    """
     if shortest_prompt < 2:
         raise UserError(
-            "a prompt is one token long, and vLLM drafts from a prompt's second token on; begin prompts with a "
-            "begin-of-text token (add_bos: always)"
+            f"{prompt} is one token long, and vLLM drafts from a prompt's second token on; begin prompts with a "
+            f"begin-of-text token (add_bos: always)"
         )
     if longest > max_tokens:
         raise UserError(
-            f"prompt and response come to {longest} tokens, and vLLM takes {max_tokens}; start it with a larger max_tokens, or "
-            f"lower max_new_tokens or max_prompt_tokens"
+            f"{prompt} and its response come to {longest} tokens, and vLLM takes {max_tokens}; start it with a larger max_tokens, "
+            f"or lower max_new_tokens or max_prompt_tokens"
         )
 
 
